@@ -1,0 +1,220 @@
+"""What happens at block l of every U-Net call.
+
+Both hosts (ComfyUI's patches, diffusers' attention processors) call the same three methods of
+:class:`Call` at the same points of a transformer block, so no equation is written twice:
+
+    attn1:  out = call.self_attention(l, q, k, v, grid)   Eq. 6-8, route of block l-1
+    norm2:  call.begin_cross_attention(l, z, grid)        the router of block l
+    attn2:  out = call.cross_attention(l, q, text)        Eq. 5, route of block l
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import injection
+from .injection import Attention, KeyValue, Regions
+from .routes import Crop, Grid, SoftMaps
+from .run import Run
+from .sites import Site
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which batch rows are conditional and which unconditional; rows in neither stay plain."""
+
+    cond: tuple[int, ...]
+    uncond: tuple[int, ...] = ()
+
+
+class Recorder(Protocol):
+    """Receives the route of a block: ids (rows, Q) uint8 and the soft maps (rows, C, Q)."""
+
+    def record(self, index: int, ids: Tensor, grid: Grid, soft: Tensor) -> None: ...
+
+
+def by_region(device: torch.device) -> bool:
+    """Sort tokens by region where region sizes cost nothing to read; elsewhere one masked call."""
+    return device.type == "cpu"
+
+
+@dataclass
+class _Route:
+    """The route of one block, and what was derived from it for one grid."""
+
+    soft: SoftMaps
+    ids: Tensor  # (b,Q) long
+    weights: Tensor | None = None  # straight-through one-hot (b,C,Q), training only
+    regions: Regions | None = None
+
+    def sorted(self) -> Regions:
+        if self.regions is None:
+            self.regions = Regions.of(self.ids, self.soft.maps.shape[1])
+        return self.regions
+
+
+@dataclass
+class Call:
+    """One forward pass of the U-Net; holds its routes.
+
+    ``active`` (N) says which subjects are inside their window. ``recorder`` gets the route of the
+    rows in ``record``. ``gumbel`` (training): straight-through Gumbel-softmax (tau = 1) for sigma in
+    Eq. 5; Eq. 6-8 use its noise-free argmax.
+    """
+
+    run: Run
+    rows: Rows
+    active: tuple[bool, ...]
+    sites: Sequence[Site]
+    attention: Attention
+    crop: Crop | None = None
+    recorder: Recorder | None = None
+    record: tuple[int, ...] = ()
+    gumbel: bool = False
+    soft_maps: dict[int, SoftMaps] = field(default_factory=dict[int, SoftMaps])
+    _routes: dict[int, _Route] = field(default_factory=dict[int, _Route])
+
+    def __post_init__(self) -> None:
+        keeps = self.run.keep_references_in_uncond
+        self._routed = self.rows.cond + (self.rows.uncond if keeps else ())
+        on = (*self.active, True)
+        self._eta = tuple(e if a else 0.0 for e, a in zip(self.run.strengths, on, strict=True))
+        self._referenced = tuple(
+            a and g > -math.inf for g, a in zip(self.run.biases, on, strict=True)
+        )
+
+    # -- the router --------------------------------------------------------------------------
+
+    def begin_cross_attention(self, index: int, z: Tensor, grid: Grid) -> None:
+        """z (B,Q,D): ``norm2`` output of block ``index``; grid: its (h,w), h*w = Q."""
+        if not self._routed:
+            return
+        site = self.sites[index - 1]
+        soft = self.run.source.maps(site, _take(z, self._routed), grid, self.crop)
+        route = _Route(soft, soft.maps.argmax(dim=1))
+        if self.gumbel and soft.logits is not None:
+            route.weights = torch.nn.functional.gumbel_softmax(
+                soft.logits.refined, tau=1.0, hard=True, dim=1
+            )
+        self._routes[index] = route
+        # Under activation checkpointing a block runs again in the backward pass; the first maps
+        # are the ones that the loss has seen.
+        self.soft_maps.setdefault(index, soft)
+        if self.recorder is not None and self.record:
+            rows = [self._routed.index(row) for row in self.record]
+            ids = route.ids[rows].to(torch.uint8)
+            self.recorder.record(index, ids, grid, soft.maps[rows])
+
+    def _route_on(self, index: int, grid: Grid) -> _Route | None:
+        """The route of block ``index`` carried to ``grid``: soft maps resized, then argmax."""
+        route = self._routes.get(index)
+        if route is None or route.soft.grid == grid:
+            return route
+        soft = self.run.source.resize(route.soft, grid, self.crop)
+        return _Route(soft, soft.maps.argmax(dim=1))
+
+    # -- Eq. 5 -------------------------------------------------------------------------------
+
+    def cross_attention(self, index: int, q: Tensor, text: Tensor) -> Tensor:
+        """q (B,Q,D) and the text attention's output (B,Q,D) -> Eq. 5, before ``to_out``."""
+        conditions = self.run.conditions[index - 1].clip
+        heads = self.sites[index - 1].heads
+        out = text
+        route = self._routes.get(index)
+        if self.rows.cond and route is not None:
+            rows = self.rows.cond
+            out = _add(out, rows, self._routed_clip(route, _take(q, rows), conditions, heads))
+        if self.rows.uncond and conditions[-1] is not None:
+            rows = self.rows.uncond
+            background = conditions[-1].to(q)
+            term = injection.clip_everywhere(
+                _take(q, rows), background, self._eta[-1], heads, self.attention
+            )
+            out = _add(out, rows, term)
+        return out
+
+    def _routed_clip(
+        self, route: _Route, q: Tensor, conditions: Sequence[KeyValue | None], heads: int
+    ) -> Tensor:
+        conditions = [
+            c.to(q) if c is not None and eta > 0 else None
+            for c, eta in zip(conditions, self._eta, strict=True)
+        ]
+        if route.weights is not None:
+            weights = route.weights[: q.shape[0]]
+            return injection.clip_dense(q, conditions, self._eta, weights, heads, self.attention)
+        if by_region(q.device):
+            regions = route.sorted().head(q.shape[0])
+            return injection.clip_by_region(
+                q, conditions, self._eta, regions, heads, self.attention
+            )
+        ids = route.ids[: q.shape[0]]
+        return injection.clip_masked(q, conditions, self._eta, ids, heads, self.attention)
+
+    # -- Eq. 6-8 -----------------------------------------------------------------------------
+
+    def self_attention(
+        self, index: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid
+    ) -> Tensor | None:
+        """q, k, v (B,Q,D) of self-attention -> its output with references, before ``to_out``; None
+        when this block has nothing to add and the plain attention is right."""
+        if index == 1 or not self._routed:
+            return None
+        references = [
+            r.to(q) if r is not None and on else None
+            for r, on in zip(
+                self.run.conditions[index - 1].reference, self._referenced, strict=True
+            )
+        ]
+        if all(r is None for r in references):
+            return None
+        route = self._route_on(index - 1, grid)
+        if route is None:
+            return None
+        heads = self.sites[index - 1].heads
+        q_, k_, v_ = (_take(x, self._routed) for x in (q, k, v))
+        if by_region(q.device):
+            routed = injection.reference_by_region(
+                q_, k_, v_, references, self.run.biases, route.sorted(), heads, self.attention
+            )
+        else:
+            routed = injection.reference_masked(
+                q_, k_, v_, references, self.run.biases, route.ids, heads, self.attention
+            )
+        plain = tuple(row for row in range(q.shape[0]) if row not in self._routed)
+        if not plain:
+            return _scatter(routed, self._routed)
+        rest = self.attention(_take(q, plain), _take(k, plain), _take(v, plain), heads)
+        return _scatter(torch.cat((routed, rest)), self._routed + plain)
+
+
+def _is_range(rows: tuple[int, ...]) -> bool:
+    return rows == tuple(range(rows[0], rows[0] + len(rows)))
+
+
+def _take(x: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """Rows of a batch; a view when they lie together."""
+    if _is_range(rows):
+        return x[rows[0] : rows[0] + len(rows)]
+    return x[list(rows)]
+
+
+def _add(x: Tensor, rows: tuple[int, ...], term: Tensor) -> Tensor:
+    """x with ``term`` added to some rows; x itself is not written to."""
+    if len(rows) == x.shape[0] and _is_range(rows):
+        return x + term
+    return x.index_add(0, torch.tensor(rows, device=x.device), term.to(x.dtype))
+
+
+def _scatter(x: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """Row i of x becomes row ``rows[i]`` of the result; ``rows`` is a permutation."""
+    if _is_range(rows):
+        return x
+    back = sorted(range(len(rows)), key=rows.__getitem__)
+    return x[back]

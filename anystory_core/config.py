@@ -1,0 +1,297 @@
+"""Every number of the method, in frozen dataclasses that check themselves when built.
+
+A weights file carries its :class:`AnyStoryConfig` as JSON in its header, so no widget can
+contradict it. Two configurations ship: :meth:`AnyStoryConfig.sdxl` (the paper's) and
+:meth:`AnyStoryConfig.mini` (the same topology at small widths).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from .errors import ConfigError
+
+T = TypeVar("T")
+
+
+_LARGEST = 65_536  # far above any real size; keeps a damaged file from asking for the absurd
+_MOST_LAYERS = 128
+
+
+def _bounded(owner: object, largest: int, *names: str, least: int = 1) -> None:
+    """ConfigError unless each named value (or each item of it) lies in [least, largest]."""
+    for name in names:
+        value = getattr(owner, name)
+        items = cast("tuple[int, ...]", value if isinstance(value, tuple) else (value,))
+        for item in items:
+            if not least <= item <= largest:
+                raise ConfigError(
+                    f"{type(owner).__name__}.{name}: got {value}, expected {least} to {largest}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """Shape of an SDXL-like denoising U-Net; the defaults are SDXL's."""
+
+    model_channels: int = 320
+    channel_mult: tuple[int, ...] = (1, 2, 4)
+    num_res_blocks: int = 2
+    transformer_depth: tuple[int, ...] = (0, 2, 10)  # transformer blocks per layer, for each level
+    middle_depth: int = 10
+    head_dim: int = 64
+    context_dim: int = 2048  # width of the text states
+    adm_channels: int = 2816  # width of the label embedding: pooled text + 6 x 256
+    in_channels: int = 4
+    norm_groups: int = 32
+
+    def __post_init__(self) -> None:
+        sizes = ("model_channels", "head_dim", "context_dim", "adm_channels", "in_channels")
+        _bounded(self, _LARGEST, *sizes, "norm_groups")
+        _bounded(self, _MOST_LAYERS, "num_res_blocks", "middle_depth", "channel_mult")
+        _bounded(self, _MOST_LAYERS, "transformer_depth", least=0)
+        if not 1 <= len(self.channel_mult) <= 8:
+            raise ConfigError(f"UNetConfig.channel_mult: got {self.channel_mult}, expected 1 to 8")
+        if len(self.channel_mult) != len(self.transformer_depth):
+            raise ConfigError(
+                f"UNetConfig: got {len(self.channel_mult)} levels in channel_mult and "
+                f"{len(self.transformer_depth)} in transformer_depth, expected as many"
+            )
+        for level, mult in enumerate(self.channel_mult):
+            width = self.model_channels * mult
+            if width % self.norm_groups:
+                raise ConfigError(
+                    f"UNetConfig: level {level} has {width} channels, expected a multiple of "
+                    f"norm_groups = {self.norm_groups}"
+                )
+            if self.transformer_depth[level] and width % self.head_dim:
+                raise ConfigError(
+                    f"UNetConfig: level {level} has {width} channels, expected a multiple of "
+                    f"head_dim = {self.head_dim}"
+                )
+
+    @property
+    def time_channels(self) -> int:
+        """Width of the time embedding."""
+        return 4 * self.model_channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipVisionConfig:
+    """The CLIP vision encoder that the QFormers were trained on; the defaults are ViT-H/14."""
+
+    width: int = 1280
+    layers: int = 32
+    heads: int = 16
+    intermediate: int = 5120
+    image_size: int = 224
+    patch_size: int = 14
+    projection_dim: int = 1024
+    activation: str = "gelu"
+
+    def __post_init__(self) -> None:
+        sizes = ("width", "heads", "intermediate", "image_size", "patch_size", "projection_dim")
+        _bounded(self, _LARGEST, *sizes)
+        _bounded(self, _MOST_LAYERS, "layers")
+
+    @property
+    def tokens(self) -> int:
+        """Length of the hidden state: the patches and the class token (257 for 224 / 14)."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class QFormerConfig:
+    """A Perceiver resampler of ``queries`` learned queries (paper Eq. 2, QFormer)."""
+
+    queries: int = 64
+    width: int = 1280
+    layers: int = 4
+    heads: int = 20
+    head_dim: int = 64
+    ff_mult: int = 4
+    output_dim: int = 2048
+
+    def __post_init__(self) -> None:
+        _bounded(self, _LARGEST, "queries", "width", "heads", "head_dim", "ff_mult", "output_dim")
+        _bounded(self, _MOST_LAYERS, "layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """What the ReferenceNet sees: pictures of ``size`` squared as latents at U-Net scale.
+
+    A VAE's unscaled latent ``z`` enters as ``(z - latent_shift) * latent_scale``.
+    ``cross_attention`` keeps the text blocks (Table 1, "original ReferenceNet").
+    """
+
+    size: int = 512
+    latent_scale: float = 0.13025
+    latent_shift: float = 0.0
+    latent_stride: int = 8
+    cross_attention: bool = False
+
+    def __post_init__(self) -> None:
+        _bounded(self, _LARGEST, "size", "latent_stride")
+        if not self.latent_scale > 0:
+            raise ConfigError(
+                f"ReferenceConfig.latent_scale: got {self.latent_scale}, expected > 0"
+            )
+        if self.size % self.latent_stride:
+            raise ConfigError(
+                f"ReferenceConfig.size: got {self.size}, expected a multiple of "
+                f"latent_stride = {self.latent_stride}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """The decoupled router (paper 3.3). ``refine=False`` stops at the coarse map (Fig. 6)."""
+
+    key_dim: int = 256
+    heads: int = 4
+    refine: bool = True
+
+    def __post_init__(self) -> None:
+        _bounded(self, _LARGEST, "key_dim", "heads")
+        if self.key_dim % self.heads:
+            raise ConfigError(
+                f"RouterConfig.key_dim: got {self.key_dim}, expected a multiple of heads = "
+                f"{self.heads}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyStoryConfig:
+    """All sizes of one AnyStory model."""
+
+    name: str = "sdxl"
+    unet: UNetConfig = UNetConfig()
+    clip: ClipVisionConfig = ClipVisionConfig()
+    subject_qformer: QFormerConfig = QFormerConfig()
+    routing_qformer: QFormerConfig = QFormerConfig(queries=1, output_dim=1280)
+    reference: ReferenceConfig = ReferenceConfig()
+    router: RouterConfig = RouterConfig()
+
+    def __post_init__(self) -> None:
+        if self.subject_qformer.output_dim != self.unet.context_dim:
+            raise ConfigError(
+                f"subject_qformer.output_dim: got {self.subject_qformer.output_dim}, expected the "
+                f"U-Net's context_dim = {self.unet.context_dim}"
+            )
+        if self.routing_qformer.queries != 1:
+            raise ConfigError(
+                f"routing_qformer.queries: got {self.routing_qformer.queries}, expected 1"
+            )
+
+    @property
+    def routing_dim(self) -> int:
+        """Width ``d_r`` of a routing feature."""
+        return self.routing_qformer.output_dim
+
+    @classmethod
+    def sdxl(cls) -> AnyStoryConfig:
+        """The paper's sizes on SDXL and CLIP ViT-H/14."""
+        return cls()
+
+    @classmethod
+    def mini(cls) -> AnyStoryConfig:
+        """The same topology, small: the model that ships with the pack (17 blocks)."""
+        return cls(
+            name="mini",
+            unet=UNetConfig(
+                model_channels=64,
+                transformer_depth=(0, 1, 2),
+                middle_depth=2,
+                head_dim=32,
+                context_dim=256,
+                adm_channels=256 + 1536,
+            ),
+            clip=ClipVisionConfig(
+                width=192, layers=6, heads=6, intermediate=768, projection_dim=256
+            ),
+            subject_qformer=QFormerConfig(
+                queries=16, width=192, layers=2, heads=6, head_dim=32, output_dim=256
+            ),
+            routing_qformer=QFormerConfig(
+                queries=1, width=192, layers=2, heads=6, head_dim=32, output_dim=192
+            ),
+            reference=ReferenceConfig(size=256, latent_scale=1.0),
+            router=RouterConfig(key_dim=64, heads=4),
+        )
+
+    def to_json(self) -> str:
+        """One line of JSON that :meth:`from_json` reads back to an equal object."""
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> AnyStoryConfig:
+        """Read :meth:`to_json`; unknown keys, missing keys and wrong types are a ConfigError."""
+        try:
+            data = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ConfigError(f"anystory.config is not JSON: {error}") from error
+        return from_dict(cls, data, "anystory.config", complete=True)
+
+
+def from_dict(kind: type[T], data: object, where: str, *, complete: bool = False) -> T:
+    """Build the dataclass ``kind`` from plain ``data``.
+
+    Unknown keys are refused with the known ones; with ``complete``, so are missing ones. ``where``
+    is the dotted name shown in messages.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: got {type(data).__name__}, expected a table of values")
+    entries = typing.cast(dict[str, Any], data)
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, kind)) if f.init}
+    unknown = sorted(set(entries) - set(fields))
+    if unknown:
+        raise ConfigError(f"{where}: unknown {unknown}, expected among {sorted(fields)}")
+    required = [
+        name
+        for name, f in fields.items()
+        if complete
+        or (f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING)
+    ]
+    missing = sorted(set(required) - set(entries))
+    if missing:
+        raise ConfigError(f"{where}: {missing} missing")
+    values = {
+        name: _convert(hints[name], value, f"{where}.{name}", complete)
+        for name, value in entries.items()
+    }
+    return kind(**values)
+
+
+def _convert(hint: Any, value: object, where: str, complete: bool) -> Any:
+    """``value`` as the annotated type ``hint``, or a ConfigError that names ``where``."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type[Any], hint), value, where, complete=complete)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        (inner,) = [a for a in args if a is not type(None)]
+        return _convert(inner, value, where, complete)
+    if origin is typing.Literal:
+        if value not in args:
+            raise ConfigError(f"{where}: got {value!r}, expected one of {list(args)}")
+        return value
+    if origin is tuple and isinstance(value, list | tuple):
+        items = typing.cast("list[object]", value)
+        return tuple(_convert(args[0], v, f"{where}[{i}]", complete) for i, v in enumerate(items))
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ConfigError(f"{where}: got {value}, expected a finite number")
+        return float(value)
+    if hint is int and isinstance(value, bool) or not isinstance(value, hint):
+        name = getattr(hint, "__name__", str(hint))
+        raise ConfigError(f"{where}: got {value!r}, expected {name}")
+    return value

@@ -1,0 +1,165 @@
+"""Where a route comes from: the trained router, the user's masks, or one subject everywhere.
+
+A source answers with soft maps (B,C,Q) in float32, C = N subjects and the background last; the
+conditioner takes their argmax as the route. Masks live in picture space, 1 = subject.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .router import RouterKeys, Routers, RoutingLogits
+from .sites import Site
+
+Grid = tuple[int, int]  # height and width in tokens
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The part of the latent that a call sees, in latent pixels (area conditioning)."""
+
+    y: int
+    x: int
+    height: int
+    width: int
+    full_height: int
+    full_width: int
+
+    def narrow(self, masks: Tensor) -> Tensor:
+        """Cut (N,H,W) masks to the same part, at least one pixel of them."""
+        rows, columns = masks.shape[-2:]
+        top = min(self.y * rows // self.full_height, rows - 1)
+        left = min(self.x * columns // self.full_width, columns - 1)
+        bottom = max(-(-(self.y + self.height) * rows // self.full_height), top + 1)
+        right = max(-(-(self.x + self.width) * columns // self.full_width), left + 1)
+        return masks[..., top:bottom, left:right]
+
+
+@dataclass(frozen=True)
+class SoftMaps:
+    """Routing maps of one block: ``maps`` (B,C,Q) float32 on ``grid``.
+
+    ``logits`` are there when a router made them (training needs the coarse ones too)."""
+
+    maps: Tensor
+    grid: Grid
+    logits: RoutingLogits | None = None
+
+
+class RouteSource(Protocol):
+    """Gives the soft maps of a block, and carries them to another grid."""
+
+    @property
+    def candidates(self) -> int:
+        """N + 1."""
+        ...
+
+    def maps(self, site: Site, z: Tensor, grid: Grid, crop: Crop | None) -> SoftMaps:
+        """z (B,Q,D) is the block's ``norm2`` output."""
+        ...
+
+    def resize(self, soft: SoftMaps, grid: Grid, crop: Crop | None) -> SoftMaps:
+        """The same maps on another grid."""
+        ...
+
+
+def resize_soft(soft: SoftMaps, grid: Grid) -> SoftMaps:
+    """Area average when shrinking, bilinear when growing."""
+    if soft.grid == grid:
+        return soft
+    image = soft.maps.reshape(*soft.maps.shape[:2], *soft.grid)  # (B,C,h,w)
+    if grid[0] * grid[1] < soft.grid[0] * soft.grid[1]:
+        image = torch.nn.functional.interpolate(image, size=grid, mode="area")
+    else:
+        image = torch.nn.functional.interpolate(
+            image, size=grid, mode="bilinear", align_corners=False
+        )
+    return SoftMaps(image.flatten(2), grid)
+
+
+@dataclass(frozen=True)
+class MaskRoutes:
+    """The user's masks (N,H,W) in [0,1] as routes: background 1 - max, ties to the lower number."""
+
+    masks: Tensor
+
+    @property
+    def candidates(self) -> int:
+        return self.masks.shape[0] + 1
+
+    def subject_weights(self, grid: Grid, crop: Crop | None) -> Tensor:
+        """Area-resized masks (N,Q)."""
+        masks = self.masks if crop is None else crop.narrow(self.masks)
+        resized = torch.nn.functional.interpolate(masks[None], size=grid, mode="area")
+        return resized[0].flatten(1)
+
+    def maps(self, site: Site, z: Tensor, grid: Grid, crop: Crop | None) -> SoftMaps:
+        return self._on(grid, crop, z.shape[0], z.device)
+
+    def resize(self, soft: SoftMaps, grid: Grid, crop: Crop | None) -> SoftMaps:
+        return self._on(grid, crop, soft.maps.shape[0], soft.maps.device)
+
+    def _on(self, grid: Grid, crop: Crop | None, batch: int, device: torch.device) -> SoftMaps:
+        weights = self.subject_weights(grid, crop).to(device)
+        background = 1 - weights.amax(dim=0, keepdim=True)
+        maps = torch.cat((weights, background))[None].expand(batch, -1, -1)
+        return SoftMaps(maps, grid)
+
+
+@dataclass(frozen=True)
+class LearnedRoutes:
+    """The trained router; ``masks`` forbid subject i where mask_i < 0.5 ("learned within masks").
+
+    ``keys`` are the prepared routing features by block. ``present`` (B,C) bool marks real
+    candidates where rows hold different numbers of subjects (training)."""
+
+    routers: Routers
+    keys: Mapping[int, RouterKeys]
+    candidates: int
+    masks: MaskRoutes | None = None
+    present: Tensor | None = None
+
+    @classmethod
+    def prepare(
+        cls,
+        routers: Routers,
+        routing: Tensor,
+        *,
+        masks: MaskRoutes | None = None,
+        present: Tensor | None = None,
+    ) -> LearnedRoutes:
+        """Fold the routing features (R,C,E), R = 1 or B, into every block's router."""
+        keys = {index: router.prepare(routing) for index, router in routers.items()}
+        return cls(routers, keys, routing.shape[1], masks, present)
+
+    def maps(self, site: Site, z: Tensor, grid: Grid, crop: Crop | None) -> SoftMaps:
+        allowed = None if self.present is None else self.present[:, :, None]
+        if self.masks is not None:
+            inside = self.masks.subject_weights(grid, crop).to(z.device) >= 0.5
+            background = torch.ones_like(inside[:1])
+            allowed = torch.cat((inside, background))[None]
+        logits = self.routers.at(site.index).logits(z, self.keys[site.index], allowed)
+        return SoftMaps(logits.refined.softmax(dim=1), grid, logits)
+
+    def resize(self, soft: SoftMaps, grid: Grid, crop: Crop | None) -> SoftMaps:
+        return resize_soft(soft, grid)
+
+
+@dataclass(frozen=True)
+class SingleRoute:
+    """Every token belongs to the only subject: files without a router, and training stage 1."""
+
+    candidates: int = 2
+
+    def maps(self, site: Site, z: Tensor, grid: Grid, crop: Crop | None) -> SoftMaps:
+        maps = torch.zeros(z.shape[0], 2, z.shape[1], device=z.device)
+        maps[:, 0] = 1
+        return SoftMaps(maps, grid)
+
+    def resize(self, soft: SoftMaps, grid: Grid, crop: Crop | None) -> SoftMaps:
+        return resize_soft(soft, grid)

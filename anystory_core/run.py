@@ -1,0 +1,186 @@
+"""What one sampling run needs: the subjects' keys and values, projected once, and a route source.
+
+K, V of Eq. 5 and 6 depend on the subjects and the weights alone, not on the step, so a run projects
+them before its first step and holds nothing of the ReferenceNet or of the projections afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .build import AnyStoryModel, Projections
+from .errors import ModelMismatchError, RoutingError
+from .injection import KeyValue
+from .routes import LearnedRoutes, MaskRoutes, RouteSource, SingleRoute
+from .sites import Site
+from .subject import Subject
+
+MODES = ("learned", "masks", "learned within masks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Overall strengths; each subject's own are multiplied in (:class:`~.subject.SubjectOptions`).
+
+    ``keep_references_in_uncond``: unconditional rows keep the reference features (the paper's
+    training drops only CLIP); they then route by their own hidden states.
+    """
+
+    strength: float = 1.0
+    reference_strength: float = 1.0
+    keep_references_in_uncond: bool = False
+
+
+@dataclass(frozen=True)
+class SiteConditions:
+    """Projected keys and values of all C = N + 1 candidates at one block; None: it has none."""
+
+    clip: tuple[KeyValue | None, ...]
+    reference: tuple[KeyValue | None, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything constant over one sampling run. Built by :func:`prepare_run`."""
+
+    conditions: tuple[SiteConditions, ...]  # conditions[l - 1]
+    source: RouteSource
+    strengths: tuple[float, ...]  # eta_i for N subjects and the background
+    biases: tuple[float, ...]  # gamma_i, the same
+    keep_references_in_uncond: bool = False
+
+    @property
+    def subjects(self) -> int:
+        """N."""
+        return len(self.strengths) - 1
+
+    def is_idle(self, active: Sequence[bool]) -> bool:
+        """Nothing to inject: the host then runs the plain model, bit for bit."""
+        return not any(
+            on and (eta > 0 or gamma > -math.inf)
+            for on, eta, gamma in zip(active, self.strengths, self.biases, strict=False)
+        )
+
+
+def project(
+    projections: Projections,
+    sites: Sequence[Site],
+    tokens: Sequence[Tensor | None],
+    features: Sequence[Sequence[Tensor] | None],
+) -> tuple[SiteConditions, ...]:
+    """Apply every block's K and V maps once.
+
+    tokens: E_i (R,T,C) of each candidate, the background's last. features: G_i^2..G_i^L, each
+    (R,G,d_l). None: the candidate has none. Differentiable.
+    """
+    conditions: list[SiteConditions] = []
+    for site in sites:
+        clip = reference = None
+        if projections.clip is not None:
+            clip = projections.clip.at(site.index)
+        if projections.reference is not None and site.index > 1:
+            reference = projections.reference.at(site.index)
+        conditions.append(
+            SiteConditions(
+                tuple(None if clip is None or e is None else clip(e) for e in tokens),
+                tuple(
+                    None if reference is None or not g else reference(g[site.index - 2])
+                    for g in features
+                ),
+            )
+        )
+    return tuple(conditions)
+
+
+def prepare_run(
+    model: AnyStoryModel, subjects: Sequence[Subject], source: RouteSource, settings: Settings
+) -> Run:
+    """Project all subjects for one run. The subjects' tensors are on the device and in the dtype of
+    ``model.projections``. A branch at strength 0 is not projected."""
+    if source.candidates != len(subjects) + 1:
+        raise RoutingError(
+            f"routing: made for {source.candidates - 1} subjects, got {len(subjects)}"
+        )
+    if not subjects:
+        raise RoutingError("routing: got no subject, expected at least one")
+    _check_subjects(model, subjects)
+    background = subjects[0].background_tokens if settings.strength > 0 else None
+    strengths = [settings.strength * s.options.strength for s in subjects]
+    biases = [_log(settings.reference_strength * s.options.reference_strength) for s in subjects]
+    tokens: list[Tensor | None] = [
+        s.tokens[None] if s.tokens is not None and eta > 0 else None
+        for s, eta in zip(subjects, strengths, strict=True)
+    ]
+    features: list[Sequence[Tensor] | None] = [
+        [g[None] for g in s.features] if gamma > -math.inf else None
+        for s, gamma in zip(subjects, biases, strict=True)
+    ]
+    tokens.append(None if background is None else background[None])
+    conditions = project(model.projections, model.sites, tokens, [*features, None])
+    return Run(
+        conditions,
+        source,
+        (*strengths, settings.strength),
+        (*biases, -math.inf),
+        settings.keep_references_in_uncond,
+    )
+
+
+def _log(strength: float) -> float:
+    """gamma = ln s; the bias of Eq. 7 for a multiplicative reference strength."""
+    return math.log(strength) if strength > 0 else -math.inf
+
+
+def _check_subjects(model: AnyStoryModel, subjects: Sequence[Subject]) -> None:
+    for subject in subjects:
+        if subject.fingerprint != model.fingerprint:
+            raise ModelMismatchError(
+                f"subject {subject.label!r} was encoded by other AnyStory weights "
+                f"({subject.fingerprint or 'unsaved'}) than those in use "
+                f"({model.fingerprint or 'unsaved'}); encode it again with these"
+            )
+
+
+def build_source(
+    mode: str, model: AnyStoryModel, subjects: Sequence[Subject], masks: Tensor | None
+) -> RouteSource:
+    """The source of routes for a SubjectRouter mode.
+
+    masks (N,H,W) float in [0,1], needed by "masks" and "learned within masks". RoutingError says
+    what to load or to connect. A model without routers routes a single subject everywhere.
+    """
+    if mode not in MODES:
+        raise RoutingError(f"mode: got {mode!r}, expected one of {list(MODES)}")
+    if mode != "learned" and (masks is None or masks.shape[0] != len(subjects)):
+        got = 0 if masks is None else masks.shape[0]
+        raise RoutingError(
+            f"mode {mode!r}: got {got} masks for {len(subjects)} subjects, expected one mask for "
+            "each; connect the missing ones or choose the mode 'learned'"
+        )
+    if mode == "masks" and masks is not None:
+        return MaskRoutes(masks)
+    if model.routers is None:
+        if len(subjects) == 1 and mode == "learned":
+            return SingleRoute()
+        raise RoutingError(
+            f"mode {mode!r}: these AnyStory weights hold no router, which {len(subjects)} subjects "
+            "need; load weights with a router, or connect one mask for each subject and choose the "
+            "mode 'masks'"
+        )
+    features = [s.routing for s in subjects]
+    if any(f is None for f in features) or subjects[0].background_routing is None:
+        raise RoutingError(
+            "the subjects carry no routing feature; encode them again with weights that hold the "
+            "routing encoder"
+        )
+    stacked = [f for f in (*features, subjects[0].background_routing) if f is not None]
+    return LearnedRoutes.prepare(
+        model.routers,
+        torch.stack(stacked)[None],
+        masks=None if mode == "learned" or masks is None else MaskRoutes(masks),
+    )

@@ -13,7 +13,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -123,7 +123,7 @@ class TensorFile(Protocol):
 
 
 @contextlib.contextmanager
-def open_tensors(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
+def open_tensors(path: str | os.PathLike[str]) -> Generator[TensorFile, None, None]:
     """``safetensors.safe_open`` on the CPU: tensors are read one by one, when asked for."""
     opened: Any = safe_open(str(path), framework="pt", device="cpu")
     with opened as file:

@@ -63,9 +63,9 @@ class _Route:
 class Call:
     """One forward pass of the U-Net; holds its routes.
 
-    ``active`` (N) says which subjects are inside their window. ``recorder`` gets the route of the
-    rows in ``record``. ``gumbel`` (training): straight-through Gumbel-softmax (tau = 1) for sigma in
-    Eq. 5; Eq. 6-8 use its noise-free argmax.
+    ``active`` (N) says which subjects are inside their window. ``recorder`` gets the route of
+    the rows in ``record``. ``gumbel`` (training): straight-through Gumbel-softmax (tau = 1) for
+    sigma in Eq. 5; Eq. 6-8 use its noise-free argmax.
     """
 
     run: Run

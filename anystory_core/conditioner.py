@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import injection
 from .injection import Attention, KeyValue, Regions
-from .routes import Crop, Grid, SoftMaps
+from .routes import Crops, Grid, SoftMaps
 from .run import Run
 from .sites import Site
 
@@ -63,7 +63,8 @@ class _Route:
 class Call:
     """One forward pass of the U-Net; holds its routes.
 
-    ``active`` (N) says which subjects are inside their window. ``recorder`` gets the route of
+    ``active`` (N) says which subjects are inside their window. ``crops`` (B, or empty) is the part
+    of the picture that each row shows. ``recorder`` gets the route of
     the rows in ``record``. ``gumbel`` (training): straight-through Gumbel-softmax (tau = 1) for
     sigma in Eq. 5; Eq. 6-8 use its noise-free argmax.
     """
@@ -73,7 +74,7 @@ class Call:
     active: tuple[bool, ...]
     sites: Sequence[Site]
     attention: Attention
-    crop: Crop | None = None
+    crops: Crops = ()
     recorder: Recorder | None = None
     record: tuple[int, ...] = ()
     gumbel: bool = False
@@ -83,6 +84,7 @@ class Call:
     def __post_init__(self) -> None:
         keeps = self.run.keep_references_in_uncond
         self._routed = self.rows.cond + (self.rows.uncond if keeps else ())
+        self._crops = tuple(self.crops[row] for row in self._routed) if self.crops else ()
         on = (*self.active, True)
         self._eta = tuple(e if a else 0.0 for e, a in zip(self.run.strengths, on, strict=True))
         self._referenced = tuple(
@@ -96,7 +98,7 @@ class Call:
         if not self._routed:
             return
         site = self.sites[index - 1]
-        soft = self.run.source.maps(site, _take(z, self._routed), grid, self.crop)
+        soft = self.run.source.maps(site, _take(z, self._routed), grid, self._crops)
         route = _Route(soft, soft.maps.argmax(dim=1))
         if self.gumbel and soft.logits is not None:
             route.weights = torch.nn.functional.gumbel_softmax(
@@ -116,7 +118,7 @@ class Call:
         route = self._routes.get(index)
         if route is None or route.soft.grid == grid:
             return route
-        soft = self.run.source.resize(route.soft, grid, self.crop)
+        soft = self.run.source.resize(route.soft, grid, self._crops)
         return _Route(soft, soft.maps.argmax(dim=1))
 
     # -- Eq. 5 -------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ conditioner takes their argmax as the route. Masks live in picture space, 1 = su
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,14 +30,17 @@ class Crop:
     full_height: int
     full_width: int
 
-    def narrow(self, masks: Tensor) -> Tensor:
-        """Cut (N,H,W) masks to the same part, at least one pixel of them."""
-        rows, columns = masks.shape[-2:]
+    def narrow(self, mask: Tensor) -> Tensor:
+        """Cut a mask (H,W) to the same part, at least one pixel of it."""
+        rows, columns = mask.shape
         top = min(self.y * rows // self.full_height, rows - 1)
         left = min(self.x * columns // self.full_width, columns - 1)
         bottom = max(-(-(self.y + self.height) * rows // self.full_height), top + 1)
         right = max(-(-(self.x + self.width) * columns // self.full_width), left + 1)
-        return masks[..., top:bottom, left:right]
+        return mask[top:bottom, left:right]
+
+
+Crops = Sequence[Crop | None]  # one per row; None or nothing at all: the whole picture
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,11 @@ class RouteSource(Protocol):
         """N + 1."""
         ...
 
-    def maps(self, site: Site, z: Tensor, grid: Grid, crop: Crop | None) -> SoftMaps:
+    def maps(self, site: Site, z: Tensor, grid: Grid, crops: Crops) -> SoftMaps:
         """z (B,Q,D) is the block's ``norm2`` output."""
         ...
 
-    def resize(self, soft: SoftMaps, grid: Grid, crop: Crop | None) -> SoftMaps:
+    def resize(self, soft: SoftMaps, grid: Grid, crops: Crops) -> SoftMaps:
         """The same maps on another grid."""
         ...
 
@@ -84,30 +87,42 @@ def resize_soft(soft: SoftMaps, grid: Grid) -> SoftMaps:
 
 @dataclass(frozen=True)
 class MaskRoutes:
-    """The user's masks (N,H,W) in [0,1] as routes: background 1 - max, ties to the lower number."""
+    """The user's masks as routes: background 1 - max, ties to the lower number.
 
-    masks: Tensor
+    ``masks``: one (H,W) tensor in [0,1] per subject, of any size; each covers the whole picture."""
+
+    masks: tuple[Tensor, ...]
 
     @property
     def candidates(self) -> int:
-        return self.masks.shape[0] + 1
+        return len(self.masks) + 1
 
-    def subject_weights(self, grid: Grid, crop: Crop | None) -> Tensor:
-        """Area-resized masks (N,Q)."""
-        masks = self.masks if crop is None else crop.narrow(self.masks)
-        resized = torch.nn.functional.interpolate(masks[None], size=grid, mode="area")
-        return resized[0].flatten(1)
+    def subject_weights(self, grid: Grid, crops: Crops) -> Tensor:
+        """Area-resized masks: (rows,N,Q) for as many rows as there are crops, else (1,N,Q)."""
+        rows = [self._resized(grid, crop) for crop in dict.fromkeys(crops or (None,))]
+        if len(rows) == 1:
+            return rows[0][None]
+        of = {crop: row for crop, row in zip(dict.fromkeys(crops), rows, strict=True)}
+        return torch.stack([of[crop] for crop in crops])
 
-    def maps(self, site: Site, z: Tensor, grid: Grid, crop: Crop | None) -> SoftMaps:
-        return self._on(grid, crop, z.shape[0], z.device)
+    def _resized(self, grid: Grid, crop: Crop | None) -> Tensor:
+        """(N,Q)."""
+        resize = torch.nn.functional.interpolate
+        masks = [m if crop is None else crop.narrow(m) for m in self.masks]
+        return torch.stack(
+            [resize(m[None, None], grid, mode="area")[0, 0].flatten() for m in masks]
+        )
 
-    def resize(self, soft: SoftMaps, grid: Grid, crop: Crop | None) -> SoftMaps:
-        return self._on(grid, crop, soft.maps.shape[0], soft.maps.device)
+    def maps(self, site: Site, z: Tensor, grid: Grid, crops: Crops) -> SoftMaps:
+        return self._on(grid, crops, z.shape[0], z.device)
 
-    def _on(self, grid: Grid, crop: Crop | None, batch: int, device: torch.device) -> SoftMaps:
-        weights = self.subject_weights(grid, crop).to(device)
-        background = 1 - weights.amax(dim=0, keepdim=True)
-        maps = torch.cat((weights, background))[None].expand(batch, -1, -1)
+    def resize(self, soft: SoftMaps, grid: Grid, crops: Crops) -> SoftMaps:
+        return self._on(grid, crops, soft.maps.shape[0], soft.maps.device)
+
+    def _on(self, grid: Grid, crops: Crops, batch: int, device: torch.device) -> SoftMaps:
+        weights = self.subject_weights(grid, crops).to(device)
+        background = 1 - weights.amax(dim=1, keepdim=True)
+        maps = torch.cat((weights, background), dim=1).expand(batch, -1, -1)
         return SoftMaps(maps, grid)
 
 
@@ -137,16 +152,15 @@ class LearnedRoutes:
         keys = {index: router.prepare(routing) for index, router in routers.items()}
         return cls(routers, keys, routing.shape[1], masks, present)
 
-    def maps(self, site: Site, z: Tensor, grid: Grid, crop: Crop | None) -> SoftMaps:
+    def maps(self, site: Site, z: Tensor, grid: Grid, crops: Crops) -> SoftMaps:
         allowed = None if self.present is None else self.present[:, :, None]
         if self.masks is not None:
-            inside = self.masks.subject_weights(grid, crop).to(z.device) >= 0.5
-            background = torch.ones_like(inside[:1])
-            allowed = torch.cat((inside, background))[None]
+            inside = self.masks.subject_weights(grid, crops).to(z.device) >= 0.5  # (1|B,N,Q)
+            allowed = torch.cat((inside, torch.ones_like(inside[:, :1])), dim=1)
         logits = self.routers.at(site.index).logits(z, self.keys[site.index], allowed)
         return SoftMaps(logits.refined.softmax(dim=1), grid, logits)
 
-    def resize(self, soft: SoftMaps, grid: Grid, crop: Crop | None) -> SoftMaps:
+    def resize(self, soft: SoftMaps, grid: Grid, crops: Crops) -> SoftMaps:
         return resize_soft(soft, grid)
 
 
@@ -156,10 +170,10 @@ class SingleRoute:
 
     candidates: int = 2
 
-    def maps(self, site: Site, z: Tensor, grid: Grid, crop: Crop | None) -> SoftMaps:
+    def maps(self, site: Site, z: Tensor, grid: Grid, crops: Crops) -> SoftMaps:
         maps = torch.zeros(z.shape[0], 2, z.shape[1], device=z.device)
         maps[:, 0] = 1
         return SoftMaps(maps, grid)
 
-    def resize(self, soft: SoftMaps, grid: Grid, crop: Crop | None) -> SoftMaps:
+    def resize(self, soft: SoftMaps, grid: Grid, crops: Crops) -> SoftMaps:
         return resize_soft(soft, grid)

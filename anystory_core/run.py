@@ -147,23 +147,24 @@ def _check_subjects(model: AnyStoryModel, subjects: Sequence[Subject]) -> None:
 
 
 def build_source(
-    mode: str, model: AnyStoryModel, subjects: Sequence[Subject], masks: Tensor | None
+    mode: str, model: AnyStoryModel, subjects: Sequence[Subject], masks: Sequence[Tensor | None]
 ) -> RouteSource:
     """The source of routes for a SubjectRouter mode.
 
-    masks (N,H,W) float in [0,1], needed by "masks" and "learned within masks". RoutingError says
-    what to load or to connect. A model without routers routes a single subject everywhere.
+    masks: (H,W) float in [0,1] per subject or None; "masks" and "learned within masks" need every
+    one. RoutingError says what to load or to connect. A model without routers routes a single subject everywhere.
     """
     if mode not in MODES:
         raise RoutingError(f"mode: got {mode!r}, expected one of {list(MODES)}")
-    if mode != "learned" and (masks is None or masks.shape[0] != len(subjects)):
-        got = 0 if masks is None else masks.shape[0]
+    given = tuple(m for m in masks if m is not None)
+    if mode != "learned" and len(given) != len(subjects):
+        missing = [i + 1 for i, m in enumerate(masks) if m is None]
         raise RoutingError(
-            f"mode {mode!r}: got {got} masks for {len(subjects)} subjects, expected one mask for "
-            "each; connect the missing ones or choose the mode 'learned'"
+            f"mode {mode!r}: mask {missing} missing for {len(subjects)} subjects; connect one mask "
+            "for each subject, or choose the mode 'learned'"
         )
-    if mode == "masks" and masks is not None:
-        return MaskRoutes(masks)
+    if mode == "masks":
+        return MaskRoutes(given)
     if model.routers is None:
         if len(subjects) == 1 and mode == "learned":
             return SingleRoute()
@@ -182,5 +183,5 @@ def build_source(
     return LearnedRoutes.prepare(
         model.routers,
         torch.stack(stacked)[None],
-        masks=None if mode == "learned" or masks is None else MaskRoutes(masks),
+        masks=MaskRoutes(given) if mode == "learned within masks" else None,
     )

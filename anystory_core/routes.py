@@ -7,7 +7,7 @@ conditioner takes their argmax as the route. Masks live in picture space, 1 = su
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -92,6 +92,9 @@ class MaskRoutes:
     ``masks``: one (H,W) tensor in [0,1] per subject, of any size; each covers the whole picture."""
 
     masks: tuple[Tensor, ...]
+    _cache: dict[tuple[Grid, Crop | None], Tensor] = field(
+        default_factory=dict[tuple[Grid, "Crop | None"], Tensor], compare=False, repr=False
+    )
 
     @property
     def candidates(self) -> int:
@@ -106,12 +109,13 @@ class MaskRoutes:
         return torch.stack([of[crop] for crop in crops])
 
     def _resized(self, grid: Grid, crop: Crop | None) -> Tensor:
-        """(N,Q)."""
-        resize = torch.nn.functional.interpolate
-        masks = [m if crop is None else crop.narrow(m) for m in self.masks]
-        return torch.stack(
-            [resize(m[None, None], grid, mode="area")[0, 0].flatten() for m in masks]
-        )
+        """(N,Q); a run asks for the same few grids at every block and step."""
+        if (grid, crop) not in self._cache:
+            resize = torch.nn.functional.interpolate
+            masks = [m if crop is None else crop.narrow(m) for m in self.masks]
+            weights = [resize(m[None, None], grid, mode="area")[0, 0].flatten() for m in masks]
+            self._cache[grid, crop] = torch.stack(weights)
+        return self._cache[grid, crop]
 
     def maps(self, site: Site, z: Tensor, grid: Grid, crops: Crops) -> SoftMaps:
         return self._on(grid, crops, z.shape[0], z.device)

@@ -36,15 +36,24 @@ class RoutingRecord:
     sites: tuple[Site, ...]
     keep_soft: bool = False
     steps: list[StepRecord] = field(default_factory=list[StepRecord])
+    _pending: StepRecord | None = None
 
     def begin_step(self, sigma: float, active: Sequence[bool]) -> None:
-        """Open the record of the next sampler step."""
-        self.steps.append(StepRecord(sigma, tuple(active)))
+        """Open the record of a sampler step; an open one that was never committed is dropped."""
+        self._pending = StepRecord(sigma, tuple(active))
+
+    def commit_step(self) -> None:
+        """Keep the open record: the sampler has reported the step."""
+        if self._pending is not None:
+            self.steps.append(self._pending)
+        self._pending = None
 
     def record(self, index: int, ids: Tensor, grid: Grid, soft: Tensor) -> None:
         """Keep block ``index``: ids (rows,Q), soft (rows,C,Q). Stays on the device until
         :meth:`finish`, so that sampling never waits for a copy."""
-        step = self.steps[-1]
+        step = self._pending
+        if step is None:
+            return
         step.ids[index] = ids
         step.grids[index] = grid
         if self.keep_soft:

@@ -108,7 +108,6 @@ def prepare_run(
         )
     if not subjects:
         raise RoutingError("routing: got no subject, expected at least one")
-    _check_subjects(model, subjects)
     background = subjects[0].background_tokens if settings.strength > 0 else None
     strengths = [settings.strength * s.options.strength for s in subjects]
     biases = [_log(settings.reference_strength * s.options.reference_strength) for s in subjects]
@@ -146,42 +145,52 @@ def _check_subjects(model: AnyStoryModel, subjects: Sequence[Subject]) -> None:
             )
 
 
-def build_source(
+def check_routing(
     mode: str, model: AnyStoryModel, subjects: Sequence[Subject], masks: Sequence[Tensor | None]
-) -> RouteSource:
-    """The source of routes for a SubjectRouter mode.
-
-    masks: (H,W) float in [0,1] per subject or None; "masks" and "learned within masks" need every
-    one. RoutingError says what to load or to connect. A model without routers routes a single subject everywhere.
-    """
+) -> None:
+    """RoutingError or ModelMismatchError, saying what to load or to connect, unless
+    :func:`build_source` and :func:`prepare_run` can work with this."""
     if mode not in MODES:
         raise RoutingError(f"mode: got {mode!r}, expected one of {list(MODES)}")
-    given = tuple(m for m in masks if m is not None)
-    if mode != "learned" and len(given) != len(subjects):
-        missing = [i + 1 for i, m in enumerate(masks) if m is None]
+    _check_subjects(model, subjects)
+    missing = [i + 1 for i, m in enumerate(masks) if m is None]
+    if mode != "learned" and missing:
         raise RoutingError(
-            f"mode {mode!r}: mask {missing} missing for {len(subjects)} subjects; connect one mask "
-            "for each subject, or choose the mode 'learned'"
+            f"mode {mode!r}: the mask of subject {missing} is missing; connect one mask for each "
+            "subject, or choose the mode 'learned'"
         )
-    if mode == "masks":
-        return MaskRoutes(given)
+    if mode == "masks" or (mode == "learned" and model.routers is None and len(subjects) == 1):
+        return
     if model.routers is None:
-        if len(subjects) == 1 and mode == "learned":
-            return SingleRoute()
         raise RoutingError(
             f"mode {mode!r}: these AnyStory weights hold no router, which {len(subjects)} subjects "
             "need; load weights with a router, or connect one mask for each subject and choose the "
             "mode 'masks'"
         )
-    features = [s.routing for s in subjects]
-    if any(f is None for f in features) or subjects[0].background_routing is None:
+    if any(s.routing is None or s.background_routing is None for s in subjects):
         raise RoutingError(
-            "the subjects carry no routing feature; encode them again with weights that hold the "
-            "routing encoder"
+            f"mode {mode!r}: the subjects carry no routing feature; encode them with weights that "
+            "hold the routing encoder"
         )
-    stacked = [f for f in (*features, subjects[0].background_routing) if f is not None]
+
+
+def build_source(
+    mode: str, model: AnyStoryModel, subjects: Sequence[Subject], masks: Sequence[Tensor | None]
+) -> RouteSource:
+    """The source of routes for a SubjectRouter mode; see :func:`check_routing` for its errors.
+
+    masks: (H,W) float in [0,1] per subject or None; "masks" and "learned within masks" need every
+    one. A model without routers routes a single subject everywhere.
+    """
+    check_routing(mode, model, subjects, masks)
+    given = MaskRoutes(tuple(m for m in masks if m is not None))
+    if mode == "masks":
+        return given
+    if model.routers is None:
+        return SingleRoute()
+    features = [*(s.routing for s in subjects), subjects[0].background_routing]
     return LearnedRoutes.prepare(
         model.routers,
-        torch.stack(stacked)[None],
-        masks=MaskRoutes(given) if mode == "learned within masks" else None,
+        torch.stack([f for f in features if f is not None])[None],
+        masks=given if mode == "learned within masks" else None,
     )

@@ -1,0 +1,18 @@
+"""The pack's nodes, in the order in which a graph uses them."""
+
+from .apply import ApplyAnyStory
+from .encode import AnyStorySubjectOptions, EncodeSubject
+from .load import LoadAnyStory
+from .mini import LoadAnyStoryMini
+from .preview import RoutingMapPreview
+from .route import SubjectRouter
+
+NODES = (
+    LoadAnyStoryMini,
+    LoadAnyStory,
+    EncodeSubject,
+    AnyStorySubjectOptions,
+    SubjectRouter,
+    ApplyAnyStory,
+    RoutingMapPreview,
+)

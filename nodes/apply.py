@@ -1,0 +1,110 @@
+"""ApplyAnyStory: a model that samples with the routed subjects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy.patcher_extension import WrappersMP
+from comfy_api.latest import io
+
+from ..anystory_core.errors import RoutingError
+from ..anystory_core.run import Settings
+from ..anystory_core.subject import SubjectOptions
+from .host import ids
+from .host.checks import check_latent_format, check_model
+from .host.records import RoutingMaps
+from .host.sampling import Routing, SamplingWrapper
+
+
+class ApplyAnyStory(io.ComfyNode):
+    """See ``define_schema``."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        fraction = {"min": 0.0, "max": 1.0, "step": 0.01}
+        strength = {"default": 1.0, "min": 0.0, "max": 5.0, "step": 0.05}
+        return ids.schema(
+            node_id="ApplyAnyStory",
+            display_name="Apply AnyStory",
+            category=ids.CATEGORY,
+            description="Gives a model whose sampling puts the routed subjects into the picture. "
+            "The model itself is never changed.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to sample with, LoRAs included."),
+                ids.Routing.Input("routing", tooltip="From Subject Router."),
+                io.Float.Input(
+                    "strength",
+                    **strength,
+                    tooltip="How strongly all subjects' concepts act (eta of Eq. 5), background "
+                    "included. 1 is the paper, 0 is off.",
+                ),
+                io.Float.Input(
+                    "reference_strength",
+                    **strength,
+                    tooltip="How strongly all subjects' details are copied (e to the gamma of "
+                    "Eq. 7). 1 is the paper, less is freer, 0 is off.",
+                ),
+                io.Float.Input(
+                    "start",
+                    default=0.0,
+                    **fraction,
+                    tooltip="Fraction of the sampling at which subjects begin to act.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    **fraction,
+                    tooltip="Fraction of the sampling at which subjects stop to act. Less than 1 "
+                    "leaves the last steps to the model.",
+                ),
+                io.Boolean.Input(
+                    "references_in_uncond",
+                    default=False,
+                    tooltip="Keep the reference details in the unconditional (negative) rows. Off "
+                    "makes the subjects act more strongly with cfg.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model"),
+                ids.Maps.Output(display_name="maps"),
+            ],
+        )
+
+    @classmethod
+    @ids.named_errors
+    def execute(
+        cls,
+        model: Any,
+        routing: Routing,
+        strength: float = 1.0,
+        reference_strength: float = 1.0,
+        start: float = 0.0,
+        end: float = 1.0,
+        references_in_uncond: bool = False,
+    ) -> io.NodeOutput:
+        # The overall values obey the same rules as a subject's own.
+        SubjectOptions(
+            strength=strength, reference_strength=reference_strength, start=start, end=end
+        )
+        if model.get_wrappers(WrappersMP.OUTER_SAMPLE, ids.WRAPPER_KEY):
+            raise RoutingError(
+                "model: it already went through an ApplyAnyStory; connect all subjects to one "
+                "SubjectRouter and apply it once"
+            )
+        maps = RoutingMaps()
+        patched = model.clone()
+        if not routing.subjects:
+            return io.NodeOutput(patched, maps)
+        anystory = routing.anystory
+        check_model(model, anystory.model.config, anystory.model.sites)
+        check_latent_format(model, anystory.model.config)
+        settings = Settings(
+            strength=strength,
+            reference_strength=reference_strength,
+            keep_references_in_uncond=references_in_uncond,
+        )
+        wrapper = SamplingWrapper(routing, settings, start, end, maps)
+        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, ids.WRAPPER_KEY, wrapper)
+        if routing.mode != "masks":
+            patched.set_additional_models(ids.WRAPPER_KEY, anystory.having("routers"))
+        return io.NodeOutput(patched, maps)

@@ -1,0 +1,208 @@
+"""EncodeSubject and AnyStorySubjectOptions: pictures of a subject -> an encoded subject."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.utils
+import torch
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..anystory_core.config import AnyStoryConfig
+from ..anystory_core.encoder import encode_subject, reference_latents
+from ..anystory_core.errors import ModelMismatchError, SubjectError
+from ..anystory_core.preprocess import prepare_views, zero_clip
+from ..anystory_core.subject import Subject, SubjectOptions
+from .host import ids, tensors
+from .host.managed import ManagedAnyStory, compute_dtype, load, release
+
+
+def clip_states(clip_vision: Any, pixels: Tensor, config: AnyStoryConfig) -> Tensor:
+    """Penultimate states (V,S,W) of normalised pixels (V,3,S,S), past the host's own preprocessing
+    (which rounds to 8 bits and crops). ModelMismatchError unless the encoder is the config's."""
+    found = _clip_sizes(clip_vision)
+    wanted = (config.clip.width, config.clip.layers, config.clip.image_size)
+    if found != wanted:
+        raise ModelMismatchError(
+            f"clip_vision: got width, layers, picture size {found}, the AnyStory weights expect "
+            f"{wanted}; load the CLIP vision model that they were trained with"
+        )
+    mm.load_model_gpu(clip_vision.patcher)
+    out = clip_vision.model(pixel_values=pixels.to(clip_vision.load_device), intermediate_output=-2)
+    return out[1].float()
+
+
+def _clip_sizes(clip_vision: Any) -> tuple[int, int, int] | None:
+    """(width, layers, picture size) of a CLIP vision tower; None for another kind of encoder."""
+    tower = getattr(clip_vision.model, "vision_model", None)
+    embeddings = getattr(tower, "embeddings", None)
+    if embeddings is None or not hasattr(embeddings, "class_embedding"):
+        return None
+    layers = len(tower.encoder.layers)
+    return embeddings.class_embedding.shape[-1], layers, clip_vision.image_size
+
+
+class EncodeSubject(io.ComfyNode):
+    """See ``define_schema``."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return ids.schema(
+            node_id="EncodeSubject",
+            display_name="Encode Subject",
+            category=ids.CATEGORY,
+            description="Cuts a subject out of its picture(s) and encodes it, once, for any number "
+            "of sampling runs.",
+            inputs=[
+                ids.AnyStory.Input("anystory", tooltip="From Load AnyStory or the mini loader."),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    tooltip="The CLIP vision model that the weights were trained with "
+                    "(SDXL: ViT-H/14).",
+                ),
+                io.Vae.Input("vae", tooltip="The VAE of the model that will sample."),
+                io.Image.Input(
+                    "image", tooltip="One picture, or a batch of pictures of the same subject."
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where the subject is. Without it a plain background is cut away, or "
+                    "the whole picture is taken.",
+                ),
+                io.Boolean.Input(
+                    "invert_mask",
+                    default=False,
+                    tooltip="On for masks from Load Image, which gives 1 - alpha. Off when the "
+                    "mask is 1 on the subject.",
+                ),
+                io.String.Input(
+                    "label",
+                    default="",
+                    tooltip="A short name, shown in the routing maps. Leave empty for 'subject'.",
+                ),
+            ],
+            outputs=[ids.Subject.Output(display_name="subject")],
+        )
+
+    @classmethod
+    @ids.named_errors
+    def execute(
+        cls,
+        anystory: ManagedAnyStory,
+        clip_vision: Any,
+        vae: Any,
+        image: Tensor,
+        mask: Tensor | None = None,
+        invert_mask: bool = False,
+        label: str = "",
+    ) -> io.NodeOutput:
+        model, config = anystory.model, anystory.model.config
+        progress = comfy.utils.ProgressBar(3)
+        views = prepare_views(image, mask, config, invert_mask=invert_mask)
+        device = mm.get_torch_device()
+        dtype = compute_dtype(device)
+        with torch.inference_mode():
+            states = background = latents = None
+            if "encoder" in anystory.patchers:
+                states = clip_states(clip_vision, views.clip, config).to(device, dtype)
+                background = clip_states(clip_vision, zero_clip(config), config).to(device, dtype)
+            progress.update(1)
+            if model.reference_net is not None:
+                latents = reference_latents(model, encode_picture(vae, views.vae))
+                latents = latents.to(device, dtype)
+            progress.update(1)
+            patchers = anystory.having("encoder", "reference_net")
+            load(patchers)
+            try:
+                subject = encode_subject(
+                    model,
+                    views,
+                    clip_states=states,
+                    background_states=background,
+                    latents=latents,
+                    label=clean_label(label),
+                    store=mm.unet_offload_device(),
+                )
+            finally:
+                release(patchers)
+        progress.update(1)
+        preview = ui.PreviewImage(tensors.uint8_picture(views.cutout), cls=cls).as_dict()
+        if views.notes:
+            preview["text"] = tuple(views.notes)
+        return io.NodeOutput(subject, ui=preview)
+
+
+def encode_picture(vae: Any, pixels: Tensor) -> Tensor:
+    """The VAE's own latents of (V,3,R,R) in [-1,1], float32 on its output device."""
+    try:
+        raw = vae.encode(tensors.vae_picture(pixels))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ModelMismatchError(
+            f"vae: it cannot encode a {pixels.shape[-1]}x{pixels.shape[-1]} picture ({error}); "
+            "connect the VAE of the model that will sample"
+        ) from error
+    return raw.float()
+
+
+def clean_label(label: str) -> str:
+    """Printable, one line, at most 60 characters; 'subject' when nothing is left."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in label).split())
+    return text[:60] or "subject"
+
+
+class AnyStorySubjectOptions(io.ComfyNode):
+    """See ``define_schema``."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        fraction = {"min": 0.0, "max": 1.0, "step": 0.01}
+        strength = {"default": 1.0, "min": 0.0, "max": 5.0, "step": 0.05}
+        return ids.schema(
+            node_id="AnyStorySubjectOptions",
+            display_name="AnyStory Subject Options",
+            category=ids.CATEGORY,
+            description="Strength and time window of one subject.",
+            inputs=[
+                ids.Subject.Input("subject", tooltip="From Encode Subject."),
+                io.Float.Input(
+                    "strength",
+                    **strength,
+                    tooltip="How strongly the subject's concept acts; multiplied by the overall "
+                    "strength. 1 is the paper, 0 is off.",
+                ),
+                io.Float.Input(
+                    "reference_strength",
+                    **strength,
+                    tooltip="How strongly the subject's details are copied; multiplied by the "
+                    "overall reference strength. 1 is the paper, 0 is off.",
+                ),
+                io.Float.Input(
+                    "start",
+                    default=0.0,
+                    **fraction,
+                    tooltip="Fraction of the sampling at which the subject begins to act.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    **fraction,
+                    tooltip="Fraction of the sampling at which the subject stops to act.",
+                ),
+            ],
+            outputs=[ids.Subject.Output(display_name="subject")],
+        )
+
+    @classmethod
+    @ids.named_errors
+    def execute(
+        cls, subject: Subject, strength: float, reference_strength: float, start: float, end: float
+    ) -> io.NodeOutput:
+        if not isinstance(subject, Subject):
+            raise SubjectError(f"subject: got {type(subject).__name__}, expected a subject")
+        options = SubjectOptions(
+            strength=strength, reference_strength=reference_strength, start=start, end=end
+        )
+        return io.NodeOutput(subject.with_options(options))

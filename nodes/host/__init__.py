@@ -1,0 +1,1 @@
+"""The glue to ComfyUI. No equation of the paper lives here."""

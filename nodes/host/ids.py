@@ -1,0 +1,46 @@
+"""Names that the host sees: socket types, option keys, folders; and one compatibility helper."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from comfy_api.latest import io
+
+from ...anystory_core.errors import AnyStoryError
+
+CATEGORY = "AnyStory"
+FOLDER = "anystory"  # models/anystory
+
+AnyStory = io.Custom("ANYSTORY")
+Subject = io.Custom("ANYSTORY_SUBJECT")
+Routing = io.Custom("ANYSTORY_ROUTING")
+Maps = io.Custom("ANYSTORY_MAPS")
+
+WRAPPER_KEY = "anystory"  # our wrappers and additional models on a ModelPatcher
+ROLES_KEY = "anystory_roles"  # transformer_options: role of each conds index
+CROPS_KEY = "anystory_crops"  # transformer_options: area of each cond's uuid
+CALL_KEY = "anystory_call"  # transformer_options: the Call of this forward pass
+
+MAX_SUBJECTS = 8
+
+
+def schema(**kwargs: Any) -> io.Schema:
+    """``io.Schema`` without the arguments that this host does not know yet."""
+    known = inspect.signature(io.Schema).parameters
+    return io.Schema(**{name: value for name, value in kwargs.items() if name in known})
+
+
+def named_errors(execute: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator for ``execute``: an :class:`AnyStoryError` gets the node's name in front."""
+
+    @functools.wraps(execute)
+    def wrapped(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return execute(cls, *args, **kwargs)
+        except AnyStoryError as error:
+            raise type(error)(f"{cls.__name__}: {error}") from error
+
+    return wrapped

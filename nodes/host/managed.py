@@ -1,0 +1,70 @@
+"""Core modules under the host's memory management.
+
+Each module of a weights file is a ModelPatcher of its own, built from the host's casting layers, so
+it may be stored in fp8 or fp16, be partly offloaded, and is on the load device only while it works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.ops
+import torch
+from torch import nn
+
+from ...anystory_core.build import AnyStoryModel
+
+OPERATIONS = comfy.ops.manual_cast
+
+
+def make_patcher(module: nn.Module) -> Any:
+    """A ModelPatcher around a module, of the class that this host uses for its own models."""
+    kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    return kind(module, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What subjects are encoded in: half precision where the device is good at it."""
+    if mm.should_use_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if mm.should_use_fp16(device) else torch.float32
+
+
+def load(patchers: Sequence[Any]) -> None:
+    """Bring modules to their load device."""
+    mm.load_models_gpu(list(patchers))
+
+
+def release(patchers: Sequence[Any]) -> None:
+    """Take modules off a load device that is not the memory they live in anyway."""
+    for patcher in patchers:
+        if patcher.load_device == patcher.offload_device:
+            continue
+        keep = [m for m in mm.current_loaded_models if m.model is not patcher]
+        mm.free_memory(1e30, patcher.load_device, keep_loaded=keep)
+
+
+@dataclass
+class ManagedAnyStory:
+    """The ANYSTORY socket: a model and one ModelPatcher per module."""
+
+    model: AnyStoryModel
+    name: str
+    patchers: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for prefix, module in self.model.modules():
+            if next(module.parameters(), None) is not None:
+                self.patchers[prefix] = make_patcher(module)
+
+    def get_models(self) -> list[Any]:
+        """What the host may count and free with this output."""
+        return list(self.patchers.values())
+
+    def having(self, *names: str) -> list[Any]:
+        """The patchers of the named modules, as far as they are there."""
+        return [self.patchers[name] for name in names if name in self.patchers]

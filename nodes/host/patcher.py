@@ -1,0 +1,160 @@
+"""The patch objects of one sampling run: three points of a block, in the host's protocol.
+
+They live in the guider's own copy of ``model_options`` while it samples, and chain whatever
+occupies their slots. Which :class:`Call` they serve comes with every forward pass in ``extra_options``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from comfy.ldm.modules.attention import optimized_attention, optimized_attention_masked
+from torch import Tensor
+
+from ...anystory_core.conditioner import Call
+from ...anystory_core.routes import Grid
+from ...anystory_core.sites import Site
+from .ids import CALL_KEY
+
+Block = tuple[str, int]
+Options = Mapping[str, Any]
+Replace = Callable[[Tensor, Tensor, Tensor, Options], Tensor]
+
+
+@dataclass(frozen=True)
+class HostAttention:
+    """Dense attention as the host computes it, with its own choice of backend."""
+
+    options: Options
+    precision: Any = None
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None
+    ) -> Tensor:
+        kwargs = {"attn_precision": self.precision, "transformer_options": self.options}
+        if mask is None:
+            return optimized_attention(q, k, v, heads, **kwargs)
+        return optimized_attention_masked(q, k, v, heads, mask, **kwargs)
+
+
+@dataclass
+class BlockTable:
+    """Finds the site of a running block, and its token grid."""
+
+    sites: Sequence[Site]
+    index: dict[tuple[str, int, int], int] = field(init=False)
+    warned: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.index = {(s.part, s.number, s.block_index): s.index for s in self.sites}
+
+    def site(self, options: Options) -> int:
+        """Number l of the block that is running."""
+        part, number = options["block"][:2]
+        return self.index[part, number, options.get("block_index", 0)]
+
+    def grid(self, options: Options, x: Tensor, index: int) -> Grid | None:
+        """(h,w) of the tokens of x; None, with one warning, when another pack changed them."""
+        batch, _, height, width = options["activations_shape"]
+        if x.shape[1] == height * width and x.shape[0] == batch:
+            return height, width
+        if index not in self.warned:
+            self.warned.add(index)
+            logging.warning(
+                "AnyStory: block '%s' has %d tokens for a grid of %dx%d (another node changes "
+                "them); it goes without the subjects' references.",
+                self.sites[index - 1].label,
+                x.shape[1],
+                height,
+                width,
+            )
+        return None
+
+
+@dataclass(frozen=True)
+class RoutePatch:
+    """attn2 input patch: the router reads ``norm2``'s output."""
+
+    table: BlockTable
+
+    def __call__(
+        self, n: Tensor, context: Tensor, value: Tensor, options: Options
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        call: Call | None = options.get(CALL_KEY)
+        if call is not None:
+            index = self.table.site(options)
+            grid = self.table.grid(options, n, index)
+            if grid is not None:
+                call.begin_cross_attention(index, n, grid)
+        return n, context, value
+
+
+@dataclass(frozen=True)
+class CrossAttentionPatch:
+    """attn2 replacement: the text's part by whoever was in the slot, then Eq. 5."""
+
+    table: BlockTable
+    previous: Replace | None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: Options, **_: Any) -> Tensor:
+        text = _plain(self.previous, q, k, v, options)
+        call: Call | None = options.get(CALL_KEY)
+        if call is None:
+            return text
+        return call.cross_attention(self.table.site(options), q, text)
+
+
+@dataclass(frozen=True)
+class SelfAttentionPatch:
+    """attn1 replacement: Eq. 6-8. Where another replacement stands in the slot, its output changes
+    by what the references change in plain attention."""
+
+    table: BlockTable
+    previous: Replace | None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: Options, **_: Any) -> Tensor:
+        call: Call | None = options.get(CALL_KEY)
+        routed = None
+        if call is not None:
+            index = self.table.site(options)
+            grid = self.table.grid(options, q, index)
+            if grid is not None and k.shape[1] == q.shape[1]:
+                routed = call.self_attention(index, q, k, v, grid)
+        if routed is None:
+            return _plain(self.previous, q, k, v, options)
+        if self.previous is None:
+            return routed
+        return self.previous(q, k, v, options) + (routed - _plain(None, q, k, v, options))
+
+
+def _plain(previous: Replace | None, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+    """The block's attention as it would be without us."""
+    if previous is not None:
+        return previous(q, k, v, options)
+    attention = HostAttention(options, options.get("attn_precision"))
+    return attention(q, k, v, options["n_heads"])
+
+
+def install(transformer_options: dict[str, Any], sites: Sequence[Site]) -> None:
+    """Put one run's patches into ``transformer_options`` (the guider's own nested copy).
+
+    A slot is (name, number, index) or (name, number), and the host looks at the first form first.
+    So ours goes where another's triple stands, chaining it, and on the pair elsewhere, chaining
+    that: a pair that another pack sets while sampling (PAG, SAG) is then never hidden by us.
+    """
+    table = BlockTable(sites)
+    patches = transformer_options.setdefault("patches", {})
+    patches["attn2_patch"] = [*patches.get("attn2_patch", ()), RoutePatch(table)]
+    replacements = transformer_options.setdefault("patches_replace", {})
+    for name, kind in (("attn1", SelfAttentionPatch), ("attn2", CrossAttentionPatch)):
+        before: dict[Any, Replace] = replacements.get(name, {})
+        after = dict(before)
+        for site in sites:
+            pair = (site.part, site.number)
+            triple = (*pair, site.block_index)
+            slot = triple if triple in before else pair
+            after[slot] = kind(table, before.get(slot))
+        replacements[name] = after

@@ -1,0 +1,88 @@
+"""LoadAnyStory: a weights file from models/anystory."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..anystory_core.checkpoint import load_model, read_header
+from ..anystory_core.errors import CheckpointError
+from .host import ids
+from .host.managed import OPERATIONS, ManagedAnyStory
+
+folder_paths.add_model_folder_path(
+    ids.FOLDER, os.path.join(folder_paths.models_dir, ids.FOLDER), is_default=True
+)
+# Without an explicit set of extensions the host lists every file of the folder.
+folder_paths.folder_names_and_paths[ids.FOLDER] = (
+    folder_paths.folder_names_and_paths[ids.FOLDER][0],
+    {".safetensors"},
+)
+
+PART_NAMES = {
+    "subject_encoder": "subject encoder",
+    "routing_encoder": "routing encoder",
+    "reference_net": "ReferenceNet",
+    "clip_projections": "CLIP projections",
+    "reference_projections": "reference projections",
+    "routers": "router",
+}
+
+
+def describe(anystory: ManagedAnyStory) -> str:
+    """One line on what a file holds and what it therefore cannot do."""
+    model = anystory.model
+    text = f"{anystory.name} ({model.config.name}): " + ", ".join(
+        PART_NAMES[part] for part in model.parts
+    )
+    if model.routers is None:
+        text += ". No router: one subject, or several with masks."
+    if model.reference_net is None:
+        text += ". No ReferenceNet: coarse likeness only."
+    return text
+
+
+class LoadAnyStory(io.ComfyNode):
+    """See ``define_schema``."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return ids.schema(
+            node_id="LoadAnyStory",
+            display_name="Load AnyStory",
+            category=ids.CATEGORY,
+            description="Loads AnyStory weights from models/anystory and says what they hold.",
+            search_aliases=["anystory loader", "subject personalization"],
+            inputs=[
+                io.Combo.Input(
+                    "anystory_name",
+                    options=folder_paths.get_filename_list(ids.FOLDER),
+                    tooltip="A .safetensors file in models/anystory. It carries its own sizes.",
+                )
+            ],
+            outputs=[ids.AnyStory.Output(display_name="anystory")],
+        )
+
+    @classmethod
+    @ids.named_errors
+    def execute(cls, anystory_name: str) -> io.NodeOutput:
+        path = folder_paths.get_full_path(ids.FOLDER, anystory_name)
+        if path is None:
+            raise CheckpointError(
+                f"anystory_name: {anystory_name!r} is not in models/anystory; copy it there and "
+                "refresh the node list"
+            )
+        model = load_model(path, operations=OPERATIONS)
+        anystory = ManagedAnyStory(model, anystory_name)
+        return io.NodeOutput(anystory, ui=ui.PreviewText(describe(anystory)))
+
+    @classmethod
+    def fingerprint_inputs(cls, anystory_name: str) -> Any:
+        path = folder_paths.get_full_path(ids.FOLDER, anystory_name)
+        try:
+            return read_header(path).fingerprint if path else anystory_name
+        except CheckpointError:
+            return anystory_name  # execute says what is wrong with the file

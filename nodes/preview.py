@@ -1,0 +1,126 @@
+"""RoutingMapPreview: where each subject went, as a picture and as masks."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..anystory_core import routing_figure
+from ..anystory_core.errors import RoutingError
+from ..anystory_core.routing_maps import RoutingRecord
+from .host import ids
+from .host.records import RoutingMaps
+
+LEAST_SHARE = 0.01  # a subject below it was hardly drawn
+PIXELS_PER_LATENT = 8
+
+
+def choose_steps(text: str, count: int) -> list[int]:
+    """'all', 'last', or 1-based numbers like '1, 5, 25' -> 0-based steps; duplicates are dropped.
+    RoutingError for anything else."""
+    words = text.replace(",", " ").split()
+    if words == ["all"]:
+        return list(range(count))
+    chosen: list[int] = []
+    for word in words:
+        step = count if word == "last" else int(word) if word.isdecimal() else 0
+        if not 1 <= step <= count:
+            raise RoutingError(
+                f"steps: got {word!r}, expected 'all', 'last' or numbers from 1 to {count}"
+            )
+        if step - 1 not in chosen:
+            chosen.append(step - 1)
+    if not chosen:
+        raise RoutingError("steps: empty, expected 'all', 'last' or numbers like '1, 5, last'")
+    return chosen
+
+
+def warnings_for(record: RoutingRecord, row: int) -> list[str]:
+    """One sentence per subject that got almost nothing of the picture."""
+    return [
+        f"'{label}' got {100 * share:.1f} % of the picture: name it in the prompt, give it a mask, "
+        "or try another seed."
+        for label, share in zip(record.labels, record.shares(row), strict=False)
+        if share < LEAST_SHARE
+    ]
+
+
+class RoutingMapPreview(io.ComfyNode):
+    """See ``define_schema``."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return ids.schema(
+            node_id="RoutingMapPreview",
+            display_name="Routing Map Preview",
+            category=ids.CATEGORY,
+            description="Shows where each subject was routed in every block, over the steps, and "
+            "gives one mask per subject.",
+            is_output_node=True,
+            inputs=[
+                ids.Maps.Input("maps", tooltip="From Apply AnyStory."),
+                io.Latent.Input(
+                    "latent", tooltip="The sampler's result; it tells which run to show."
+                ),
+                io.String.Input(
+                    "steps",
+                    default="1, last",
+                    tooltip="Which sampler steps to draw: 'all', 'last', or numbers like "
+                    "'1, 5, last'. Masks always use all steps.",
+                ),
+                io.Int.Input(
+                    "batch_index",
+                    default=0,
+                    min=0,
+                    max=4095,
+                    tooltip="Which picture of the latent batch, from 0.",
+                ),
+                io.Boolean.Input(
+                    "show_background",
+                    default=False,
+                    tooltip="Add a row for the background, the complement of the subjects.",
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="The decoded picture: adds the routes drawn over it to the preview.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="routes"),
+                io.Mask.Output(display_name="masks"),
+            ],
+        )
+
+    @classmethod
+    @ids.named_errors
+    def execute(
+        cls,
+        maps: RoutingMaps,
+        latent: dict[str, Tensor],
+        steps: str = "1, last",
+        batch_index: int = 0,
+        show_background: bool = False,
+        image: Tensor | None = None,
+    ) -> io.NodeOutput:
+        record = maps.find(latent["samples"])
+        chosen = choose_steps(steps, len(record.steps))
+        picture = routing_figure.figure(
+            record, row=batch_index, steps=chosen, background=show_background
+        )
+        shown = ui.PreviewImage(picture[None], cls=cls).as_dict()
+        size = tuple(PIXELS_PER_LATENT * n for n in latent["samples"].shape[-2:])
+        if image is not None:
+            if not batch_index < image.shape[0]:
+                raise RoutingError(
+                    f"batch_index: got {batch_index}, the picture batch has {image.shape[0]}"
+                )
+            size = tuple(image.shape[1:3])
+            over = routing_figure.overlay(record, image[batch_index].cpu().float(), row=batch_index)
+            shown["images"] += ui.PreviewImage(over[None], cls=cls).as_dict()["images"]
+        notes = warnings_for(record, batch_index)
+        if notes:
+            shown["text"] = tuple(notes)
+        masks = record.masks(batch_index, (size[0], size[1]))
+        return io.NodeOutput(picture[None], masks.to(torch.float32), ui=shown)

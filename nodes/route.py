@@ -1,0 +1,84 @@
+"""SubjectRouter: who is in the picture, and by which rule each finds a place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..anystory_core.errors import RoutingError
+from ..anystory_core.run import MODES, check_routing
+from ..anystory_core.subject import Subject
+from .host import ids, tensors
+from .host.managed import ManagedAnyStory
+from .host.sampling import Routing
+
+
+class SubjectRouter(io.ComfyNode):
+    """See ``define_schema``."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        pairs: list[Any] = []
+        for number in range(1, ids.MAX_SUBJECTS + 1):
+            pairs.append(
+                ids.Subject.Input(
+                    f"subject_{number}",
+                    optional=True,
+                    tooltip=f"Subject {number}. Free numbers are skipped.",
+                )
+            )
+            pairs.append(
+                io.Mask.Input(
+                    f"mask_{number}",
+                    optional=True,
+                    tooltip=f"Where subject {number} goes (1 = subject, of the whole picture, any "
+                    "size). Used by the modes 'masks' and 'learned within masks'.",
+                )
+            )
+        return ids.schema(
+            node_id="SubjectRouter",
+            display_name="Subject Router",
+            category=ids.CATEGORY,
+            description="Collects up to 8 subjects and decides how each finds its place: by the "
+            "trained router, by your masks, or by the router within your masks.",
+            inputs=[
+                ids.AnyStory.Input("anystory", tooltip="The weights that encoded the subjects."),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MODES),
+                    default=MODES[0],
+                    tooltip="learned: the router decides. masks: your masks decide. learned within "
+                    "masks: the router decides, but a subject never leaves its mask.",
+                ),
+                *pairs,
+            ],
+            outputs=[ids.Routing.Output(display_name="routing")],
+        )
+
+    @classmethod
+    @ids.named_errors
+    def execute(cls, anystory: ManagedAnyStory, mode: str, **inputs: Any) -> io.NodeOutput:
+        subjects: list[Subject] = []
+        masks: list[Any] = []
+        known = {f"{kind}_{n + 1}" for kind in ("subject", "mask") for n in range(ids.MAX_SUBJECTS)}
+        unknown = sorted(set(inputs) - known)
+        if unknown:
+            raise RoutingError(
+                f"{unknown[0]}: unknown input; a router takes subject_1 to "
+                f"subject_{ids.MAX_SUBJECTS} and as many masks"
+            )
+        for number in range(1, ids.MAX_SUBJECTS + 1):
+            subject, mask = inputs.get(f"subject_{number}"), inputs.get(f"mask_{number}")
+            if subject is None:
+                if mask is not None:
+                    raise RoutingError(
+                        f"mask_{number}: connected without subject_{number}; connect that subject "
+                        "or disconnect the mask"
+                    )
+                continue
+            subjects.append(subject)
+            masks.append(None if mask is None else tensors.routing_mask(mask, f"mask_{number}"))
+        if subjects:
+            check_routing(mode, anystory.model, subjects, masks)
+        return io.NodeOutput(Routing(anystory, tuple(subjects), tuple(masks), mode))

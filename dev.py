@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""Start, test and measure this project: `python3 dev.py demo`, `test`, `serve`, `bench NAME`.
+
+Needs Python 3.11 with pip and nothing else. Everything lies in `.dev/`: delete it to start afresh.
+COMFYUI_PATH names a ComfyUI of your own; ANYSTORY_PYTHON an interpreter that has all it needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from devkit import environment
+from devkit.client import Client, PromptError
+from devkit.environment import ROOT, STATE, SetupError, say
+from devkit.host import running
+
+DEMO = ROOT / "workflows" / "api" / "two_subjects.json"
+INPUTS = ROOT / "workflows" / "inputs"
+
+
+def demo(out: Path, seed: int | None) -> None:
+    """Queue the two-subject graph and write its pictures to ``out``."""
+    host = environment.prepare_host()
+    interpreter = environment.prepare_python(host)
+    prompt = json.loads(DEMO.read_text())
+    if seed is not None:
+        for node in prompt.values():
+            if "seed" in node["inputs"]:
+                node["inputs"]["seed"] = seed
+    out.mkdir(parents=True, exist_ok=True)
+    with running(host, interpreter, STATE / "base") as process:
+        client = Client(process.url)
+        for node in prompt.values():
+            if node["class_type"] == "LoadImage":
+                node["inputs"]["image"] = client.upload(INPUTS / node["inputs"]["image"])
+        start = time.monotonic()
+        outputs = client.queue(prompt, _progress_line)
+        print()
+        say(f"done in {time.monotonic() - start:.1f} s")
+        for number, output in outputs.items():
+            title = prompt[number]["class_type"].lower()
+            for place, file in enumerate(output.get("images", ())):
+                target = out / f"{title}_{number}_{place}.png"
+                target.write_bytes(client.fetch(file))
+                say(f"wrote {target}")
+            for text in output.get("text", ()):
+                say(text)
+
+
+def _progress_line(node: str, value: int, maximum: int) -> None:
+    print(f"\r[dev] {node}: {value}/{maximum}      ", end="", flush=True)
+
+
+def test(arguments: list[str]) -> int:
+    """Lint, types, then all tests; the exit code of the first that fails."""
+    host = environment.prepare_host()
+    interpreter = str(environment.prepare_python(host, ("train", "test")))
+    variables = {**os.environ, "ANYSTORY_PYTHON": interpreter, "COMFYUI_PATH": str(host)}
+    commands = [
+        [interpreter, "-m", "ruff", "check", "."],
+        [interpreter, "-m", "pyright", "--pythonpath", interpreter],
+        [interpreter, "-m", "pytest", *(arguments or ["tests"])],
+    ]
+    for command in commands[2:] if arguments else commands:
+        say(" ".join(["python", *command[1:]]))
+        code = subprocess.run(command, cwd=ROOT, env=variables).returncode
+        if code:
+            return code
+    return 0
+
+
+def serve(port: int | None) -> None:
+    """Open the editor's server until Ctrl-C."""
+    host = environment.prepare_host()
+    interpreter = environment.prepare_python(host)
+    base = STATE / "base"
+    (base / "input").mkdir(parents=True, exist_ok=True)
+    for picture in INPUTS.iterdir():
+        (base / "input" / picture.name).write_bytes(picture.read_bytes())
+    with running(host, interpreter, base, port=port) as process:
+        say(f"open {process.url} in a browser; the graphs are under Workflow > Browse Templates")
+        say("Ctrl-C ends it")
+        process.process.wait()
+        raise SetupError(f"the host ended by itself:\n{process.tail()}")
+
+
+def bench(name: str, arguments: list[str]) -> int:
+    """Run tests/benchmarks/bench_NAME.py."""
+    script = ROOT / "tests" / "benchmarks" / f"bench_{name.replace('-', '_')}.py"
+    if not script.exists():
+        known = sorted(p.stem[6:].replace("_", "-") for p in script.parent.glob("bench_*.py"))
+        raise SetupError(f"bench: got {name!r}, expected one of {known}")
+    host = environment.prepare_host()
+    interpreter = str(environment.prepare_python(host, ("train", "test")))
+    variables = {**os.environ, "COMFYUI_PATH": str(host)}
+    return subprocess.run([interpreter, str(script), *arguments], cwd=ROOT, env=variables).returncode
+
+
+def main() -> int:
+    """Parse the command line and run one command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("demo", help="a picture with two subjects, without the editor")
+    command.add_argument("--out", type=Path, default=STATE / "demo", help="where pictures go")
+    command.add_argument("--seed", type=int, help="another picture")
+    command = commands.add_parser("serve", help="the editor, for a person")
+    command.add_argument("--port", type=int, help="default: a free one")
+    commands.add_parser("test", help="all tests; more arguments go to pytest")
+    command = commands.add_parser("bench", help="a benchmark; more arguments go to it")
+    command.add_argument("name")
+    options, rest = parser.parse_known_args()
+    if rest and options.command not in ("test", "bench"):
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    if options.command == "demo":
+        demo(options.out, options.seed)
+        return 0
+    if options.command == "serve":
+        serve(options.port)
+        return 0
+    if options.command == "bench":
+        return bench(options.name, rest)
+    return test(rest)
+
+
+def _terminate(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)  # the host is stopped on the way out
+    try:
+        sys.exit(main())
+    except (SetupError, PromptError) as error:
+        sys.exit(f"[dev] {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

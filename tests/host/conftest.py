@@ -1,0 +1,78 @@
+"""Two ways into a host: its code in this process, and a real process with its queue."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from devkit import environment
+from devkit.client import Client
+from devkit.host import Host, running
+
+
+@pytest.fixture(scope="session")
+def host_source() -> Path:
+    """The host's folder: COMFYUI_PATH, or what dev.py got."""
+    return environment.prepare_host()
+
+
+@pytest.fixture(scope="session")
+def comfy(host_source: Path, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The host's own `nodes` module, in this process, on the CPU."""
+    sys.path.insert(0, str(host_source))
+    import comfy.options
+
+    comfy.options.args_parsing = False
+    from comfy.cli_args import args
+
+    args.cpu = True
+    args.base_directory = str(tmp_path_factory.mktemp("base"))
+    import nodes
+
+    return nodes
+
+
+@pytest.fixture(scope="session")
+def pack(comfy: ModuleType) -> ModuleType:
+    """Our nodes, imported as the host imports them."""
+    import importlib
+
+    return importlib.import_module("anystory_pack.nodes")
+
+
+@pytest.fixture(scope="session")
+def mini(pack: ModuleType) -> SimpleNamespace:
+    """The mini model through its node: model, clip, vae, clip_vision, anystory."""
+    names = ("model", "clip", "vae", "clip_vision", "anystory")
+    return SimpleNamespace(**dict(zip(names, pack.LoadAnyStoryMini.execute().args, strict=True)))
+
+
+@pytest.fixture(scope="session")
+def scene(comfy: ModuleType, pack: ModuleType, mini: SimpleNamespace) -> Any:
+    """What most tests need, made once: three subjects, conditionings, a sampler."""
+    from scene import Scene
+
+    return Scene(comfy, pack, mini)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="session")
+def host(host_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """One real host process for all tests that use the queue."""
+    with running(host_source, environment.python(), tmp_path_factory.mktemp("host")) as process:
+        yield process
+
+
+@pytest.fixture
+def client(host: Host) -> Client:
+    return Client(host.url)

@@ -1,0 +1,53 @@
+"""Made-up routing records for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from anystory_core.config import AnyStoryConfig
+from anystory_core.routing_maps import RoutingRecord, StepRecord
+from anystory_core.sites import build_sites
+from torch import Tensor
+
+Regions = Callable[[Tensor, Tensor], Tensor]  # y, x in [0,1) of each token -> region ids
+
+
+def halves(subjects: int) -> Regions:
+    """Vertical stripes, one per subject, from left to right; no background."""
+    return lambda y, x: (x * subjects).long()
+
+
+def record_of(
+    config: AnyStoryConfig,
+    regions: Regions,
+    *,
+    labels: tuple[str, ...] = ("fox", "owl"),
+    steps: int,
+    size: tuple[int, int] = (256, 256),
+) -> RoutingRecord:
+    """The same regions at every block and step of a picture of ``size``, one batch row."""
+    sites = build_sites(config.unet)
+    record = RoutingRecord(labels, sites)
+    for number in range(steps):
+        step = StepRecord(14.6 / (number + 1), tuple(True for _ in labels))
+        for site in sites:
+            h, w = (-(-n // (8 * site.stride)) for n in size)
+            y = (torch.arange(h)[:, None].expand(h, w) + 0.5) / h
+            x = (torch.arange(w)[None].expand(h, w) + 0.5) / w
+            step.ids[site.index] = regions(y, x).flatten()[None].to(torch.uint8)
+            step.grids[site.index] = (h, w)
+        record.steps.append(step)
+    return record
+
+
+def random_record(
+    config: AnyStoryConfig, labels: tuple[str, ...], *, steps: int, size: tuple[int, int], seed: int
+) -> RoutingRecord:
+    """Every token by chance: the worst case for compression."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def chance(y: Tensor, x: Tensor) -> Tensor:
+        return torch.randint(len(labels) + 1, y.shape, generator=generator)
+
+    return record_of(config, chance, labels=labels, steps=steps, size=size)

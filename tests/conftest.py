@@ -28,11 +28,24 @@ def _package(name: str, folder: Path) -> ModuleType:
 
 
 sys.path = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+sys.path += [str(ROOT / "tests" / folder) for folder in ("unit", "host")]  # their helper modules
 _package("anystory_pack", ROOT)
 _package("anystory_core", ROOT / "anystory_core")
 _package("devkit", ROOT / "devkit")
 
 torch.set_num_threads(2)
+
+
+class _PlainRoot:
+    """The repository is a package to ComfyUI; pytest must not import it as one."""
+
+    @staticmethod
+    def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Dir | None:
+        return pytest.Dir.from_parent(parent, path=path) if path == ROOT else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_PlainRoot())
 
 
 @pytest.hookimpl(trylast=True)

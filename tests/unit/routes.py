@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from anystory_core.config import AnyStoryConfig
 from anystory_core.routing_maps import RoutingRecord, StepRecord
 from anystory_core.sites import build_sites
-from torch import Tensor
 
 Regions = Callable[[Tensor, Tensor], Tensor]  # y, x in [0,1) of each token -> region ids
 

@@ -8,12 +8,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from routes import halves, random_record, record_of
+
 from anystory_core.config import AnyStoryConfig
 from anystory_core.errors import RoutingError
 from anystory_core.routing_atlas import LIMIT, Atlas, build_atlas
-from PIL import Image
-
-from tests.unit.routes import halves, random_record, record_of
 
 THREE = ("fox", "owl", "bear")
 

@@ -47,7 +47,7 @@ class Header:
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Read and check the header of one of our files. CheckpointError otherwise."""
     path = Path(path)
-    entries = _raw_header(path)
+    entries = raw_header(path)
     metadata = entries.pop("__metadata__", None)
     fields = cast("dict[str, object]", metadata) if isinstance(metadata, dict) else {}
     if "anystory.config" not in fields:
@@ -155,13 +155,21 @@ def save_model(
 def save_tensors(
     path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> None:
-    """``safetensors.save_file`` through a temporary file in the same folder and a rename."""
+    """``safetensors.save_file`` through :func:`atomic_file`."""
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Generator[str, None, None]:
+    """Name of an empty file beside ``path`` that takes its name when the block ends well, and is
+    removed when it does not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     try:
-        save_file(tensors, temporary, metadata=metadata)
+        yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -198,7 +206,7 @@ def merge_files(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[
     save_model(out, merged, config, metadata=metadata)
 
 
-def _raw_header(path: Path) -> dict[str, object]:
+def raw_header(path: Path) -> dict[str, object]:
     """The JSON header of a safetensors file, checked against the file's size."""
     try:
         size = path.stat().st_size

@@ -64,9 +64,9 @@ class Call:
     """One forward pass of the U-Net; holds its routes.
 
     ``active`` (N) says which subjects are inside their window. ``crops`` (B, or empty) is the part
-    of the picture that each row shows. ``recorder`` gets the route of
-    the rows in ``record``. ``gumbel`` (training): straight-through Gumbel-softmax (tau = 1) for
-    sigma in Eq. 5; Eq. 6-8 use its noise-free argmax.
+    of the picture that each row shows. ``recorder`` gets the route of the rows in ``record``.
+    ``gumbel`` (training; a seed per row, or empty): sigma in Eq. 5 is then the straight-through
+    Gumbel-softmax, while Eq. 6-8 use the noise-free argmax.
     """
 
     run: Run
@@ -77,7 +77,7 @@ class Call:
     crops: Crops = ()
     recorder: Recorder | None = None
     record: tuple[int, ...] = ()
-    gumbel: bool = False
+    gumbel: tuple[int, ...] = ()
     soft_maps: dict[int, SoftMaps] = field(default_factory=dict[int, SoftMaps])
     _routes: dict[int, _Route] = field(default_factory=dict[int, _Route])
 
@@ -101,9 +101,8 @@ class Call:
         soft = self.run.source.maps(site, _take(z, self._routed), grid, self._crops)
         route = _Route(soft, soft.maps.argmax(dim=1))
         if self.gumbel and soft.logits is not None:
-            route.weights = torch.nn.functional.gumbel_softmax(
-                soft.logits.refined, tau=1.0, hard=True, dim=1
-            )
+            seeds = [self.gumbel[row] * len(self.sites) + index for row in self._routed]
+            route.weights = straight_through(soft.logits.refined, seeds)
         self._routes[index] = route
         # Under activation checkpointing a block runs again in the backward pass; the first maps
         # are the ones that the loss has seen.
@@ -194,6 +193,28 @@ class Call:
             return _scatter(routed, self._routed)
         rest = self.attention(_take(q, plain), _take(k, plain), _take(v, plain), heads)
         return _scatter(torch.cat((routed, rest)), self._routed + plain)
+
+
+def straight_through(logits: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Straight-through Gumbel-softmax (tau = 1) over candidates: (B,C,Q) -> one-hot weights whose
+    gradient is that of the soft sample. Noise is a function of the row's seed alone, so it is the
+    same when a block is recomputed, after a resume, and on any number of processes."""
+    noise = torch.stack(
+        [
+            torch.rand(
+                logits.shape[1:],
+                generator=torch.Generator(logits.device).manual_seed(seed),
+                device=logits.device,
+                dtype=logits.dtype,
+            )
+            for seed in seeds
+        ]
+    )
+    tiny = torch.finfo(logits.dtype).tiny
+    gumbel = -torch.log(-torch.log(noise.clamp_min(tiny)).clamp_min(tiny))
+    soft = (logits + gumbel).softmax(dim=1)
+    hard = torch.zeros_like(soft).scatter_(1, soft.argmax(dim=1, keepdim=True), 1.0)
+    return hard - soft.detach() + soft
 
 
 def _is_range(rows: tuple[int, ...]) -> bool:

@@ -7,6 +7,7 @@ normalisation. Pictures are BHWC float in [0,1]; masks are (V,H,W) in [0,1] with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +74,14 @@ def prepare_views(
         subject, note = _guess_mask(rgb)
         notes.append(note)
     crops = [_crop_square(rgb[v], subject[v], v) for v in range(rgb.shape[0])]
+    return views_of(crops, config, tuple(notes))
 
+
+def views_of(
+    crops: Sequence[tuple[Tensor, Tensor]], config: AnyStoryConfig, notes: tuple[str, ...] = ()
+) -> Views:
+    """Resize and normalise square crops: pairs of picture (1,3,s,s) and mask (1,1,s,s), both in
+    [0,1]. The second half of :func:`prepare_views`; training augments between the two."""
     reference = config.reference.size
     vae_rgb = torch.cat([_resize(c, reference) for c, _ in crops])
     vae_mask = torch.cat([_resize(m, reference) for _, m in crops])
@@ -83,7 +91,16 @@ def prepare_views(
     std = torch.tensor(CLIP_STD)[:, None, None]
     vae = (2 * vae_rgb - 1) * vae_mask
     cutout = ((vae + 1) / 2 * 255).round().to(torch.uint8).movedim(1, -1).contiguous()
-    return Views((clip_rgb - mean) / std * clip_mask, vae, vae_mask, cutout, tuple(notes))
+    return Views((clip_rgb - mean) / std * clip_mask, vae, vae_mask, cutout, notes)
+
+
+def cut_out(picture: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One picture (H,W,3 or 4) and mask (H,W) or None -> its square crop, as in
+    :func:`prepare_views`: picture (1,3,s,s) and mask (1,1,s,s)."""
+    rgb, alpha = _split_channels(picture[None])
+    given = alpha if mask is None else _check_mask(mask, rgb)
+    subject = _guess_mask(rgb)[0] if given is None else given
+    return _crop_square(rgb[0], subject[0], 0)
 
 
 def latent_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:

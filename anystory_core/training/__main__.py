@@ -1,0 +1,48 @@
+"""Command line of the trainer.
+
+    python -m anystory_core.training RUN.toml            train, or go on training
+    python -m anystory_core.training check DATA...       look through training data
+    python -m anystory_core.training merge A B... OUT    join the files of stage 1 and stage 2
+
+With several devices: ``accelerate launch -m anystory_core.training RUN.toml``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ..errors import AnyStoryError
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; errors meant for the user are one line and exit code 1."""
+    try:
+        if len(arguments) >= 2 and arguments[0] == "check":
+            from .check import check
+
+            report, good = check(arguments[1:])
+            print(report)
+            return 0 if good else 1
+        if len(arguments) >= 3 and arguments[0] == "merge":
+            from ..checkpoint import merge_files
+
+            merge_files(arguments[1:-1], arguments[-1])
+            print(f"wrote {arguments[-1]}")
+            return 0
+        if len(arguments) == 1 and arguments[0] not in ("check", "merge", "-h", "--help"):
+            from .config import load_config
+            from .trainer import Trainer
+
+            path = Trainer(load_config(Path(arguments[0]))).run()
+            print(f"wrote {path}")
+            return 0
+    except AnyStoryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(__doc__)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,259 @@
+"""The frozen base of a training run: U-Net, VAE, text encoders and CLIP vision, without any hub.
+
+Layouts of ``base.path``:
+
+- a folder as diffusers saves SDXL: ``unet/``, ``vae/``, ``text_encoder/`` and, for SDXL,
+  ``text_encoder_2/``; ``image_encoder/`` too, unless ``base.clip_vision`` names another folder.
+  Captions are tokenised by open_clip's copy of CLIP's tokenizer, so tokenizer folders are not read.
+  The mini recipe writes such a folder, with one text encoder and TAESD's VAE;
+- an SDXL ``.safetensors`` file, with ``base.clip_vision`` set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+from torch import Tensor
+
+from ..config import AnyStoryConfig
+from ..errors import ConfigError, ModelMismatchError
+from .config import BaseSettings
+from .names import diffusers_unet_config
+
+TextEncoder = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+_PREFIX = "model.diffusion_model."
+
+
+@dataclass
+class Base:
+    """All frozen networks, in evaluation mode. ``fingerprint`` names them in caches."""
+
+    config: AnyStoryConfig
+    unet: Any
+    vae: Any
+    text: TextEncoder  # captions -> states (B,77,C), pooled (B,P)
+    clip_vision: Any
+    modules: tuple[Any, ...]  # what has to move to the device
+    fingerprint: str
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Base:
+        """Move everything; the VAE stays in float32, where SDXL's is stable."""
+        for module in self.modules:
+            module.to(device, torch.float32 if module is self.vae else dtype)
+        return self
+
+    @torch.no_grad()
+    def encode_picture(self, pixels: Tensor) -> Tensor:
+        """(B,3,H,W) in [-1,1] -> latents (B,4,h,w) at U-Net scale."""
+        out = self.vae.encode(pixels.to(self.vae.dtype))
+        raw = out.latents if hasattr(out, "latents") else out.latent_dist.mode()
+        reference = self.config.reference
+        return ((raw - reference.latent_shift) * reference.latent_scale).to(pixels.dtype)
+
+    @torch.no_grad()
+    def decode_picture(self, latents: Tensor) -> Tensor:
+        """Latents at U-Net scale -> (B,3,H,W) in [-1,1]."""
+        reference = self.config.reference
+        raw = latents / reference.latent_scale + reference.latent_shift
+        return self.vae.decode(raw.to(self.vae.dtype)).sample.clamp(-1, 1)
+
+    @torch.no_grad()
+    def clip_states(self, pixels: Tensor) -> Tensor:
+        """Penultimate hidden states (B,S,W) of pixels normalised for CLIP (B,3,S,S)."""
+        dtype = next(self.clip_vision.parameters()).dtype
+        return self.clip_vision(pixels.to(dtype), output_hidden_states=True).hidden_states[-2]
+
+
+def alphas_cumprod(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Tensor:
+    """SDXL's noise schedule ("scaled linear"): alpha_t^2 of Eq. 1, float64 (steps,)."""
+    betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    return (1 - betas).cumprod(0)
+
+
+def load_base(settings: BaseSettings) -> Base:
+    """Load and check a base. ConfigError or ModelMismatchError says what does not fit."""
+    config = _model_config(settings.model)
+    path = Path(settings.path)
+    clip_folder = Path(settings.clip_vision) if settings.clip_vision else path / "image_encoder"
+    if not clip_folder.is_dir():
+        raise ConfigError(
+            f"base.clip_vision: {clip_folder} is not a folder; name the folder of the CLIP vision "
+            "model (transformers layout: config.json and model.safetensors)"
+        )
+    if path.is_dir():
+        unet, vae, encoders = _from_folder(path)
+    elif path.is_file():
+        unet, vae, encoders = _from_file(path, config)
+    else:
+        raise ConfigError(f"base.path: {path} does not exist; name a folder or an SDXL file")
+    _check_unet(unet, config, path)
+    clip_vision = _clip_vision(clip_folder, config)
+    modules = (unet, vae, *encoders, clip_vision)
+    for module in modules:
+        module.eval().requires_grad_(False)
+    digest = hashlib.sha256()
+    for module in (vae, *encoders):
+        for tensor in list(module.state_dict().values())[:8]:
+            digest.update(tensor.float().flatten()[:4096].numpy().tobytes())
+    text = text_encoder(encoders)
+    return Base(config, unet, vae, text, clip_vision, modules, digest.hexdigest()[:16])
+
+
+def _model_config(name: str) -> AnyStoryConfig:
+    """ "sdxl", "mini", or a JSON file as :meth:`AnyStoryConfig.to_json` writes it."""
+    if name == "sdxl":
+        return AnyStoryConfig.sdxl()
+    if name == "mini":
+        return AnyStoryConfig.mini()
+    try:
+        return AnyStoryConfig.from_json(Path(name).read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"base.model: got {name!r}, expected 'sdxl', 'mini' or a JSON file of a configuration"
+        ) from error
+
+
+def _from_folder(path: Path) -> tuple[Any, Any, list[Any]]:
+    import diffusers
+    import transformers
+
+    for name in ("unet", "vae", "text_encoder"):
+        if not (path / name / "config.json").exists():
+            raise ConfigError(f"base.path: {path} has no {name}/config.json; see docs/training.md")
+    unet = cast(Any, diffusers.UNet2DConditionModel).from_pretrained(path / "unet")
+    kind = str(json.loads((path / "vae" / "config.json").read_text())["_class_name"])
+    vae = getattr(diffusers, kind).from_pretrained(path / "vae")
+    auto = cast(Any, transformers)
+    encoders = [_text_model(auto, path / "text_encoder")]
+    if (path / "text_encoder_2").is_dir():
+        encoders.append(_text_model(auto, path / "text_encoder_2"))
+    return unet, vae, encoders
+
+
+def _text_model(library: Any, path: Path) -> Any:
+    """CLIPTextModel, or the variant with a projection, as the folder's config.json says."""
+    names = json.loads((path / "config.json").read_text()).get("architectures") or []
+    return getattr(library, names[0] if names else "CLIPTextModel").from_pretrained(path)
+
+
+def _from_file(path: Path, config: AnyStoryConfig) -> tuple[Any, Any, list[Any]]:
+    """An SDXL single file; its parts are renamed by diffusers' own converters."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.loaders import single_file_utils
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    tools, text_config = cast(Any, single_file_utils), cast(Any, CLIPTextConfig)
+    state = cast("dict[str, Tensor]", load_file(path))
+    if f"{_PREFIX}input_blocks.0.0.weight" not in state:
+        raise ModelMismatchError(
+            f"base.path: {path.name} holds no U-Net of Stable Diffusion's kind"
+        )
+    arguments = diffusers_unet_config(config.unet)
+    unet = cast(Any, UNet2DConditionModel)(**arguments)
+    _load(unet, tools.convert_ldm_unet_checkpoint(dict(state), arguments), path, "U-Net")
+    vae = cast(Any, AutoencoderKL)(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=1024,
+    )
+    _load(vae, tools.convert_ldm_vae_checkpoint(dict(state), vae.config), path, "VAE")
+    small = cast(Any, CLIPTextModel)(text_config(projection_dim=768))
+    large_config = text_config(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=20,
+        projection_dim=1280,
+        hidden_act="gelu",
+    )
+    large = cast(Any, CLIPTextModelWithProjection)(large_config)
+    remove = "conditioner.embedders.0.transformer."
+    _load(small, tools.convert_ldm_clip_checkpoint(dict(state), remove), path, "CLIP-L")
+    convert = tools.convert_open_clip_checkpoint
+    _load(large, convert(large, dict(state), "conditioner.embedders.1.model."), path, "CLIP-G")
+    return unet, vae, [small, large]
+
+
+def _load(module: Any, state: dict[str, Tensor], path: Path, part: str) -> None:
+    """Strict, except for the position ids that some files keep."""
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        text = str(error).splitlines()
+        detail = " ".join(text[1:3])[:300]
+        raise ModelMismatchError(
+            f"base.path: {path.name} is no SDXL file ({part}: {detail})"
+        ) from (error)
+
+
+def _check_unet(unet: Any, config: AnyStoryConfig, path: Path) -> None:
+    for name, wanted in diffusers_unet_config(config.unet).items():
+        if name == "sample_size":
+            continue
+        got = unet.config[name]
+        if isinstance(wanted, tuple):
+            count = len(cast("tuple[Any, ...]", wanted))
+            got = tuple(got) if isinstance(got, list | tuple) else (got,) * count
+        if got != wanted:
+            raise ModelMismatchError(
+                f"base.path: {path.name} has {name} = {got}, the model {config.name!r} expects "
+                f"{wanted}; choose a base of that family or set base.model"
+            )
+    prediction = unet.config.get("prediction_type", "epsilon")
+    if prediction != "epsilon":
+        raise ModelMismatchError(
+            f"base.path: {path.name} predicts {prediction!r}; Eq. 1 is for 'epsilon'"
+        )
+
+
+def _clip_vision(path: Path, config: AnyStoryConfig) -> Any:
+    from transformers import CLIPVisionModelWithProjection
+
+    model = cast(Any, CLIPVisionModelWithProjection).from_pretrained(path)
+    got = (model.config.hidden_size, model.config.num_hidden_layers, model.config.image_size)
+    wanted = (config.clip.width, config.clip.layers, config.clip.image_size)
+    if got != wanted:
+        raise ModelMismatchError(
+            f"base.clip_vision: {path} has width, layers, picture size {got}, expected {wanted}"
+        )
+    return model
+
+
+def text_encoder(encoders: Sequence[Any]) -> TextEncoder:
+    """SDXL's rule for two encoders: penultimate states side by side, pooled of the second; the
+    first pads with the end token, the second with 0. One encoder alone (mini): its normalised last
+    states and its pooled state."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    tokenizer = cast(Any, SimpleTokenizer)()
+
+    def tokens(captions: Sequence[str], padding: int, device: Any) -> Tensor:
+        rows = tokenizer(list(captions), context_length=77)
+        ends = rows.argmax(dim=1)  # the end token has the largest number
+        after = torch.arange(77)[None] > ends[:, None]
+        return torch.where(after, padding, rows).to(device)
+
+    @torch.no_grad()
+    def encode(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        first = encoders[0]
+        if len(encoders) == 1:
+            out = first(tokens(captions, 49407, first.device))
+            return out.last_hidden_state, out.pooler_output
+        second = encoders[1]
+        small = first(tokens(captions, 49407, first.device), output_hidden_states=True)
+        large = second(tokens(captions, 0, second.device), output_hidden_states=True)
+        states = torch.cat((small.hidden_states[-2], large.hidden_states[-2]), dim=-1)
+        return states, large.text_embeds
+
+    return encode

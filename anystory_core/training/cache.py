@@ -1,0 +1,97 @@
+"""Text states and target latents on disk: computed at the first epoch, read at the others.
+
+One small safetensors file per caption and per target, named by what it was made from, so another
+base, resolution or caption never reads a stale one. Processes may share the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import (  # pyright: ignore[reportUnknownVariableType]
+    load_file,  # pyright: ignore[reportUnknownVariableType]
+    save_file,  # pyright: ignore[reportUnknownVariableType]
+)
+from torch import Tensor
+
+from .bases import Base
+from .batches import Batch
+
+
+class Encodings:
+    """Encodes a batch's captions and targets with the base, through a folder when there is one."""
+
+    def __init__(self, base: Base, folder: str, resolution: int) -> None:
+        self.base = base
+        self.folder = Path(folder) / base.fingerprint if folder else None
+        self.resolution = resolution
+
+    def text(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+        """States (B,77,C) and pooled (B,P) of the captions."""
+
+        def compute(missing: Sequence[int]) -> list[dict[str, Tensor]]:
+            states, pooled = self.base.text([batch.captions[i] for i in missing])
+            return [{"states": s, "pooled": p} for s, p in zip(states, pooled, strict=True)]
+
+        rows = self._rows([f"text|{c}" for c in batch.captions], compute)
+        return _stack(rows, "states", device), _stack(rows, "pooled", device)
+
+    def latents(self, batch: Batch, device: torch.device) -> Tensor:
+        """Targets as latents (B,4,h,w) at U-Net scale."""
+
+        def compute(missing: Sequence[int]) -> list[dict[str, Tensor]]:
+            encoded = self.base.encode_picture(batch.target[list(missing)])
+            return [{"latents": z} for z in encoded]
+
+        rows = self._rows([f"target|{self.resolution}|{key}" for key in batch.keys], compute)
+        return _stack(rows, "latents", device)
+
+    def _rows(
+        self,
+        names: Sequence[str],
+        compute: Callable[[Sequence[int]], list[dict[str, Tensor]]],
+    ) -> list[dict[str, Tensor]]:
+        found: dict[int, dict[str, Tensor]] = {}
+        for i, name in enumerate(names):
+            stored = self._read(name)
+            if stored is not None:
+                found[i] = stored
+        missing = [i for i in range(len(names)) if i not in found]
+        if missing:
+            for i, row in zip(missing, compute(missing), strict=True):
+                found[i] = row
+                self._write(names[i], row)
+        return [found[i] for i in range(len(names))]
+
+    def _path(self, name: str) -> Path | None:
+        if self.folder is None:
+            return None
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        return self.folder / digest[:2] / f"{digest}.safetensors"
+
+    def _read(self, name: str) -> dict[str, Tensor] | None:
+        path = self._path(name)
+        if path is None:
+            return None
+        with contextlib.suppress(OSError, SafetensorError):
+            return load_file(path)
+        return None
+
+    def _write(self, name: str, row: dict[str, Tensor]) -> None:
+        path = self._path(name)
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({k: v.detach().cpu().contiguous() for k, v in row.items()}, temporary)
+        os.replace(temporary, path)
+
+
+def _stack(rows: Sequence[dict[str, Tensor]], name: str, device: torch.device) -> Tensor:
+    return torch.stack([row[name].to(device) for row in rows])

@@ -1,0 +1,202 @@
+"""A training run's settings: TOML -> frozen dataclasses. Unknown keys are refused by name.
+
+Durations carry a unit ("10 min", "2 h"). Paths are relative to the TOML file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import tomllib
+
+from ..config import from_dict
+from ..errors import ConfigError
+
+_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSettings:
+    """The frozen base model; see :mod:`.bases` for the layouts.
+
+    ``path``: a folder (diffusers layout) or an SDXL single file. ``clip_vision``: folder of a
+    transformers CLIP vision model; "" takes ``image_encoder/`` of the base folder. ``model``:
+    "sdxl", "mini", or a JSON file of an ``AnyStoryConfig`` for a base of other sizes.
+    """
+
+    path: str
+    clip_vision: str = ""
+    model: str = "sdxl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Samples; see docs/data.md. ``paths``: folders, or WebDataset shards (``*.tar``)."""
+
+    paths: tuple[str, ...]
+    resolution: int = 1024  # pictures are scaled and centre-cropped to this square
+    max_subjects: int = 3  # scene samples keep the largest ones
+    workers: int = 4
+    cache: str = ""  # folder for text states and target latents; "" computes them every time
+    mirror: bool = False  # flip half of the targets, with their masks; not with `cache`
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentSettings:
+    """Changes to the reference picture (paper 3.4), against copy-paste. Probabilities in [0,1]."""
+
+    rotate: float = 0.5
+    degrees: float = 30.0
+    crop: float = 0.3
+    least_kept: float = 0.6  # smallest side that a crop keeps, relative
+    pad: float = 0.3
+    most_padding: float = 0.3  # largest zero border added, relative to the side
+    flip: float = 0.5
+    colour: float = 0.0
+    colour_amount: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("rotate", "crop", "pad", "flip", "colour", "least_kept"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"augment.{name}: got {getattr(self, name)}, expected 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimiserSettings:
+    """AdamW. The paper names the learning rate and the batch; the rest is torch's default."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.01
+    warmup_steps: int = 0
+    clip_norm: float = 1.0
+    ema: float = 0.0  # decay of the moving average; 0 keeps none
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Length, size and bookkeeping of the run."""
+
+    folder: str
+    steps: int
+    batch: int = 8  # samples per process and forward pass
+    accumulate: int = 1
+    seed: int = 0
+    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    checkpointing: bool = True  # recompute activations in the backward pass
+    compile: bool = False
+    checkpoint_every: str = "10 min"
+    keep_checkpoints: int = 3
+    sheet_every: int = 0  # steps between picture sheets; 0 makes none
+    sheet_steps: int = 20  # sampler steps of a sheet's samples
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"run.{name}: got {getattr(self, name)}, expected 1 or more")
+        seconds(self.checkpoint_every)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectSettings:
+    """Stage 1: the subject encoder. ``clip`` and ``reference`` switch a branch off (ablations)."""
+
+    clip: bool = True
+    reference: bool = True
+    drop_clip: float = 0.1  # share of samples whose CLIP condition becomes the background's
+    drop_text: float = 0.1  # share of samples whose caption becomes empty
+    ip_adapter: str = ""  # K and V for the CLIP tokens from this file instead of the U-Net's own
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSettings:
+    """Stage 2: the router, on the file of stage 1.
+
+    ``tokens``: "mean" averages a map's squared error over its tokens, so that lambda weighs all
+    blocks alike whatever their size; "sum" is Eq. 4 to the letter, where a block of 4096 tokens
+    counts 4 times one of 1024 and lambda = 0.1 means a far larger share of the loss.
+    """
+
+    subject_file: str
+    route_weight: float = 0.1  # lambda
+    tokens: Literal["mean", "sum"] = "mean"
+    drop_text: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """One run of one stage: exactly one of ``subject`` and ``router`` is set."""
+
+    base: BaseSettings
+    data: DataSettings
+    run: RunSettings
+    subject: SubjectSettings | None = None
+    router: RouterSettings | None = None
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+    optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
+
+    def __post_init__(self) -> None:
+        if (self.subject is None) == (self.router is None):
+            raise ConfigError("a run has one table of [subject] and [router]: which stage is it?")
+        if self.data.cache and self.data.mirror:
+            raise ConfigError("data.mirror: not with data.cache, whose latents are not mirrored")
+        if self.subject is not None and not (self.subject.clip or self.subject.reference):
+            raise ConfigError("subject: clip and reference are both off; nothing would be trained")
+
+    @property
+    def stage(self) -> str:
+        """ "subject" or "router"."""
+        return "subject" if self.subject is not None else "router"
+
+
+def seconds(duration: str) -> float:
+    """ "10 min" -> 600.0; ConfigError for anything but a number and s, min or h."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*(s|min|h)\s*", duration)
+    if match is None:
+        raise ConfigError(f"duration: got {duration!r}, expected a number with s, min or h")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def load_config(path: Path) -> TrainingConfig:
+    """Read a TOML file; paths in it become absolute. ConfigError names what is wrong, and where."""
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be opened ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML ({error})") from error
+    config = from_dict(TrainingConfig, cast(dict[str, Any], table), path.name)
+
+    def absolute(name: str) -> str:
+        return str((path.parent / name).resolve()) if name else ""
+
+    replace = dataclasses.replace
+    named = config.base.model
+    config = replace(
+        config,
+        base=replace(
+            config.base,
+            path=absolute(config.base.path),
+            clip_vision=absolute(config.base.clip_vision),
+            model=named if named in ("sdxl", "mini") else absolute(named),
+        ),
+        data=replace(
+            config.data,
+            paths=tuple(absolute(p) for p in config.data.paths),
+            cache=absolute(config.data.cache),
+        ),
+        run=replace(config.run, folder=absolute(config.run.folder)),
+    )
+    if config.subject is not None:
+        ip_adapter = absolute(config.subject.ip_adapter)
+        return replace(config, subject=replace(config.subject, ip_adapter=ip_adapter))
+    assert config.router is not None
+    subject_file = absolute(config.router.subject_file)
+    return replace(config, router=replace(config.router, subject_file=subject_file))

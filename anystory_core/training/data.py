@@ -1,0 +1,233 @@
+"""Training samples from folders and WebDataset shards. The schema is in docs/data.md.
+
+Files of one sample share a key: ``KEY.caption.txt`` and
+
+- pair: ``KEY.reference.EXT`` (RGB, or RGBA whose alpha is the mask), optionally
+  ``KEY.reference_mask.png``, and ``KEY.target.EXT``;
+- scene: ``KEY.image.EXT`` and ``KEY.masks.png``, 8 bit, 0 = background, i = subject i.
+
+EXT is png, jpg, jpeg or webp. Samples are read by position, so order, shuffling and resume need no
+state but a number; shards must be uncompressed tar files on a local disk.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import AnyStoryError
+
+PICTURES = ("png", "jpg", "jpeg", "webp")
+MOST_BAD = 0.01  # share of corrupt samples at which a run stops
+
+
+class DataError(AnyStoryError):
+    """Training data cannot be used as it is."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one file of a sample lies: a path of its own, or a slice of a shard."""
+
+    path: str
+    offset: int = 0
+    size: int = -1
+
+    def read(self) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample, not read yet. ``key`` names it in messages and caches."""
+
+    key: str
+    files: Mapping[str, Place]  # suffix after the key, e.g. "reference.png"
+
+    @property
+    def kind(self) -> Literal["pair", "scene"] | None:
+        """What its files make of it; None when some are missing."""
+        stems = {name.rsplit(".", 1)[0] for name in self.files}
+        if {"reference", "target", "caption"} <= stems:
+            return "pair"
+        return "scene" if {"image", "masks", "caption"} <= stems else None
+
+
+@dataclass(frozen=True)
+class Raw:
+    """One decoded sample. Pictures (H,W,3) float in [0,1]; masks (N,H,W) float, 1 = subject.
+
+    pair: one reference with its mask (or None), and masks is empty. scene: references are cut from
+    the target by its masks."""
+
+    key: str
+    caption: str
+    target: Tensor
+    masks: Tensor
+    reference: Tensor | None = None  # (H,W,3 or 4)
+    reference_mask: Tensor | None = None  # (H,W)
+
+
+@dataclass
+class Index:
+    """All samples of a run, by position."""
+
+    entries: list[Entry] = field(default_factory=list[Entry])
+
+    @classmethod
+    def of(cls, paths: tuple[str, ...]) -> Index:
+        """Scan folders and shards in the given order. DataError names a path without samples."""
+        index = cls()
+        for path in map(Path, paths):
+            if path.is_dir():
+                shards = sorted(path.glob("*.tar"))
+                sources = [_shard(s) for s in shards] if shards else [_folder(path)]
+            elif path.suffix == ".tar" and path.exists():
+                sources = [_shard(path)]
+            else:
+                raise DataError(
+                    f"data: {path} is neither a folder nor a .tar shard; see docs/data.md"
+                )
+            for name, groups in zip([path.name] * len(sources), sources, strict=True):
+                found = [Entry(f"{name}/{key}", files) for key, files in groups]
+                if not found:
+                    raise DataError(
+                        f"data: {path} holds no samples (files named KEY.caption.txt, "
+                        "KEY.target.png, ...); see docs/data.md"
+                    )
+                index.entries += found
+        return index
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def _group(names: Iterator[tuple[str, str, Place]]) -> list[tuple[str, Mapping[str, Place]]]:
+    groups: dict[str, dict[str, Place]] = {}
+    for folder, name, place in names:
+        key, _, suffix = name.partition(".")
+        if suffix:
+            groups.setdefault(f"{folder}{key}", {})[suffix.lower()] = place
+    return sorted(groups.items())
+
+
+def _folder(path: Path) -> list[tuple[str, Mapping[str, Place]]]:
+    def names() -> Iterator[tuple[str, str, Place]]:
+        for root, _, files in os.walk(path):
+            inside = os.path.relpath(root, path)
+            for name in files:
+                yield ("" if inside == "." else f"{inside}/"), name, Place(os.path.join(root, name))
+
+    return _group(names())
+
+
+def _shard(path: Path) -> list[tuple[str, Mapping[str, Place]]]:
+    def names() -> Iterator[tuple[str, str, Place]]:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    folder, _, name = member.name.rpartition("/")
+                    place = Place(str(path), member.offset_data, member.size)
+                    yield (f"{folder}/" if folder else ""), name, place
+
+    try:
+        return _group(names())
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"data: shard {path} cannot be read ({error}); make it again") from error
+
+
+def decode(entry: Entry) -> Raw:
+    """Read one sample. DataError says which file of it is bad."""
+    kind = entry.kind
+    if kind is None:
+        raise DataError(
+            f"{entry.key}: has {sorted(entry.files)}, which is neither a pair nor a scene"
+        )
+    caption = _caption(entry)
+    if kind == "pair":
+        reference = _picture(entry, "reference", alpha=True)
+        mask = None
+        if "reference_mask.png" in entry.files:
+            mask = _grey(entry, "reference_mask").float() / 255
+        target = _picture(entry, "target")
+        return Raw(entry.key, caption, target, torch.zeros(0, *target.shape[:2]), reference, mask)
+    target = _picture(entry, "image")
+    labels = _grey(entry, "masks")
+    if labels.shape != target.shape[:2]:
+        raise DataError(
+            f"{entry.key}: masks.png is {tuple(labels.shape)}, the picture "
+            f"{tuple(target.shape[:2])}"
+        )
+    numbers = [int(n) for n in cast(Any, labels.unique()).tolist() if n]
+    masks = [(labels == n).float() for n in numbers]
+    stacked = torch.stack(masks) if masks else torch.zeros(0, *labels.shape)
+    return Raw(entry.key, caption, target, stacked)
+
+
+def _caption(entry: Entry) -> str:
+    try:
+        return entry.files["caption.txt"].read().decode().strip()
+    except (KeyError, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{entry.key}: caption.txt cannot be read ({error})") from error
+
+
+def _open(entry: Entry, stem: str) -> Image.Image:
+    for extension in PICTURES:
+        place = entry.files.get(f"{stem}.{extension}")
+        if place is not None:
+            try:
+                image = Image.open(io.BytesIO(place.read()))
+                image.load()
+                return image
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                raise DataError(
+                    f"{entry.key}: {stem}.{extension} is not a picture ({error})"
+                ) from error
+    raise DataError(f"{entry.key}: no {stem} picture among {sorted(entry.files)}")
+
+
+def _picture(entry: Entry, stem: str, *, alpha: bool = False) -> Tensor:
+    """(H,W,3) float in [0,1], or (H,W,4) where transparency is asked for and present."""
+    image = _open(entry, stem)
+    transparent = image.mode in ("RGBA", "LA") or "transparency" in image.info
+    converted = image.convert("RGBA" if alpha and transparent else "RGB")
+    return torch.from_numpy(np.array(converted)).float() / 255
+
+
+def _grey(entry: Entry, stem: str) -> Tensor:
+    """(H,W) uint8; palette pictures give their indices."""
+    image = _open(entry, stem)
+    return torch.from_numpy(np.array(image if image.mode in ("L", "P") else image.convert("L")))
+
+
+@dataclass
+class BadSamples:
+    """Counts corrupt samples; above :data:`MOST_BAD` of those read, stops the run."""
+
+    read: int = 0
+    bad: list[str] = field(default_factory=list[str])
+
+    def note(self, error: DataError | None) -> None:
+        """Count one sample. DataError when too many were bad, but not for the first two."""
+        self.read += 1
+        if error is None:
+            return
+        self.bad.append(str(error))
+        if len(self.bad) > max(2, MOST_BAD * max(self.read, 100)):
+            first = "; ".join(self.bad[:3])
+            raise DataError(
+                f"data: {len(self.bad)} of {self.read} samples are corrupt, more than "
+                f"{MOST_BAD:.0%}. First: {first}. Run `python -m anystory_core.training check`"
+            )

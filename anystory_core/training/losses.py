@@ -1,0 +1,66 @@
+"""The two losses of the paper: Eq. 1 and Eq. 4."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..routes import Grid, SoftMaps
+
+
+def diffusion_loss(prediction: Tensor, noise: Tensor) -> Tensor:
+    """Eq. 1: mean squared error of the noise, in float32."""
+    return torch.nn.functional.mse_loss(prediction.float(), noise.float())
+
+
+def target_maps(masks: Tensor, grid: Grid) -> Tensor:
+    """M^gt: instance masks (B,N,H,W) in [0,1] -> one-hot (B,N+1,h*w).
+
+    Masks are averaged over each token's area, the background is what no mask covers, and the token
+    goes to the largest of them; ties to the lower number. Absent subjects have empty masks."""
+    resized = torch.nn.functional.interpolate(masks.float(), size=grid, mode="area").flatten(2)
+    background = (1 - resized.sum(dim=1, keepdim=True)).clamp_min(0)
+    candidates = torch.cat((resized, background), dim=1)  # (B,N+1,Q)
+    winner = candidates.argmax(dim=1, keepdim=True)
+    return torch.zeros_like(candidates).scatter_(1, winner, 1.0)
+
+
+def map_error(
+    maps: Tensor, target: Tensor, present: Tensor, tokens: Literal["mean", "sum"]
+) -> Tensor:
+    """1/N sum_i ||M_i - M_i^gt||^2 of each row, then the mean over rows that hold a subject.
+
+    maps, target (B,N+1,Q); present (B,N) bool. Only subjects count, not the background. Zero, with
+    a gradient of zero, when no row holds one."""
+    error = (maps - target).square()[:, :-1]
+    error = error.mean(dim=-1) if tokens == "mean" else error.sum(dim=-1)  # (B,N)
+    count = present.sum(dim=1)
+    rows = (error * present).sum(dim=1) / count.clamp_min(1)
+    return rows.sum() / (count > 0).sum().clamp_min(1)
+
+
+def routing_loss(
+    soft_maps: Sequence[SoftMaps],
+    masks: Tensor,
+    present: Tensor,
+    tokens: Literal["mean", "sum"] = "mean",
+) -> tuple[Tensor, Tensor]:
+    """Eq. 4 without lambda, as (refined, coarse), each the mean over blocks.
+
+    The refined map's mask is the argmax of the coarse one and passes no gradient, so the coarse map
+    is supervised in the same way, as in the segmentation decoder that the paper follows."""
+    refined: list[Tensor] = []
+    coarse: list[Tensor] = []
+    targets: dict[Grid, Tensor] = {}
+    for soft in soft_maps:
+        if soft.logits is None:
+            raise ValueError("routing_loss needs the maps of a trained router")
+        if soft.grid not in targets:
+            targets[soft.grid] = target_maps(masks, soft.grid)
+        target = targets[soft.grid]
+        refined.append(map_error(soft.maps, target, present, tokens))
+        coarse.append(map_error(soft.logits.coarse.softmax(dim=1), target, present, tokens))
+    return torch.stack(refined).mean(), torch.stack(coarse).mean()

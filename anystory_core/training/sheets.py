@@ -1,0 +1,89 @@
+"""Picture sheets of a running training: reference, target, sample and routing maps, a row each."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..conditioner import Call, Rows
+from .bases import alphas_cumprod
+from .batches import Batch
+from .cache import Encodings
+from .diffusers_unet import time_ids
+from .stages import Noised, Stage
+
+GUIDANCE = 5.0
+
+
+@torch.no_grad()
+def sample(
+    stage: Stage,
+    batch: Batch,
+    encodings: Encodings,
+    *,
+    steps: int,
+    guidance: float = GUIDANCE,
+    seed: int = 0,
+) -> tuple[Tensor, Call]:
+    """Draw a picture for each row with deterministic DDIM and classifier-free guidance:
+    ((B,3,H,W) in [-1,1], the last conditional call with its routing maps).
+
+    Unconditional rows get the background embedding and no references, as in the nodes."""
+    device, size = batch.target.device, stage.config.data.resolution
+    count = len(batch.numbers)
+    text, pooled = encodings.text(batch, device)
+    empty, empty_pooled = stage.base.text([""] * count)
+    dtype = stage.base.unet.dtype
+    generator = torch.Generator().manual_seed(seed)
+    side = size // stage.base.config.reference.latent_stride
+    channels = stage.base.config.unet.in_channels
+    z = torch.randn(count, channels, side, side, generator=generator).to(device)
+    alphas = alphas_cumprod().float().to(device)
+    times = torch.linspace(len(alphas) - 1, 0, steps).round().long()
+    call = stage.conditions(batch, ())
+    ids = time_ids(size, size, count, device)
+    for place, t in enumerate(times):
+        now = alphas[t]
+        later = alphas[times[place + 1]] if place + 1 < steps else now.new_ones(())
+        row_times = t.expand(count).to(device)
+        call = _fresh(call, Rows(tuple(range(count))))
+        plain = _fresh(call, Rows((), tuple(range(count))))
+        cond = Noised(z.to(dtype), z, row_times, text.to(dtype), pooled.to(dtype), ids, ())
+        rest = Noised(z.to(dtype), z, row_times, empty.to(dtype), empty_pooled.to(dtype), ids, ())
+        uncond = stage.predict(plain, rest).float()
+        eps = uncond + guidance * (stage.predict(call, cond).float() - uncond)
+        clean = (z - (1 - now).sqrt() * eps) / now.sqrt()
+        z = later.sqrt() * clean + (1 - later).sqrt() * eps
+    return stage.base.decode_picture(z), call
+
+
+def _fresh(call: Call, rows: Rows) -> Call:
+    """The same run for another forward pass."""
+    return Call(call.run, rows, call.active, call.sites, call.attention)
+
+
+def draw_sheet(stage: Stage, batch: Batch, encodings: Encodings, path: Path) -> None:
+    """Write a PNG: each row shows the first reference, the target, a sample, and the last block's
+    routing map of every subject."""
+    pictures, call = sample(stage, batch, encodings, steps=stage.config.run.sheet_steps)
+    size = batch.target.shape[-1]
+    resize = torch.nn.functional.interpolate
+    columns = [resize(batch.vae[:, 0], (size, size)), batch.target, pictures]
+    soft = call.soft_maps.get(len(call.sites))
+    if soft is not None:
+        maps = soft.maps.reshape(*soft.maps.shape[:2], *soft.grid)[:, :-1]
+        for i in range(maps.shape[1]):
+            grey = resize(maps[:, i : i + 1], (size, size)) * 2 - 1
+            columns.append(grey.expand(-1, 3, -1, -1))
+    rows = torch.cat([c.float().cpu() for c in columns], dim=-1)  # (B,3,H,columns*W)
+    sheet = torch.cat(list(rows), dim=1)
+    pixels = ((sheet.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(0, -1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp.png")
+    Image.fromarray(cast(Any, pixels).contiguous().numpy()).save(temporary)
+    os.replace(temporary, path)

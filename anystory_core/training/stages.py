@@ -1,0 +1,218 @@
+"""The two stages as modules: what is trained, and a forward pass from a batch to losses.
+
+Both run the frozen U-Net through :mod:`.diffusers_unet`. The base is kept out of the module, so
+that distributed wrappers, optimisers and checkpoints see the trained parameters alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..build import AnyStoryModel
+from ..conditioner import Call, Rows
+from ..preprocess import latent_mask, zero_clip
+from ..routes import LearnedRoutes, SingleRoute, SoftMaps
+from ..run import Run, project
+from . import diffusers_unet
+from .bases import Base
+from .batches import Batch, sample_seed
+from .config import TrainingConfig
+from .losses import diffusion_loss, routing_loss
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A batch on its way into the U-Net: all that Eq. 1 needs. ``seeds`` (B) for Gumbel noise."""
+
+    latents: Tensor  # z_t (B,4,h,w)
+    noise: Tensor
+    timesteps: Tensor  # (B) long
+    text: Tensor
+    pooled: Tensor
+    time_ids: Tensor
+    seeds: tuple[int, ...]
+
+
+def add_noise(
+    clean: Tensor, numbers: Sequence[int], seed: int, alphas: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z_t = alpha_t z_0 + sigma_t eps, with t and eps from each sample's own number:
+    (z_t, eps, t)."""
+    timesteps: list[Tensor] = []
+    noise: list[Tensor] = []
+    for number in numbers:
+        generator = torch.Generator().manual_seed(sample_seed(seed, number))
+        timesteps.append(torch.randint(len(alphas), (), generator=generator))
+        noise.append(torch.randn(clean.shape[1:], generator=generator))
+    t = torch.stack(timesteps).to(clean.device)
+    eps = torch.stack(noise).to(clean)
+    alpha = alphas.to(clean.device)[t].to(clean.dtype)[:, None, None, None]
+    return alpha.sqrt() * clean + (1 - alpha).sqrt() * eps, eps, t
+
+
+class Stage(nn.Module):
+    """Common to both stages. ``parts`` are the AnyStory modules, frozen ones included."""
+
+    def __init__(self, model: AnyStoryModel, base: Base, config: TrainingConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = model
+        # Out of reach of nn.Module: never trained, saved or sharded.
+        self._frozen: list[Any] = [base]
+        self._slot = diffusers_unet.install(base.unet, model.sites)
+        for name, module in model.modules():
+            self.add_module(name, module)
+        if config.run.checkpointing:
+            base.unet.train()  # diffusers recomputes only in training mode; it has no dropout
+            base.unet.enable_gradient_checkpointing()
+
+    @property
+    def base(self) -> Base:
+        return self._frozen[0]
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name in a weights file, parameter) of all that this stage trains."""
+        return (item for item in self.named_parameters() if item[1].requires_grad)
+
+    def conditions(self, batch: Batch, seeds: tuple[int, ...]) -> Call:
+        """The call that serves this batch; differentiable."""
+        raise NotImplementedError
+
+    def predict(self, call: Call | None, noised: Noised) -> Tensor:
+        """The U-Net's noise prediction (B,4,h,w)."""
+        return diffusers_unet.predict(
+            self.base.unet,
+            self._slot,
+            call,
+            noised.latents,
+            noised.timesteps,
+            noised.text,
+            noised.pooled,
+            noised.time_ids,
+        )
+
+    def forward(self, batch: Batch, noised: Noised) -> dict[str, Tensor]:
+        """Losses by name; "loss" is what is minimised."""
+        call = self.conditions(batch, noised.seeds)
+        losses = {"diffusion": diffusion_loss(self.predict(call, noised), noised.noise)}
+        return self.total(losses, call, batch)
+
+    def total(self, losses: dict[str, Tensor], call: Call, batch: Batch) -> dict[str, Tensor]:
+        """Add "loss" and what else the stage minimises."""
+        return {**losses, "loss": losses["diffusion"]}
+
+    def clip_states(self, pixels: Tensor) -> Tensor:
+        """(B,3,S,S) -> (B,S,W) in the dtype of the trained modules."""
+        return self.base.clip_states(pixels).to(self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def background_states(self, device: torch.device) -> Tensor:
+        """CLIP states (1,S,W) of the zero image."""
+        return self.clip_states(zero_clip(self.model.config).to(device))
+
+    def make_call(self, run: Run, batch: int, gumbel: tuple[int, ...] = ()) -> Call:
+        return Call(
+            run,
+            Rows(tuple(range(batch))),
+            (True,) * run.subjects,
+            self.model.sites,
+            diffusers_unet.dense_attention,
+            gumbel=gumbel,
+        )
+
+    def references(self, vae: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """ReferenceNet features G^2..G^L of (B,3,R,R), (B,1,R,R): each (B,G,d)."""
+        net = self.model.reference_net
+        if net is None:
+            return ()
+        latents = self.base.encode_picture(vae).to(self.dtype)
+        channel = latent_mask(mask, (latents.shape[-2], latents.shape[-1])).to(latents)
+        return net(torch.cat((latents, channel), dim=1))
+
+
+class SubjectStage(Stage):
+    """Stage 1: subject QFormer, ReferenceNet and all K, V maps. One subject, routed everywhere."""
+
+    def __init__(self, model: AnyStoryModel, base: Base, config: TrainingConfig) -> None:
+        super().__init__(model, base, config)
+        self.requires_grad_(True)
+        if model.reference_net is not None:
+            model.reference_net.recompute = config.run.checkpointing
+
+    def conditions(self, batch: Batch, seeds: tuple[int, ...]) -> Call:
+        tokens = background = None
+        if self.model.encoder.subject is not None:
+            tokens, _ = self.model.encoder(self.clip_states(batch.clip[:, 0]))
+            background, _ = self.model.encoder(self.background_states(batch.clip.device))
+            tokens = torch.where(batch.drop_clip[:, None, None], background, tokens)
+        features = self.references(batch.vae[:, 0], batch.reference_mask[:, 0])
+        conditions = project(
+            self.model.projections, self.model.sites, [tokens, background], [features or None, None]
+        )
+        gamma = 0.0 if features else -math.inf
+        run = Run(conditions, SingleRoute(), (1.0, 1.0), (gamma, -math.inf))
+        return self.make_call(run, len(batch.numbers))
+
+
+class RouterStage(Stage):
+    """Stage 2: the routing QFormer and the routers, on a frozen subject encoder."""
+
+    def __init__(self, model: AnyStoryModel, base: Base, config: TrainingConfig) -> None:
+        super().__init__(model, base, config)
+        self.requires_grad_(False)
+        for module in (model.encoder.routing, model.routers):
+            if module is not None:
+                module.requires_grad_(True)
+
+    def conditions(self, batch: Batch, seeds: tuple[int, ...]) -> Call:
+        model = self.model
+        if model.encoder.routing is None or model.routers is None:
+            raise ValueError("stage 'router' needs a model with the router parts")
+        rows, subjects = batch.present.shape
+        states = self.clip_states(batch.clip.flatten(0, 1))
+        zero = self.background_states(batch.clip.device)
+        routing = model.encoder.routing(states)[:, 0].reshape(rows, subjects, -1)
+        routing_zero = model.encoder.routing(zero)[:, 0].expand(rows, 1, -1)
+        with torch.no_grad():
+            tokens: list[Tensor | None] = [None] * (subjects + 1)
+            if model.encoder.subject is not None:
+                encoded = model.encoder.subject(states)
+                encoded = encoded.reshape(rows, subjects, *encoded.shape[1:])
+                tokens = [*encoded.unbind(1), model.encoder.subject(zero)]
+            stacked = self.references(batch.vae.flatten(0, 1), batch.reference_mask.flatten(0, 1))
+            features = [
+                tuple(g.reshape(rows, subjects, *g.shape[1:])[:, i] for g in stacked)
+                for i in range(subjects)
+            ]
+            conditions = project(model.projections, model.sites, tokens, [*features, None])
+        present = torch.cat((batch.present, torch.ones_like(batch.present[:, :1])), dim=1)
+        source = LearnedRoutes.prepare(
+            model.routers, torch.cat((routing, routing_zero), dim=1), present=present
+        )
+        gamma = 0.0 if stacked else -math.inf
+        biases = (gamma,) * subjects + (-math.inf,)
+        run = Run(conditions, source, (1.0,) * (subjects + 1), biases)
+        return self.make_call(run, rows, seeds)
+
+    def total(self, losses: dict[str, Tensor], call: Call, batch: Batch) -> dict[str, Tensor]:
+        settings = self.config.router
+        assert settings is not None
+        maps: list[SoftMaps] = list(call.soft_maps.values())
+        refined, coarse = routing_loss(maps, batch.masks, batch.present, settings.tokens)
+        supervised = refined + coarse if self.model.config.router.refine else refined
+        loss = losses["diffusion"] + settings.route_weight * supervised
+        return {**losses, "route": refined, "coarse": coarse, "loss": loss}
+
+
+def build_stage(model: AnyStoryModel, base: Base, config: TrainingConfig) -> Stage:
+    """The stage that the configuration asks for."""
+    return (SubjectStage if config.stage == "subject" else RouterStage)(model, base, config)

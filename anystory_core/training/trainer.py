@@ -1,0 +1,298 @@
+"""The loop: accelerate around a :class:`~.stages.Stage`, from a configuration to a weights file."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..build import PARTS, AnyStoryModel, build_model
+from ..checkpoint import load_model, merge_files, open_tensors, save_model, save_tensors
+from ..errors import ConfigError
+from . import checkpoints
+from .bases import Base, alphas_cumprod, load_base
+from .batches import Batch, SampleDataset, load_batches
+from .cache import Encodings
+from .config import TrainingConfig, seconds
+from .data import BadSamples, DataError, Index
+from .diffusers_unet import time_ids
+from .names import init_from_unet
+from .sheets import draw_sheet
+from .stages import Noised, Stage, add_noise, build_stage
+
+_ROUTER_PARTS = ("routing_encoder", "routers")
+
+
+def build_trained_model(config: TrainingConfig, base: Base) -> AnyStoryModel:
+    """The AnyStory modules of a run, initialised: from the U-Net (stage 1), or from the file of
+    stage 1 with a fresh router (stage 2)."""
+    torch.manual_seed(config.run.seed)
+    if config.subject is not None:
+        parts = ["subject_encoder", "clip_projections"] if config.subject.clip else []
+        if config.subject.reference:
+            parts += ["reference_net", "reference_projections"]
+        model = build_model(base.config, parts)
+        init_from_unet(model, base.unet.state_dict())
+        if config.subject.ip_adapter:
+            from ..convert import load_ip_adapter
+
+            load_ip_adapter(model, config.subject.ip_adapter)
+        return model
+    assert config.router is not None
+    model = load_model(config.router.subject_file, dtype=torch.float32)
+    if model.config.unet != base.config.unet:
+        raise ConfigError(
+            f"router.subject_file: made for {model.config.name!r}, the base is {base.config.name!r}"
+        )
+    if "routers" in model.parts:
+        raise ConfigError("router.subject_file: it holds a router already; give the stage 1 file")
+    fresh = build_model(model.config, _ROUTER_PARTS)
+    model.encoder.routing, model.routers = fresh.encoder.routing, fresh.routers
+    return model
+
+
+class Trainer:
+    """One run. ``run()`` trains from the newest checkpoint to the end and exports."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import ProjectConfiguration
+
+        self.config = config
+        run = config.run
+        self.folder = Path(run.folder)
+        self._make_folder()
+        project = cast(Any, ProjectConfiguration)(
+            project_dir=str(self.folder), logging_dir=str(self.folder / "logs")
+        )
+        self.accelerator = cast(Any, Accelerator)(
+            mixed_precision=run.precision,
+            gradient_accumulation_steps=run.accumulate,
+            log_with="tensorboard",
+            project_config=project,
+        )
+        if run.seed < 0:
+            raise ConfigError(f"run.seed: got {run.seed}, expected 0 or more")
+        self.base = load_base(config.base)
+        dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        self.base.to(self.accelerator.device, dtypes[run.precision])
+        self.dataset = SampleDataset(Index.of(config.data.paths), config, self.base.config)
+        self.encodings = Encodings(self.base, config.data.cache, config.data.resolution)
+        self.alphas = alphas_cumprod()
+        self.bad = BadSamples()
+
+        model = build_trained_model(config, self.base)
+        stage = build_stage(model, self.base, config)
+        if run.compile:
+            self.base.unet.compile()
+        settings = config.optimiser
+        optimiser = torch.optim.AdamW(
+            [p for _, p in stage.trained()],
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
+        )
+        if settings.ema and self.accelerator.distributed_type == "FSDP":
+            raise ConfigError("optimiser.ema: not with FSDP, whose parameters are sharded; set 0")
+        self.stage, self.optimiser = self.accelerator.prepare(stage, optimiser)
+        self.average = {n: p.detach().float().clone() for n, p in self._unwrapped().trained()}
+        self.step = 0
+        self._resume()
+
+    # -- the loop --------------------------------------------------------------------------------
+
+    def run(self) -> Path:
+        """Train to the last step and export; returns the weights file."""
+        run = self.config.run
+        self.accelerator.init_trackers("training")
+        batches = load_batches(
+            self.dataset,
+            self.config,
+            first_step=self.step,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+        saved = time.monotonic()
+        for losses in self._steps(batches):
+            if self.step % run.log_every == 0 or self.step == run.steps:
+                self.accelerator.log({f"loss/{k}": v for k, v in losses.items()}, step=self.step)
+            if run.sheet_every and self.step % run.sheet_every == 0:
+                self._sheet()
+            if time.monotonic() - saved > seconds(run.checkpoint_every):
+                self.save()
+                saved = time.monotonic()
+        self.save()
+        self.accelerator.end_training()
+        return self.export()
+
+    def _steps(self, batches: Iterator[Batch]) -> Iterator[dict[str, float]]:
+        """One optimiser step per turn; yields its mean losses."""
+        from tqdm import tqdm
+
+        run = self.config.run
+        bar = cast(Any, tqdm)(
+            total=run.steps,
+            initial=self.step,
+            unit="step",
+            disable=not self.accelerator.is_local_main_process,
+        )
+        per_step = run.batch * run.accumulate * self.accelerator.num_processes
+        while self.step < run.steps:
+            started = time.monotonic()
+            totals: dict[str, float] = {}
+            for _ in range(run.accumulate):
+                for name, value in self._micro_step(next(batches)).items():
+                    totals[name] = totals.get(name, 0.0) + value / run.accumulate
+            self.step += 1
+            rate = per_step / (time.monotonic() - started)
+            bar.set_postfix_str(f"loss {totals['loss']:.4f}, {rate:.2f} samples/s")
+            bar.update()
+            yield {**totals, "samples_per_second": rate}
+        bar.close()
+
+    def _micro_step(self, batch: Batch) -> dict[str, float]:
+        for error in (*batch.bad, *[""] * len(batch.numbers)):
+            self.bad.note(DataError(error) if error else None)
+        with self.accelerator.accumulate(self.stage):
+            batch = self._move(batch)
+            noised = self.noised(batch)
+            with self.accelerator.autocast():
+                losses: dict[str, Tensor] = self.stage(batch, noised)
+            if not bool(torch.isfinite(losses["loss"])):
+                raise ConfigError(
+                    f"run: the loss became {float(losses['loss'])} at step {self.step + 1}; lower "
+                    "optimiser.learning_rate, or set run.precision to 'bf16' or 'no'. The last "
+                    "checkpoint is whole"
+                )
+            self.accelerator.backward(losses["loss"])
+            if self.accelerator.sync_gradients:
+                parameters = [p for _, p in self._unwrapped().trained()]
+                self.accelerator.clip_grad_norm_(parameters, self.config.optimiser.clip_norm)
+                self._set_rate()
+            self.optimiser.step()
+            self.optimiser.zero_grad()
+            if self.accelerator.sync_gradients:
+                self._update_average()
+        return {name: float(value.detach()) for name, value in losses.items()}
+
+    def noised(self, batch: Batch) -> Noised:
+        """What the U-Net gets for a batch: a function of the samples' numbers."""
+        device = self.accelerator.device
+        clean = self.encodings.latents(batch, device).float()
+        text, pooled = self.encodings.text(batch, device)
+        seed = self.config.run.seed
+        latents, noise, timesteps = add_noise(clean, batch.numbers, seed, self.alphas)
+        size = self.config.data.resolution
+        ids = time_ids(size, size, len(batch.numbers), device)
+        dtype = self.base.unet.dtype
+        return Noised(
+            latents.to(dtype), noise, timesteps, text.to(dtype), pooled.to(dtype), ids,
+            batch.numbers,
+        )  # fmt: skip
+
+    def _move(self, batch: Batch) -> Batch:
+        device = self.accelerator.device
+        return Batch(
+            **{
+                name: value.to(device) if isinstance(value, Tensor) else value
+                for name, value in vars(batch).items()
+            }
+        )
+
+    def _set_rate(self) -> None:
+        settings = self.config.optimiser
+        warm = min(1.0, (self.step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+        for group in self.optimiser.param_groups:
+            group["lr"] = settings.learning_rate * warm
+
+    def _update_average(self) -> None:
+        target = self.config.optimiser.ema
+        if not target:
+            return
+        decay = min(target, (1 + self.step) / (10 + self.step))
+        for name, parameter in self._unwrapped().trained():
+            self.average[name].lerp_(parameter.detach().float(), 1 - decay)
+
+    def _unwrapped(self) -> Stage:
+        return cast(Stage, self.accelerator.unwrap_model(self.stage))
+
+    def _sheet(self) -> None:
+        if self.accelerator.is_main_process:
+            path = self.folder / "sheets" / f"step-{self.step:08d}.png"
+            samples = [self.dataset[i] for i in range(min(4, len(self.dataset)))]
+            draw_sheet(self._unwrapped(), self._move(Batch.of(samples)), self.encodings, path)
+        self.accelerator.wait_for_everyone()
+
+    # -- checkpoints and export ------------------------------------------------------------------
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / ".writable"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise checkpoints.CheckpointFolderError(
+                f"run.folder: {self.folder} cannot be written ({error.strerror}); name another"
+            ) from error
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def save(self) -> None:
+        """Write the checkpoint of this step. All processes take part."""
+
+        def fill(path: Path) -> None:
+            self.accelerator.save_state(str(path))
+            if self.accelerator.is_main_process:
+                if self.config.optimiser.ema:
+                    save_tensors(path / "average.safetensors", self.average, {})
+                (path / "run.json").write_text(json.dumps({"step": self.step}))
+            self.accelerator.wait_for_everyone()
+
+        if self.accelerator.num_processes == 1 or self.accelerator.is_main_process:
+            checkpoints.write(self._checkpoints, self.step, self.config.run.keep_checkpoints, fill)
+        else:
+            fill(self._checkpoints / f"step-{self.step:08d}.partial")
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        found = checkpoints.newest(self._checkpoints)
+        if found is None:
+            return
+        self.step, path = found
+        self.accelerator.load_state(str(path))
+        if self.config.optimiser.ema:
+            with open_tensors(path / "average.safetensors") as file:
+                for name in self.average:
+                    self.average[name].copy_(file.get_tensor(name))
+        self.accelerator.print(f"resuming from step {self.step}")
+
+    def export(self) -> Path:
+        """Write what the stage trained; after stage 2 also the file joined with stage 1's.
+
+        Returns the file that LoadAnyStory should read."""
+        state: dict[str, Tensor] = self.accelerator.get_state_dict(self.stage)
+        config = self.config
+        if config.optimiser.ema:
+            state = {**state, **self.average}
+        wanted = _ROUTER_PARTS if config.router is not None else tuple(PARTS)
+        prefixes = tuple(PARTS[part] for part in wanted)
+        chosen = {n: t.float() for n, t in state.items() if n.startswith(prefixes)}
+        path = self.folder / f"anystory_{config.stage}.safetensors"
+        result = path
+        if self.accelerator.is_main_process:
+            metadata = {f"anystory.{config.stage}_steps": str(self.step)}
+            save_model(path, chosen, self._unwrapped().model.config, metadata=metadata)
+            if config.router is not None:
+                result = self.folder / "anystory.safetensors"
+                merge_files((config.router.subject_file, path), result)
+        self.accelerator.wait_for_everyone()
+        return result

@@ -207,6 +207,7 @@ class AnyStoryConfig:
             name="mini",
             unet=UNetConfig(
                 model_channels=64,
+                channel_mult=(1, 1, 2),
                 transformer_depth=(0, 1, 2),
                 middle_depth=2,
                 head_dim=32,

@@ -40,7 +40,7 @@ VISION: dict[str, Any] = {
     "layer_norm_eps": 1e-5,
 }
 
-# Latent -> RGB in [-1,1], for previews while sampling: least squares on the VAE's training pictures.
+# Latent -> RGB in [-1,1], for previews while sampling: least squares on rendered scenes.
 LATENT_RGB_FACTORS = (
     (0.30, 0.0, 0.0),
     (0.0, 0.30, 0.0),

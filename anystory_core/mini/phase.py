@@ -2,6 +2,10 @@
 
 Only the parts below this project's own two stages (VAE, CLIP, base U-Net, evaluation networks) are
 trained here; stages 1 and 2 are :mod:`anystory_core.training`.
+
+On a small CPU several processes of one thread each, which share a batch and average their gradients
+once per step, keep going when the machine is busy with other things; threads that wait for each
+other in every layer do not. :func:`run_shared` starts them.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +21,48 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-CHECKPOINT_SECONDS = 600
+CHECKPOINT_SECONDS = 300
+
+
+def shares() -> tuple[int, int]:
+    """(number of this process, how many there are)."""
+    if distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def run_shared(task: Callable[[], None], processes: int) -> None:
+    """Run ``task`` in this process, or in ``processes`` of one thread each. ``task`` is pickled."""
+    if processes == 1:
+        task()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(  # pyright: ignore[reportPrivateImportUsage]
+            _share, (task, processes, f"file://{folder}/meet"), nprocs=processes
+        )
+
+
+def _share(number: int, task: Callable[[], None], processes: int, meet: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=meet, rank=number, world_size=processes)
+    try:
+        task()
+    finally:
+        distributed.destroy_process_group()
+
+
+def _average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Replace gradients by their mean over all processes, in one message."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    start = 0
+    for g in gradients:
+        g.copy_(flat[start : start + g.numel()].view_as(g))
+        start += g.numel()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +88,25 @@ class Phase:
         warm = min(1.0, (step + 1) / max(1, min(100, self.steps // 20)))
         return self.learning_rate * warm * (0.02 + 0.98 * _cosine(step / self.steps))
 
+    def load(self, modules: nn.Module) -> int:
+        """Put the checkpoint's final weights (their average when ``ema`` is set) into ``modules``;
+        returns its step. FileNotFoundError when the phase never ran."""
+        state = torch.load(self.state_file, weights_only=True)
+        modules.load_state_dict(state["average" if self.ema else "weights"])
+        modules.eval()
+        return int(state["step"])
+
     def run(
         self, modules: nn.Module, loss_of: Callable[[int, torch.Generator], Tensor]
     ) -> dict[str, Tensor]:
         """Train ``modules`` on ``loss_of(step, generator)`` from the last checkpoint on; returns
-        the final weights (their moving average when ``ema`` is set), loaded into ``modules`` too."""
+        the final weights (their moving average when ``ema`` is set), loaded into ``modules`` too.
+        With several processes each calls this, and gives the loss of its own share."""
+        part, parts = shares()
         self.folder.mkdir(parents=True, exist_ok=True)
+        parameters = list(modules.parameters())
         optimiser = torch.optim.AdamW(
-            modules.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
+            parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True
         )
         average = {k: v.detach().clone() for k, v in modules.state_dict().items()}
         step, spent = 0, 0.0
@@ -75,30 +130,37 @@ class Phase:
             os.replace(temporary, self.state_file)
 
         modules.train()
-        total = 0.0
+        total, counted = 0.0, 0
         while step < self.steps:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+            generator = torch.Generator().manual_seed(
+                self.seed * 1_000_003 + step + part * 7_919_000_017
+            )
             for group in optimiser.param_groups:
                 group["lr"] = self.rate(step)
             loss = loss_of(step, generator)
             loss.backward()
-            nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+            if parts > 1:
+                _average_gradients(parameters)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             step += 1
-            total += float(loss.detach())
+            total, counted = total + float(loss.detach()), counted + 1
+            if part:
+                continue
             if self.ema:
                 decay = min(self.ema, (1 + step) / (10 + step))
-                for name, value in modules.state_dict().items():
-                    average[name].lerp_(value.to(average[name].dtype), 1 - decay)
+                with torch.no_grad():
+                    for name, value in modules.state_dict().items():
+                        average[name].lerp_(value.to(average[name].dtype), 1 - decay)
             if step % self.log_every == 0 or step == self.steps:
-                seconds = spent + time.monotonic() - start
-                self._log(step, total / self.log_every, seconds)
-                total = 0.0
+                self._log(step, total / counted, spent + time.monotonic() - start)
+                total, counted = 0.0, 0
             if time.monotonic() - last > CHECKPOINT_SECONDS:
                 save()
                 last = time.monotonic()
-        save()
+        if not part:
+            save()
         if self.ema:
             modules.load_state_dict(average)
         modules.eval()

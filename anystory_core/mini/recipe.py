@@ -1,29 +1,88 @@
 """Make the mini model, phase by phase: ``python -m anystory_core.mini.recipe --work DIR``.
 
-Every phase resumes where it stopped, has its own seed, and writes its curve to ``DIR/NAME.csv``.
+Phases, in order: ``world`` (render scenes), ``vae``, ``clip``, ``cache`` (encode the scenes),
+``base`` (the U-Net), ``folder`` (the base as the trainer reads it). Each resumes where it stopped
+when the same command is given again, has its own seed, and writes its curve to ``DIR/NAME.csv``.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
+
 from . import emoji
-from .vae import train_vae
+from .base import train_base
+from .cache import missing
+from .cache import write_shard as cache_shard
+from .clip import load_clip, train_clip
+from .folder import write_base_folder
+from .phase import run_shared
+from .scenes import write_shard
+from .vae import load_vae, train_vae
+
+PHASES = ("world", "vae", "clip", "cache", "base", "folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line says."""
+
+    work: Path
+    shards: int
+    base_steps: int
+    processes: int
+
+    def training_emoji(self) -> list[emoji.Emoji]:
+        """All subjects but the held-out families; fetched first when missing."""
+        sources = self.work / "sources"
+        emoji.download(sources)
+        return emoji.split(emoji.load_emoji(sources))[0]
+
+
+def run_phase(name: str, options: Options) -> None:
+    """Run or resume one phase."""
+    work = options.work
+    if name == "world":
+        subjects = options.training_emoji()
+        for number in range(options.shards):
+            write_shard(subjects, work / "scenes", number)
+    elif name == "vae":
+        run_shared(partial(train_vae, options.training_emoji(), work), options.processes)
+    elif name == "clip":
+        run_shared(partial(train_clip, options.training_emoji(), work), options.processes)
+    elif name == "cache":
+        vae, (clip, row_table) = load_vae(work), load_clip(work)
+        for number in missing(work / "scenes", work / "cache"):
+            cache_shard(work / "scenes", work / "cache", number, vae, clip.text, row_table)
+            print(f"cache: shard {number}", flush=True)
+    elif name == "base":
+        run_shared(partial(train_base, work, steps=options.base_steps), options.processes)
+    else:
+        write_base_folder(work)
 
 
 def main() -> None:
     """Run one phase, or all of them in order."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for sources and states")
-    parser.add_argument("--phase", choices=("world", "vae"), help="only this phase")
-    options = parser.parse_args()
-    work: Path = options.work
-    sources = work / "sources"
-    emoji.download(sources)
-    training, _ = emoji.split(emoji.load_emoji(sources))
-    if options.phase in (None, "vae"):
-        train_vae(training, work)
+    parser.add_argument("--phase", choices=PHASES, help="only this phase")
+    parser.add_argument("--shards", type=int, default=24, help="shards of 500 scenes to render")
+    parser.add_argument("--base-steps", type=int, default=60_000, help="length of the base phase")
+    parser.add_argument("--processes", type=int, default=2, help="training processes of one thread")
+    given = parser.parse_args()
+    options = Options(
+        work=given.work,
+        shards=given.shards,
+        base_steps=given.base_steps,
+        processes=given.processes,
+    )
+    torch.set_flush_denormal(True)
+    for name in (given.phase,) if given.phase else PHASES:
+        run_phase(name, options)
 
 
 if __name__ == "__main__":

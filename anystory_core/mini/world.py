@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -216,5 +215,3 @@ def pool_of(emoji: Sequence[Emoji]) -> list[list[Emoji]]:
     for item in emoji:
         families.setdefault(item.family, []).append(item)
     return [families[name] for name in sorted(families)]
-
-

@@ -1,0 +1,101 @@
+"""Latents and text states of the rendered scenes, encoded once and mapped from disk.
+
+Of each shard: latents (S,4,32,32), states (S,2,77,D) and pooled (S,2,D) in float16; the second axis
+is the caption with names and the one that says "an object".
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import text
+from .scenes import read_shard, shard_numbers
+from .vae import to_signed
+
+Half = NDArray[np.float16]
+_KINDS = ("latents", "states", "pooled")
+
+
+@dataclass(frozen=True)
+class Cached:
+    """One shard, mapped from disk."""
+
+    latents: Half
+    states: Half
+    pooled: Half
+
+
+def _file(folder: Path, number: int, kind: str) -> Path:
+    return folder / f"{number:05d}.{kind}.npy"
+
+
+@torch.no_grad()
+def encode_pictures(vae: Any, pictures: NDArray[np.uint8], batch: int = 25) -> Half:
+    """uint8 (S,256,256,3) -> latents (S,4,32,32)."""
+    out: list[Tensor] = []
+    for start in range(0, len(pictures), batch):
+        pixels = to_signed(torch.from_numpy(pictures[start : start + batch].copy()))
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = vae.encode(pixels.to(memory_format=torch.channels_last)).latents
+        out.append(latents.half())
+    return torch.cat(out).contiguous().numpy()
+
+
+@torch.no_grad()
+def encode_texts(
+    text_model: Any, row_table: Tensor, texts: list[str], batch: int = 100
+) -> tuple[Half, Half]:
+    """-> states (S,77,D), pooled (S,D)."""
+    states: list[Tensor] = []
+    pooled: list[Tensor] = []
+    for start in range(0, len(texts), batch):
+        rows = row_table[text.tokenize(texts[start : start + batch])]
+        with torch.autocast("cpu", torch.bfloat16):
+            s, p = text.encode(text_model, rows)
+        states.append(s.half())
+        pooled.append(p.half())
+    return torch.cat(states).numpy(), torch.cat(pooled).numpy()
+
+
+def write_shard(
+    scenes: Path, folder: Path, number: int, vae: Any, text_model: Any, row_table: Tensor
+) -> None:
+    """Encode one shard of scenes; nothing is done when it lies there."""
+    if _file(folder, number, _KINDS[-1]).exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    shard = read_shard(scenes, number)
+    named = encode_texts(text_model, row_table, shard.captions)
+    plain = encode_texts(text_model, row_table, shard.plain_captions)
+    arrays: dict[str, Half] = {
+        "latents": encode_pictures(vae, shard.pictures),
+        "states": np.stack((named[0], plain[0]), axis=1),
+        "pooled": np.stack((named[1], plain[1]), axis=1),
+    }
+    for kind in _KINDS:  # the last one written marks the shard as complete
+        path = _file(folder, number, kind)
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            np.save(file, arrays[kind])
+        os.replace(path.with_suffix(".tmp"), path)
+
+
+def read_shards(folder: Path) -> list[Cached]:
+    """All complete shards, in order."""
+    numbers = sorted(int(p.name[:5]) for p in folder.glob(f"*.{_KINDS[-1]}.npy"))
+    return [
+        Cached(*(cast(Half, np.load(_file(folder, n, k), mmap_mode="r")) for k in _KINDS))
+        for n in numbers
+    ]
+
+
+def missing(scenes: Path, folder: Path) -> list[int]:
+    """Rendered shards that are not encoded yet."""
+    return [n for n in shard_numbers(scenes) if not _file(folder, n, _KINDS[-1]).exists()]

@@ -211,7 +211,8 @@ def straight_through(logits: Tensor, seeds: Sequence[int]) -> Tensor:
         ]
     )
     tiny = torch.finfo(logits.dtype).tiny
-    gumbel = -torch.log(-torch.log(noise.clamp_min(tiny)).clamp_min(tiny))
+    exponential = (-torch.log(noise.clamp_min(tiny))).clamp_min(tiny)
+    gumbel = -torch.log(exponential)
     soft = (logits + gumbel).softmax(dim=1)
     hard = torch.zeros_like(soft).scatter_(1, soft.argmax(dim=1, keepdim=True), 1.0)
     return hard - soft.detach() + soft

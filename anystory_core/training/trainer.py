@@ -137,6 +137,7 @@ class Trainer:
 
         run = self.config.run
         bar = cast(Any, tqdm)(
+            mininterval=1.0,
             total=run.steps,
             initial=self.step,
             unit="step",

@@ -1,0 +1,227 @@
+"""A base and a world small enough to train in seconds on a CPU: coloured shapes on plain ground."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from anystory_core.config import (
+    AnyStoryConfig,
+    ClipVisionConfig,
+    QFormerConfig,
+    ReferenceConfig,
+    RouterConfig,
+    UNetConfig,
+)
+from anystory_core.training import shards
+from anystory_core.training.bases import alphas_cumprod
+from anystory_core.training.diffusers_unet import time_ids
+from anystory_core.training.names import diffusers_unet_config
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+SIZE = 64
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 200, 60),
+    "blue": (50, 70, 220),
+    "yellow": (230, 220, 50),
+}
+SHAPES = ("square", "disc")
+
+
+def config() -> AnyStoryConfig:
+    """SDXL's topology (three levels, attention on two of different depth) at toy widths."""
+    unet = UNetConfig(
+        model_channels=32,
+        channel_mult=(1, 2, 2),
+        transformer_depth=(0, 1, 2),
+        middle_depth=2,
+        head_dim=16,
+        context_dim=32,
+        adm_channels=32 + 1536,
+    )
+    former = QFormerConfig(queries=4, width=32, layers=1, heads=2, head_dim=16, output_dim=32)
+    return AnyStoryConfig(
+        name="tiny",
+        unet=unet,
+        clip=ClipVisionConfig(
+            width=32, layers=3, heads=2, intermediate=64, image_size=56, projection_dim=16
+        ),
+        subject_qformer=former,
+        routing_qformer=QFormerConfig(
+            queries=1, width=32, layers=1, heads=2, head_dim=16, output_dim=32
+        ),
+        reference=ReferenceConfig(size=SIZE, latent_scale=1.0),
+        router=RouterConfig(key_dim=16, heads=2),
+    )
+
+
+def draw(
+    rng: np.random.Generator, count: int, ground: int = 30
+) -> tuple[np.ndarray, list[np.ndarray], str]:
+    """A picture of ``count`` shapes side by side: (uint8 picture, masks, caption)."""
+    picture = np.full((SIZE, SIZE, 3), ground, np.uint8)
+    ys, xs = np.mgrid[:SIZE, :SIZE]
+    masks: list[np.ndarray] = []
+    words: list[str] = []
+    for place in range(count):
+        name = str(rng.choice(list(COLOURS)))
+        shape = str(rng.choice(SHAPES))
+        radius = int(rng.integers(8, 13))
+        x = int(SIZE * (place + 0.5) / count + rng.integers(-3, 4))
+        y = int(SIZE / 2 + rng.integers(-8, 9))
+        if shape == "disc":
+            mask = (ys - y) ** 2 + (xs - x) ** 2 <= radius**2
+        else:
+            mask = (abs(ys - y) <= radius) & (abs(xs - x) <= radius)
+        picture[mask] = COLOURS[name]
+        masks.append(mask)
+        words.append("a shape")
+    return picture, masks, " and ".join(words) or "nothing"
+
+
+def pairs(count: int, seed: int = 0) -> list[tuple[str, shards.Files]]:
+    """Pair samples: the same coloured shape, moved, as reference (with mask) and target."""
+    out: list[tuple[str, shards.Files]] = []
+    for i in range(count):
+        rng = np.random.default_rng((seed, i))
+        state = rng.bit_generator.state
+        target, _, caption = draw(rng, 1)
+        rng.bit_generator.state = state
+        reference, masks, _ = draw(rng, 1, ground=255)
+        files = shards.pair_files(
+            reference=reference, target=target, caption=caption, reference_mask=masks[0]
+        )
+        out.append((f"pair{i:04d}", files))
+    return out
+
+
+def scenes(count: int, seed: int = 1) -> list[tuple[str, shards.Files]]:
+    """Scene samples of one or two shapes."""
+    out: list[tuple[str, shards.Files]] = []
+    for i in range(count):
+        rng = np.random.default_rng((seed, i))
+        picture, masks, caption = draw(rng, 1 + i % 2)
+        out.append(
+            (f"scene{i:04d}", shards.scene_files(image=picture, masks=masks, caption=caption))
+        )
+    return out
+
+
+def write_base(folder: Path, *, train_steps: int = 0) -> None:
+    """A base folder in the layout of :mod:`anystory_core.training.bases`, and its config.json."""
+    torch.manual_seed(0)
+    model = config()
+    clip = model.clip
+    unet = UNet2DConditionModel(**diffusers_unet_config(model.unet))
+    vae = AutoencoderTiny()
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            projection_dim=32,
+            eos_token_id=49407,
+            pad_token_id=49407,
+        )
+    )
+    vision = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=clip.width,
+            intermediate_size=clip.intermediate,
+            num_hidden_layers=clip.layers,
+            num_attention_heads=clip.heads,
+            image_size=clip.image_size,
+            patch_size=clip.patch_size,
+            projection_dim=clip.projection_dim,
+        )
+    )
+    _normalise_latents(vae)
+    if train_steps:
+        _train_unet(unet, vae, train_steps)
+    for name, module in (
+        ("unet", unet),
+        ("vae", vae),
+        ("text_encoder", text),
+        ("image_encoder", vision),
+    ):
+        module.save_pretrained(folder / name)
+    (folder / "config.json").write_text(model.to_json())
+
+
+def _pictures(count: int) -> torch.Tensor:
+    """(count,3,SIZE,SIZE) in [-1,1]."""
+    pictures = [draw(np.random.default_rng((2, i)), 1 + i % 2)[0] for i in range(count)]
+    return torch.from_numpy(np.stack(pictures)).movedim(-1, 1).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def _normalise_latents(vae: Any) -> None:
+    """A random encoder tells colours and places apart, but its latents hardly vary: scale its last
+    layer so that they have mean 0 and deviation 1, as the noise schedule expects."""
+    last = vae.encoder.layers[-1]
+    latents = vae.encode(_pictures(64)).latents
+    mean, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    last.weight.div_(spread[:, None, None, None])
+    last.bias.sub_(mean).div_(spread)
+
+
+def _train_unet(unet: Any, vae: Any, steps: int) -> None:
+    """Unconditional denoising of shapes: enough for the stages to have something to build on."""
+    with torch.no_grad():
+        latents = vae.encode(_pictures(256)).latents
+    optimiser = torch.optim.AdamW(unet.parameters(), lr=1e-3)
+    alphas = alphas_cumprod().float()
+    generator = torch.Generator().manual_seed(0)
+    text, pooled = torch.zeros(16, 77, 32), torch.zeros(16, 32)
+    for _ in range(steps):
+        clean = latents[torch.randint(len(latents), (16,), generator=generator)]
+        t = torch.randint(1000, (16,), generator=generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        a = alphas[t][:, None, None, None]
+        added = {"text_embeds": pooled, "time_ids": time_ids(SIZE, SIZE, 16, clean.device)}
+        noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
+        out = unet(noisy, t, text, added_cond_kwargs=added).sample
+        loss = torch.nn.functional.mse_loss(out, noise)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+
+def run_toml(
+    folder: Path, base: Path, data: Path, stage: str, *, steps: int, **changes: dict[str, Any]
+) -> Path:
+    """Write a run's TOML; ``changes`` maps a table's name to values that replace or add to it."""
+    tables: dict[str, dict[str, Any]] = {
+        "base": {"path": str(base), "model": str(base / "config.json")},
+        "data": {"paths": [str(data)], "resolution": SIZE, "max_subjects": 2, "workers": 0},
+        "run": {
+            "folder": str(folder),
+            "steps": steps,
+            "batch": 4,
+            "precision": "no",
+            "checkpointing": False,
+        },
+        "optimiser": {"learning_rate": 1e-3},
+        stage: {},
+    }
+    for name, values in changes.items():
+        tables.setdefault(name, {}).update(values)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.toml"
+    lines: list[str] = []
+    for name, values in tables.items():
+        lines.append(f"[{name}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    path.write_text("\n".join(lines) + "\n")
+    return path

@@ -1,0 +1,125 @@
+"""The mini world: same seed same scene, exact visible masks, families, captions."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFilter
+
+from anystory_core.mini import emoji as emoji_module
+from anystory_core.mini.backgrounds import PLACES, draw_place
+from anystory_core.mini.emoji import Emoji
+from anystory_core.mini.world import captions, pool_of, render_reference, render_scene
+
+COLOURS = [(230, 30, 30), (30, 200, 40), (40, 60, 230), (240, 220, 20), (200, 40, 220)]
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> list[Emoji]:
+    """Five plain discs, each a family of its own, as RGBA files."""
+    folder = tmp_path_factory.mktemp("sprites")
+    out = []
+    for i, colour in enumerate(COLOURS):
+        picture = Image.new("RGBA", (256, 256))
+        ImageDraw.Draw(picture).ellipse((20, 20, 236, 236), fill=(*colour, 255))
+        file = folder / f"{i}.png"
+        picture.save(file)
+        out.append(Emoji(str(i), f"thing{i}", f"family{i}", file))
+    return out
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_scene_is_a_function_of_its_seed(subjects: list[Emoji], count: int) -> None:
+    pool = pool_of(subjects)
+    first = render_scene(pool, 11, subjects=count)
+    again = render_scene(pool, 11, subjects=count)
+    other = render_scene(pool, 12, subjects=count)
+    assert np.array_equal(first.picture, again.picture)
+    assert first.caption == again.caption
+    for a, b in zip(first.instances, again.instances, strict=True):
+        assert np.array_equal(a.mask, b.mask)
+    assert not np.array_equal(first.picture, other.picture)
+    assert len(first.instances) == count
+    assert first.picture.shape == (256, 256, 3) and first.picture.dtype == np.uint8
+
+
+def test_masks_are_the_visible_pixels(subjects: list[Emoji]) -> None:
+    """A disc's hue survives any light, so each mask's pixels must have their own subject's hue and
+    no pixel may belong to two subjects."""
+    pool = pool_of(subjects)
+    for seed in range(12):
+        scene = render_scene(pool, seed, subjects=3)
+        masks = np.stack([instance.mask for instance in scene.instances])
+        assert masks.sum(axis=0).max() == 1
+        for instance, mask in zip(scene.instances, masks, strict=True):
+            assert mask.sum() > 500
+            colour = np.array(COLOURS[int(instance.emoji.code)], float)
+            inside = np.median(scene.picture[mask].astype(float), axis=0)
+            # light scales brightness and contrast by at most 15 %: the direction stays
+            cosine = inside @ colour / np.linalg.norm(inside) / np.linalg.norm(colour)
+            assert cosine > 0.96
+
+
+def test_reference_mask_matches_white_ground(subjects: list[Emoji]) -> None:
+    for seed in range(6):
+        picture, mask = render_reference(subjects[seed % 5], seed, plain=True)
+        white = (picture > 245).all(axis=-1)  # resampling leaves traces of alpha further out
+        assert not (white & mask).any()
+        # soft edge pixels (alpha below one half) lie within two pixels of the mask
+        near = np.asarray(Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(5))) > 0
+        assert not (~white & ~near).any()
+        again, _ = render_reference(subjects[seed % 5], seed, plain=True)
+        assert np.array_equal(picture, again)
+
+
+def test_scene_never_shows_one_family_twice(tmp_path: Path, subjects: list[Emoji]) -> None:
+    doubled = subjects + [Emoji(f"{e.code}b", e.name, e.family, e.file) for e in subjects]
+    pool = pool_of(doubled)
+    for seed in range(40):
+        scene = render_scene(pool, seed, subjects=3)
+        families = [instance.emoji.family for instance in scene.instances]
+        assert len(set(families)) == 3
+
+
+def test_captions_name_what_is_there_and_where() -> None:
+    rng = random.Random(5)
+    for trial in range(400):
+        place = rng.choice(list(PLACES))
+        names = rng.sample(["red apple", "owl", "piano", "green car"], rng.randint(1, 3))
+        xs = [rng.random() for _ in names]
+        named, plain = captions(names, xs, place, random.Random(trial))
+        assert place in named and place in plain
+        for name in names:
+            article = "an" if name == "owl" else "a"
+            assert f"{article} {name}" in named
+            assert name not in plain
+        assert plain.count("an object") == len(names)
+        if "to the left of" in named:
+            left, right = named.split("to the left of")
+            order = sorted(zip(xs, names, strict=True))
+            assert order[0][1] in left and order[1][1] in right
+
+
+def test_variants_share_a_family_and_held_out_families_stay_out() -> None:
+    family = emoji_module._family
+    assert family(["1f44b", "1f3fb"], "waving hand") == family(["1f44b"], "waving hand")
+    assert family(["1f468", "200d", "1f52c"], "man scientist") == family(
+        ["1f469", "1f3fd", "200d", "1f52c"], "woman scientist"
+    )
+    assert family(["1f98a"], "fox") != family(["1f43a"], "wolf")
+    held = emoji_module.HELD_OUT_FILE.read_text().splitlines()
+    assert len(held) == len(set(held)) == emoji_module.HELD_OUT_FAMILIES
+    items = [Emoji(f"{f}{i}", "x", f, Path("x")) for f in (held[0], "free") for i in range(3)]
+    training, held_out = emoji_module.split(items)
+    assert {e.family for e in training} == {"free"}
+    assert {e.family for e in held_out} == {held[0]}
+
+
+@pytest.mark.parametrize("place", list(PLACES))
+def test_places_vary_with_the_seed(place: str) -> None:
+    first = np.asarray(draw_place(place, random.Random(1), 64))
+    assert np.array_equal(first, np.asarray(draw_place(place, random.Random(1), 64)))
+    assert not np.array_equal(first, np.asarray(draw_place(place, random.Random(2), 64)))

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .build import build_model
+from .build import PARTS, build_model
 from .checkpoint import FORMAT
 from .config import AnyStoryConfig, QFormerConfig
 from .convert_keys import (
@@ -132,9 +132,10 @@ def convert(
         sources = [adapter.source] + ([unet.source] if unet else [])
         if any(out.resolve() == f.resolve() for source in sources for f in source.files):
             raise CheckpointError(f"{out.name}: is one of the sources; choose another name")
-        parts = ("subject_encoder", "clip_projections")
+        made = {"subject_encoder", "clip_projections"}
         if unet is not None:
-            parts += ("reference_net", "reference_projections")
+            made |= {"reference_net", "reference_projections"}
+        parts = tuple(part for part in PARTS if part in made)
         full = dataclasses.replace(
             base,
             subject_qformer=_qformer(adapter, base),

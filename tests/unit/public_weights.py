@@ -62,7 +62,7 @@ def diffusers_unet(config: AnyStoryConfig, seed: int = 0) -> UNet2DConditionMode
 
 
 def adapter_state(
-    names: list[str], config: AnyStoryConfig, *, queries: int = 16, layers: int = 2, seed: int = 1
+    names: list[str], config: AnyStoryConfig, *, queries: int = 16, layers: int = 4, seed: int = 1
 ) -> dict[str, Tensor]:
     """IP-Adapter Plus in the public layout for the attention layers ``names`` of a diffusers
     U-Net, in its own order: the n-th layer is number n, and only cross-attention has weights."""

@@ -1,0 +1,456 @@
+"""Public weights -> our file: every tensor is the right one; wrong files are named."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from anystory_core import convert as conversion
+from anystory_core import convert_sources, convert_write
+from anystory_core.checkpoint import load_model, read_header
+from anystory_core.config import AnyStoryConfig
+from anystory_core.convert import convert
+from anystory_core.convert_keys import diffusers_modules, diffusers_name
+from anystory_core.errors import CheckpointError
+from anystory_core.reference_net import ReferenceNet
+from anystory_core.sites import build_sites
+
+from .public_weights import adapter_state, diffusers_unet, ldm_state, save, small_config
+
+CONFIG = small_config()
+
+
+@pytest.fixture(scope="module")
+def names() -> list[str]:
+    return list(diffusers_unet(CONFIG).attn_processors)
+
+
+@pytest.fixture(scope="module")
+def adapter(names: list[str]) -> dict[str, Tensor]:
+    return adapter_state(names, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def unet() -> dict[str, Tensor]:
+    return ldm_state(CONFIG)
+
+
+def run(tmp_path: Path, unet: dict[str, Tensor], adapter: dict[str, Tensor], **options):
+    """Convert from freshly written files; returns the result and the loaded tensors."""
+    checkpoint = save(tmp_path / "base.safetensors", unet)
+    ip = save(tmp_path / "plus.safetensors", adapter)
+    options = {"config": CONFIG, "dtype": torch.float32, **options}
+    done = convert(checkpoint, ip, tmp_path / "out" / "a.safetensors", **options)
+    return done, load_file(done.path)
+
+
+def test_names_equal_diffusers() -> None:
+    """The table reaches every tensor of diffusers' own U-Net, once, with its shape."""
+    config = dataclasses.replace(
+        CONFIG, reference=dataclasses.replace(CONFIG.reference, cross_attention=True)
+    )
+    ours = ReferenceNet(config, full=True).state_dict()
+    modules = diffusers_modules(config.unet)
+    named = {diffusers_name(modules, k): tuple(v.shape) for k, v in ours.items()}
+    theirs = {k: tuple(v.shape) for k, v in diffusers_unet(config).state_dict().items()}
+    theirs["conv_in.weight"] = named["conv_in.weight"]  # ours has the mask's channel
+    assert named == theirs
+    assert len(named) == len(ours)
+
+
+@pytest.mark.parametrize("kind", ["simplified", "original", "none"])
+def test_every_tensor_comes_from_its_source(tmp_path, unet, adapter, kind) -> None:
+    done, tensors = run(tmp_path, unet, adapter, reference_net=kind)
+    model = load_model(done.path)
+    assert model.parts == done.parts
+    assert model.config.subject_qformer.queries == 16
+    assert model.config.subject_qformer.layers == 4
+    assert model.config.subject_qformer.heads == 2
+    sites = {site.index: site for site in build_sites(CONFIG.unet)}
+    prefix = "model.diffusion_model."
+    for name, tensor in tensors.items():
+        if name.startswith("encoder.subject."):
+            expected = adapter["image_proj." + name.removeprefix("encoder.subject.")]
+        elif name.startswith("projections.clip."):
+            _, _, index, member, _ = name.split(".")
+            expected = adapter[f"ip_adapter.{sites[int(index)].ip_adapter}.{member}_ip.weight"]
+        elif name.startswith("projections.reference."):
+            _, _, index, member, _ = name.split(".")
+            expected = unet[f"{prefix}{sites[int(index)].ldm}.attn1.{member}.weight"]
+        else:
+            expected = unet[prefix + name.removeprefix("reference_net.")]
+        if name == "reference_net.input_blocks.0.0.weight":
+            assert torch.equal(tensor[:, 4:], torch.zeros_like(tensor[:, 4:]))
+            tensor = tensor[:, :4]
+        assert torch.equal(tensor, expected), name
+    attn2 = [name for name in tensors if ".attn2." in name]
+    assert bool(attn2) == (kind == "original")
+    assert model.config.reference.cross_attention == (kind == "original")
+    assert ("reference_net" in model.parts) == (kind != "none")
+
+
+def test_diffusers_layouts_give_the_same_file(tmp_path, adapter) -> None:
+    """Folder, shards, single U-Net file and diffusers' own adapter names: equal tensors."""
+    base = diffusers_unet(CONFIG)
+    theirs = base.state_dict()
+    back = {}
+    full = dataclasses.replace(
+        CONFIG, reference=dataclasses.replace(CONFIG.reference, cross_attention=True)
+    )
+    modules = diffusers_modules(CONFIG.unet)
+    for name in ReferenceNet(full, full=True).state_dict():
+        back[f"model.diffusion_model.{name}"] = theirs[diffusers_name(modules, name)]
+    _, single = run(tmp_path / "single", back, adapter)
+
+    base.save_pretrained(tmp_path / "whole" / "unet")
+    base.save_pretrained(tmp_path / "shards" / "unet", max_shard_size="1MB")
+    assert len(list((tmp_path / "shards" / "unet").glob("*.safetensors"))) > 2
+    groups = {
+        group: {
+            k.removeprefix(f"{group}."): v for k, v in adapter.items() if k.startswith(f"{group}.")
+        }
+        for group in ("image_proj", "ip_adapter")
+    }
+    base._load_ip_adapter_weights([groups], low_cpu_mem_usage=False)
+    inside = save(tmp_path / "inside.safetensors", base.state_dict())
+    assert any("encoder_hid_proj.image_projection_layers" in k for k in load_file(inside))
+    plus = save(tmp_path / "plus.safetensors", adapter)
+    for checkpoint, ip in (
+        (tmp_path / "whole", plus),
+        (tmp_path / "whole" / "unet", inside),
+        (tmp_path / "shards", plus),
+        (inside, inside),
+    ):
+        done = convert(
+            checkpoint, ip, tmp_path / "b.safetensors", config=CONFIG, dtype=torch.float32
+        )
+        tensors = load_file(done.path)
+        assert tensors.keys() == single.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, single[name]), (checkpoint.name, name)
+
+
+def test_header_names_the_sources(tmp_path, unet, adapter) -> None:
+    done, _ = run(tmp_path, unet, adapter, dtype=torch.bfloat16)
+    header = read_header(done.path)
+    checkpoint = header.metadata["anystory.source.checkpoint"]
+    digest = convert_sources.sha256(tmp_path / "base.safetensors")
+    assert checkpoint == f"base.safetensors sha256:{digest}"
+    assert header.metadata["anystory.source.ip_adapter"].startswith("plus.safetensors sha256:")
+    assert set(header.dtypes.values()) == {"BF16"}
+    assert done.size == done.path.stat().st_size
+
+
+def test_progress_counts_every_tensor(tmp_path, unet, adapter) -> None:
+    seen: list[tuple[int, int]] = []
+    _, tensors = run(tmp_path, unet, adapter, progress=lambda *step: seen.append(step))
+    assert seen == [(i + 1, len(tensors)) for i in range(len(tensors))]
+
+
+def test_v_prediction_is_used_and_said(tmp_path, unet, adapter) -> None:
+    done, tensors = run(tmp_path / "v", {**unet, "v_pred": torch.tensor([])}, adapter)
+    _, plain = run(tmp_path / "plain", unet, adapter)
+    assert "predicts v" in done.notes[0]
+    assert all(torch.equal(tensors[k], plain[k]) for k in plain)
+    diffusers_unet(CONFIG).save_pretrained(tmp_path / "folder" / "unet")
+    scheduler = tmp_path / "folder" / "scheduler" / "scheduler_config.json"
+    scheduler.parent.mkdir()
+    scheduler.write_text(json.dumps({"prediction_type": "v_prediction"}))
+    ip = save(tmp_path / "plus.safetensors", adapter)
+    done = convert(tmp_path / "folder", ip, tmp_path / "c.safetensors", config=CONFIG)
+    assert "predicts v" in done.notes[0]
+
+
+# -- wrong files -----------------------------------------------------------------------------
+
+
+def refuse(tmp_path: Path, checkpoint: Path, ip: Path, *words: str, **options) -> None:
+    """Conversion fails with all words in its message and leaves no file behind."""
+    out = tmp_path / "out" / "never.safetensors"
+    with pytest.raises(CheckpointError) as error:
+        convert(checkpoint, ip, out, **{"config": CONFIG, **options})
+    for word in words:
+        assert word in str(error.value), str(error.value)
+    assert not out.parent.exists() or list(out.parent.iterdir()) == []
+
+
+def lora() -> dict[str, Tensor]:
+    return {
+        "lora_unet_input_blocks_4_1_proj_in.lora_down.weight": torch.zeros(4, 64),
+        "lora_unet_input_blocks_4_1_proj_in.lora_up.weight": torch.zeros(64, 4),
+    }
+
+
+def other_base(state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    """A checkpoint whose cross-attention reads text states of another width."""
+    return {
+        k: torch.zeros(v.shape[0], width) if k.endswith(("attn2.to_k.weight",)) else v
+        for k, v in state.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: lora(), ["base.safetensors", "a LoRA"]),
+        (lambda s: other_base(s, 768), ["Stable Diffusion 1.5", "768", "small (48)"]),
+        (lambda s: other_base(s, 1280), ["the SDXL refiner"]),
+        (lambda s: {"model.double_blocks.0.a": torch.zeros(1)}, ["Flux"]),
+        (lambda s: {"image_proj.latents": torch.zeros(1)}, ["an IP-Adapter"]),
+        (lambda s: {"reference_net.x": torch.zeros(1)}, ["already an AnyStory file"]),
+        (lambda s: {"anything": torch.zeros(1)}, ["no U-Net"]),
+        (lambda s: {**s, "edm_mean": torch.zeros(4)}, ["Playground"]),
+        (
+            lambda s: {k: v for k, v in s.items() if "middle_block.1.transformer" not in k},
+            ["tensors of small are missing", "middle_block.1"],
+        ),
+        (
+            lambda s: {
+                k: v.to(torch.int8) if k.endswith("middle_block.0.in_layers.2.weight") else v
+                for k, v in s.items()
+            },
+            ["quantised (I8)"],
+        ),
+        (
+            lambda s: {
+                **s,
+                "model.diffusion_model.middle_block.0.in_layers.2.scale_weight": torch.ones(1),
+            },
+            ["quantised (scaled 8-bit)"],
+        ),
+        (
+            lambda s: {
+                k: v * float("nan") if k.endswith("middle_block.0.in_layers.2.bias") else v
+                for k, v in s.items()
+            },
+            ["middle_block.0.in_layers.2.bias", "not finite"],
+        ),
+        (
+            lambda s: {
+                k: v + 1e6 if k.endswith("middle_block.0.in_layers.2.bias") else v
+                for k, v in s.items()
+            },
+            ["65504", "bf16"],
+        ),
+    ],
+)
+def test_wrong_checkpoints_are_named(tmp_path, unet, adapter, change, words) -> None:
+    checkpoint = save(tmp_path / "base.safetensors", change(unet))
+    refuse(tmp_path, checkpoint, save(tmp_path / "plus.safetensors", adapter), *words)
+
+
+@pytest.mark.parametrize(("channels", "kind"), [(9, "inpainting"), (8, "edit")])
+def test_other_inputs_are_named(tmp_path, adapter, channels, kind) -> None:
+    checkpoint = save(tmp_path / "base.safetensors", ldm_state(CONFIG, channels=channels))
+    ip = save(tmp_path / "plus.safetensors", adapter)
+    refuse(tmp_path, checkpoint, ip, kind, f"takes {channels} channels")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: {**s, "ip_adapter.0.to_q_lora.down.weight": torch.zeros(4, 64)}, ["FaceID"]),
+        (
+            lambda s: {"image_proj.proj.0.weight": torch.zeros(8, 512), "ip_adapter.1.x": s["x"]},
+            ["FaceID"],
+        ),
+        (
+            lambda s: {"image_proj.perceiver_resampler.proj_in.weight": torch.zeros(8, 8)},
+            ["FaceID Plus"],
+        ),
+        (lambda s: {"image_proj.proj.weight": torch.zeros(8, 8)}, ["a plain IP-Adapter"]),
+        (
+            lambda s: {**s, "image_proj.proj_in.weight": torch.zeros(64, 512)},
+            ["width 512", "InstantID", "expected 40"],
+        ),
+        (
+            lambda s: {
+                **s,
+                "image_proj.proj_out.weight": torch.zeros(768, 64),
+                "image_proj.proj_out.bias": torch.zeros(768),
+            },
+            ["Stable Diffusion 1.5", "768", "small (48)"],
+        ),
+        (
+            lambda s: {**s, "ip_adapter.1.to_k_ip.weight": torch.zeros(96, 48)},
+            ["ip_adapter.1.to_k_ip.weight", "(96, 48)", "(64, 48)"],
+        ),
+        (
+            lambda s: {k: v for k, v in s.items() if not k.startswith("ip_adapter.3.")},
+            ["2 tensors of small are missing", "ip_adapter.3.to_k_ip.weight"],
+        ),
+        (lambda s: lora(), ["a LoRA"]),
+        (lambda s: {"x": s["x"]}, ["no IP-Adapter"]),
+    ],
+)
+def test_wrong_adapters_are_named(tmp_path, unet, adapter, change, words) -> None:
+    changed = change({**adapter, "x": torch.zeros(1)})
+    ip = save(tmp_path / "adapter.safetensors", changed)
+    checkpoint = save(tmp_path / "base.safetensors", unet)
+    refuse(tmp_path, checkpoint, ip, "adapter.safetensors", *words)
+
+
+def test_plus_face_by_name_and_by_hash(tmp_path, unet, adapter, monkeypatch) -> None:
+    """It has the names and shapes of the general file, so only these two tell."""
+    checkpoint = save(tmp_path / "base.safetensors", unet)
+    face = save(tmp_path / "ip-adapter-plus-face_sdxl_vit-h.safetensors", adapter)
+    refuse(tmp_path, checkpoint, face, "'plus-face'")
+    renamed = save(tmp_path / "renamed.safetensors", adapter)
+    digest = convert_sources.sha256(renamed)
+    monkeypatch.setattr(convert_sources, "_FACE_FILES", {digest})
+    refuse(tmp_path, checkpoint, renamed, "renamed.safetensors", "'plus-face'")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+@pytest.mark.parametrize("which", ["base", "plus"])
+def test_cut_files_are_named(tmp_path, unet, adapter, share, which) -> None:
+    files = {
+        "base": save(tmp_path / "base.safetensors", unet),
+        "plus": save(tmp_path / "plus.safetensors", adapter),
+    }
+    size = files[which].stat().st_size
+    os.truncate(files[which], int(size * share))
+    refuse(tmp_path, files["base"], files["plus"], f"{which}.safetensors", "cut off")
+
+
+def test_other_suffixes_missing_files_and_folders(tmp_path, unet, adapter) -> None:
+    ip = save(tmp_path / "plus.safetensors", adapter)
+    checkpoint = save(tmp_path / "base.safetensors", unet)
+    pickled = tmp_path / "plus.bin"
+    pickled.write_bytes(ip.read_bytes())
+    refuse(tmp_path, checkpoint, pickled, "plus.bin", "never opened")
+    refuse(tmp_path, tmp_path / "nothing.safetensors", ip, "no such file")
+    refuse(tmp_path, checkpoint, tmp_path / "nothing.safetensors", "no such file")
+    (tmp_path / "empty").mkdir()
+    refuse(tmp_path, tmp_path / "empty", ip, "no diffusion_pytorch_model")
+    base = diffusers_unet(CONFIG)
+    base.save_pretrained(tmp_path / "shards", max_shard_size="1MB")
+    next((tmp_path / "shards").glob("*-00002-of-*.safetensors")).unlink()
+    refuse(tmp_path, tmp_path / "shards", ip, "00002", "not in shards")
+    with pytest.raises(CheckpointError, match="one of the sources"):
+        convert(checkpoint, ip, checkpoint, config=CONFIG)
+    assert load_file(checkpoint).keys() == unet.keys()
+    refuse(tmp_path, checkpoint, ip, "expected one of", reference_net="all")
+    with pytest.raises(CheckpointError, match="needs a checkpoint"):
+        convert(None, ip, tmp_path / "d.safetensors", config=CONFIG)
+
+
+def test_full_disk_leaves_the_old_file(tmp_path, unet, adapter, monkeypatch) -> None:
+    """Both ways a disk can be full: seen before writing, and met in the middle of it."""
+    checkpoint = save(tmp_path / "base.safetensors", unet)
+    ip = save(tmp_path / "plus.safetensors", adapter)
+    out = tmp_path / "out" / "a.safetensors"
+    out.parent.mkdir()
+    out.write_bytes(b"the old file")
+
+    usage = type("Usage", (), {"free": 1000})
+    with monkeypatch.context() as patched:
+        patched.setattr(convert_write.shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(CheckpointError, match=r"needs 0\.\d+ GB .* make room"):
+            convert(checkpoint, ip, out, config=CONFIG)
+
+    made = conversion._Piece.make
+    count = 0
+
+    def full(piece):
+        nonlocal count
+        count += 1
+        if count == 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return made(piece)
+
+    monkeypatch.setattr(conversion._Piece, "make", full)
+    with pytest.raises(CheckpointError, match="the disk became full"):
+        convert(checkpoint, ip, out, config=CONFIG)
+    assert [p.name for p in out.parent.iterdir()] == ["a.safetensors"]
+    assert out.read_bytes() == b"the old file"
+
+
+def test_interruption_leaves_nothing(tmp_path, unet, adapter) -> None:
+    def stop(done: int, total: int) -> None:
+        if done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, unet, adapter, progress=stop)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_command_line(tmp_path, unet, adapter) -> None:
+    """In a process of its own, as a user runs it; a wrong file ends with its message and code 1."""
+    ip = save(tmp_path / "plus.safetensors", adapter)
+    root = Path(conversion.__file__).resolve().parent.parent
+    command = [sys.executable, "-m", "anystory_core.convert", "--out", str(tmp_path / "o.txt")]
+    done = subprocess.run(
+        [*command, "--ip-adapter", str(ip), "--checkpoint", str(ip)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: o.txt: expected a name that ends in .safetensors")
+    assert "Traceback" not in done.stderr
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path) -> None:
+    """One tensor at a time: 256 MiB written in 8 MiB tensors raise the peak by far less."""
+    shapes = {f"t{i}": (1024, 4096) for i in range(32)}
+    make = torch.Generator().manual_seed(0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seen = {}
+
+    def tensor(name: str) -> Tensor:
+        value = torch.rand(1024, 4096, generator=make)
+        seen[name] = float(value[0, 0])
+        return value
+
+    path = tmp_path / "big.safetensors"
+    convert_write.write_streaming(path, shapes, tensor, dtype=torch.float16, metadata={"a": "b"})
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown < 128, f"peak grew by {grown:.0f} MiB"
+    loaded = load_file(path)
+    for name, first in seen.items():
+        assert float(loaded[name][0, 0]) == torch.tensor(first).half().float()
+
+
+def test_streamed_bytes_equal_the_librarys(tmp_path) -> None:
+    """What is read back equals what the library's own writer stores, odd sizes included."""
+    make = torch.Generator().manual_seed(3)
+    shapes = {"z": (3, 5), "a": (7,), "m": (2, 3, 1, 1), "one": (1,)}
+    tensors = {name: torch.randn(*shape, generator=make) for name, shape in shapes.items()}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+        convert_write.write_streaming(
+            ours, shapes, tensors.__getitem__, dtype=dtype, metadata={"k": "v"}
+        )
+        save_file({k: v.to(dtype) for k, v in tensors.items()}, theirs)
+        a, b = load_file(ours), load_file(theirs)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(CheckpointError, match=r"z: got shape \(7,\), expected \(3, 5\)"):
+        convert_write.write_streaming(
+            tmp_path / "n.safetensors",
+            {"z": (3, 5)},
+            lambda name: tensors["a"],
+            dtype=torch.float32,
+            metadata={},
+        )
+
+
+def test_sdxl_names_are_the_public_ones() -> None:
+    """SDXL: 70 adapters, numbered 1, 3 ... 139 in the public file, the middle block's last."""
+    sites = build_sites(AnyStoryConfig.sdxl().unet)
+    assert sorted(site.ip_adapter for site in sites) == list(range(1, 140, 2))
+    middle = [site.ip_adapter for site in sites if site.part == "middle"]
+    assert middle == list(range(121, 140, 2))

@@ -1,0 +1,332 @@
+"""A whole call, block after block: rows, windows, records, symmetry."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import naive
+import pytest
+import torch
+from anystory_core import conditioner
+from anystory_core.conditioner import Call, Rows
+from anystory_core.config import AnyStoryConfig, RouterConfig, UNetConfig
+from anystory_core.injection import KeyValue
+from anystory_core.router import Routers
+from anystory_core.routes import LearnedRoutes, MaskRoutes, resize_soft
+from anystory_core.run import Run, SiteConditions
+from anystory_core.sites import build_sites
+from torch import Tensor
+
+UNET = UNetConfig(
+    model_channels=8, channel_mult=(1, 2, 2), transformer_depth=(0, 1, 1), middle_depth=1,
+    head_dim=4, context_dim=6, adm_channels=8, norm_groups=4,
+)  # fmt: skip
+SITES = build_sites(UNET)
+GRIDS = {2: (4, 6), 4: (2, 3)}  # by stride
+E = 5
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+class World:
+    """A run of N subjects and one U-Net call's hidden states."""
+
+    def __init__(self, subjects: int = 2, rows: int = 3, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.subjects, self.rows = subjects, rows
+        self.routers = Routers(RouterConfig(key_dim=4, heads=2), SITES, routing_dim=E)
+        self.routers.to(torch.float64)
+        self.routing = 3 * normal(1, subjects + 1, E)
+        self.conditions = [
+            SiteConditions(
+                tuple(
+                    KeyValue(normal(1, 3, s.channels), normal(1, 3, s.channels))
+                    for _ in range(subjects + 1)
+                ),
+                (
+                    *(
+                        KeyValue(normal(1, 4, s.channels), normal(1, 4, s.channels))
+                        for _ in range(subjects)
+                    ),
+                    None,
+                ),
+            )
+            for s in SITES
+        ]
+        self.hidden = {
+            s.index: [normal(rows, math.prod(GRIDS[s.stride]), s.channels) for _ in range(6)]
+            for s in SITES
+        }
+        self.eta = tuple(0.5 + 0.1 * i for i in range(subjects)) + (0.8,)
+        self.gamma = tuple(math.log(1.0 + i) for i in range(subjects)) + (-math.inf,)
+
+    def run(self, **changes: Any) -> Run:
+        source = LearnedRoutes.prepare(self.routers, self.routing)
+        values = dict(
+            conditions=tuple(self.conditions), source=source, strengths=self.eta, biases=self.gamma
+        )
+        return Run(**{**values, **changes})
+
+    def call(self, run: Run, rows: Rows, **changes: Any) -> Call:
+        values = dict(active=(True,) * self.subjects, sites=SITES, attention=naive.dense_attention)
+        return Call(run, rows, **{**values, **changes})
+
+    def forward(self, call: Call) -> dict[int, tuple[Tensor, Tensor]]:
+        """(attn1, attn2) outputs of every block, as a host would drive the call."""
+        out: dict[int, tuple[Tensor, Tensor]] = {}
+        for site in SITES:
+            q1, k1, v1, z, q2, text = self.hidden[site.index]
+            grid = GRIDS[site.stride]
+            first = call.self_attention(site.index, q1, k1, v1, grid)
+            if first is None:
+                first = naive.dense_attention(q1, k1, v1, site.heads)
+            call.begin_cross_attention(site.index, z, grid)
+            out[site.index] = first, call.cross_attention(site.index, q2, text)
+        return out
+
+    def expected(
+        self, role: str, row: int, active: tuple[bool, ...] | None = None, keep: bool = False
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """The same from the equations, for one row."""
+        active = active or (True,) * self.subjects
+        out: dict[int, tuple[Tensor, Tensor]] = {}
+        before: tuple[Tensor, tuple[int, int]] | None = None
+        for site in SITES:
+            q1, k1, v1, z, q2, text = (x[row] for x in self.hidden[site.index])
+            grid = GRIDS[site.stride]
+            maps = naive.router(
+                dict(self.routers.at(site.index).state_dict()), self.routing[0], z, 2
+            )[1]
+            routed = role == "cond" or (keep and role == "uncond")
+            references: list[Any] = [None] * (self.subjects + 1)
+            route = torch.zeros(len(q1), dtype=torch.long)
+            if routed and before is not None:
+                image = before[0].reshape(1, -1, *before[1])
+                if before[1] != grid:
+                    shrink = math.prod(grid) < math.prod(before[1])
+                    extra = {} if shrink else {"align_corners": False}
+                    mode = "area" if shrink else "bilinear"
+                    image = torch.nn.functional.interpolate(image, size=grid, mode=mode, **extra)
+                route = image.flatten(2)[0].argmax(dim=0)
+                for i in range(self.subjects):
+                    kv = self.conditions[site.index - 1].reference[i]
+                    if active[i] and kv is not None:
+                        references[i] = (kv.k[0], kv.v[0])
+            first = naive.equation_6(q1, k1, v1, route, references, self.gamma, site.heads)
+            clip = [(kv.k[0], kv.v[0]) for kv in self.conditions[site.index - 1].clip if kv]
+            if role == "cond":
+                eta = [e if on else 0.0 for e, on in zip(self.eta, (*active, True), strict=True)]
+                second = naive.equation_5(q2, text, maps.argmax(dim=0), clip, eta, site.heads)
+            elif role == "uncond":
+                everywhere = torch.full((len(q2),), self.subjects)
+                second = naive.equation_5(q2, text, everywhere, clip, self.eta, site.heads)
+            else:
+                second = text
+            before = (maps.float().double(), grid) if routed else None
+            out[site.index] = first, second
+        return out
+
+
+ARRANGEMENTS = {
+    "uncond first": ("uncond", "cond", "cond"),
+    "cond first": ("cond", "uncond", "uncond"),
+    "mixed": ("cond", "uncond", "cond"),
+    "cond only": ("cond", "cond", "cond"),
+    "uncond only": ("uncond", "uncond", "uncond"),
+    "one plain": ("plain", "cond", "uncond"),
+    "two apart": ("uncond", "cond", "plain"),
+}
+
+
+def rows_of(roles: tuple[str, ...]) -> Rows:
+    return Rows(
+        tuple(i for i, r in enumerate(roles) if r == "cond"),
+        tuple(i for i, r in enumerate(roles) if r == "uncond"),
+    )
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("way", ["by region", "masked"])
+@pytest.mark.parametrize("name", ARRANGEMENTS)
+def test_every_arrangement_of_rows(
+    name: str, way: str, keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conditioner, "by_region", lambda device: way == "by region")
+    world = World()
+    roles = ARRANGEMENTS[name]
+    run = world.run(keep_references_in_uncond=keep)
+    got = world.forward(world.call(run, rows_of(roles)))
+    for row, role in enumerate(roles):
+        wanted = world.expected(role, row, keep=keep)
+        for index in wanted:
+            for have, want in zip(got[index], wanted[index], strict=True):
+                # Soft maps are float32: a near tie could fall the other way, but not at this seed.
+                assert torch.allclose(have[row], want, atol=1e-9), (row, role, index)
+
+
+@pytest.mark.parametrize("subjects", [1, 2, 3, 4])
+def test_numbers_of_subjects(subjects: int) -> None:
+    world = World(subjects, rows=1, seed=subjects)
+    got = world.forward(world.call(world.run(), Rows((0,))))
+    wanted = world.expected("cond", 0)
+    for index in wanted:
+        for have, want in zip(got[index], wanted[index], strict=True):
+            assert torch.allclose(have[0], want, atol=1e-9)
+
+
+def test_an_inactive_subject_keeps_its_region_but_gives_nothing() -> None:
+    world = World()
+    active = (False, True)
+    call = world.call(world.run(), Rows((0, 1), (2,)), active=active)
+    got = world.forward(call)
+    wanted = world.expected("cond", 0, active=active)
+    for index in wanted:
+        for have, want in zip(got[index], wanted[index], strict=True):
+            assert torch.allclose(have[0], want, atol=1e-9)
+    full = world.call(world.run(), Rows((0, 1), (2,)))
+    world.forward(full)
+    for index, soft in full.soft_maps.items():
+        assert torch.equal(soft.maps, call.soft_maps[index].maps)
+
+
+def test_exchanging_two_subjects_exchanges_their_regions_and_nothing_else() -> None:
+    world = World()
+    before = world.call(world.run(), Rows((0, 1, 2)))
+    out = world.forward(before)
+    swap = [1, 0, 2]
+    world.routing = world.routing[:, swap]
+    world.eta = tuple(world.eta[i] for i in swap)
+    world.gamma = tuple(world.gamma[i] for i in swap)
+    world.conditions = [
+        SiteConditions(tuple(c.clip[i] for i in swap), tuple(c.reference[i] for i in swap))
+        for c in world.conditions
+    ]
+    after = world.call(world.run(), Rows((0, 1, 2)))
+    exchanged = world.forward(after)
+    for index in out:
+        assert torch.allclose(before.soft_maps[index].maps[:, swap], after.soft_maps[index].maps)
+        for a, b in zip(out[index], exchanged[index], strict=True):
+            assert torch.allclose(a, b, atol=1e-9)
+
+
+def test_another_subject_never_reaches_a_foreign_region() -> None:
+    world = World()
+    call = world.call(world.run(), Rows((0, 1, 2)))
+    out = world.forward(call)
+    changed = World()
+    for c, site in zip(changed.conditions, SITES, strict=True):
+        for kv in (c.clip[1], c.reference[1]):
+            assert kv is not None and kv.k.shape[-1] == site.channels
+            kv.k.add_(1.0)
+            kv.v.add_(1.0)
+    other_call = changed.call(changed.run(), Rows((0, 1, 2)))
+    other = changed.forward(other_call)
+    seen = 0
+    for index in out:
+        mine = call.soft_maps[index].maps.argmax(dim=1) != 1
+        assert torch.equal(out[index][1][mine], other[index][1][mine])
+        assert not torch.equal(out[index][1], other[index][1]) or bool(mine.all())
+        seen += int((~mine).sum())
+    assert seen > 0
+
+
+def test_the_same_subject_twice_equals_once() -> None:
+    world = World(subjects=1)
+    masks = torch.zeros(4, 6)
+    masks[:, :3] = 1
+    once = world.forward(world.call(world.run(source=MaskRoutes((masks,))), Rows((0, 1, 2))))
+    left, right = masks.clone(), masks.clone()
+    left[2:], right[:2] = 0, 0
+    twice = world.run(
+        source=MaskRoutes((left, right)),
+        conditions=tuple(
+            SiteConditions((c.clip[0], *c.clip), (c.reference[0], *c.reference))
+            for c in world.conditions
+        ),
+        strengths=(world.eta[0], *world.eta),
+        biases=(world.gamma[0], *world.gamma),
+    )
+    call = world.call(twice, Rows((0, 1, 2)), active=(True, True))
+    for index, pair in world.forward(call).items():
+        for a, b in zip(pair, once[index], strict=True):
+            assert torch.allclose(a, b, atol=1e-9)
+
+
+def test_the_first_block_has_no_references_and_a_missing_route_none() -> None:
+    world = World()
+    call = world.call(world.run(), Rows((0, 1, 2)))
+    q, k, v, *_ = world.hidden[1]
+    assert call.self_attention(1, q, k, v, GRIDS[SITES[0].stride]) is None
+    q, k, v, *_ = world.hidden[2]
+    assert call.self_attention(2, q, k, v, GRIDS[SITES[1].stride]) is None
+
+
+def test_idle() -> None:
+    world = World()
+    run = world.run()
+    assert run.is_idle((False, False)) and not run.is_idle((False, True))
+    silent = world.run(strengths=(0.0, 0.0, 0.0), biases=(-math.inf,) * 3)
+    assert silent.is_idle((True, True))
+
+
+def test_recorder_gets_the_asked_rows() -> None:
+    world = World()
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    class Keep:
+        def record(self, index: int, ids: Tensor, grid: tuple[int, int], soft: Tensor) -> None:
+            assert math.prod(grid) == ids.shape[1]
+            seen[index] = ids, soft
+
+    call = world.call(world.run(), Rows((1, 2), (0,)), recorder=Keep(), record=(2,))
+    world.forward(call)
+    assert sorted(seen) == [s.index for s in SITES]
+    for index, (ids, soft) in seen.items():
+        assert ids.dtype == torch.uint8 and ids.shape[0] == 1
+        assert torch.equal(soft[0], call.soft_maps[index].maps[1])
+        assert torch.equal(ids[0].long(), soft[0].argmax(dim=0))
+
+
+def test_straight_through_is_one_hot_with_the_soft_gradient() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    weights = conditioner.straight_through(logits, [7, 8])
+    assert torch.equal(
+        weights.detach().round(),
+        torch.nn.functional.one_hot(weights.detach().argmax(dim=1), 3).movedim(-1, 1).double(),
+    )
+    assert torch.equal(weights, conditioner.straight_through(logits, [7, 8]))
+    assert not torch.equal(weights, conditioner.straight_through(logits, [9, 8]))
+    probe = torch.randn_like(logits)
+    (got,) = torch.autograd.grad((weights * probe).sum(), logits)
+
+    def soft(x: Tensor) -> Tensor:
+        noise = []
+        for seed in (7, 8):
+            generator = torch.Generator().manual_seed(seed)
+            noise.append(torch.rand(3, 5, generator=generator, dtype=torch.float64))
+        gumbel = -torch.log(-torch.log(torch.stack(noise)))
+        return ((x + gumbel).softmax(dim=1) * probe).sum()
+
+    step = 1e-6
+    for where in ((0, 0, 0), (1, 2, 4), (0, 1, 3)):
+        shift = torch.zeros_like(logits)
+        shift[where] = step
+        difference = (soft(logits + shift) - soft(logits - shift)) / (2 * step)
+        assert abs(float(difference) - float(got[where])) < 1e-6
+
+
+def test_resize_rule() -> None:
+    config = AnyStoryConfig.mini()
+    assert len(build_sites(config.unet)) == 17
+    from anystory_core.routes import SoftMaps
+
+    maps = torch.rand(1, 2, 16)
+    small = resize_soft(SoftMaps(maps, (4, 4)), (2, 2))
+    blocks = maps.reshape(1, 2, 2, 2, 2, 2).mean(dim=(3, 5)).flatten(2)
+    assert torch.allclose(small.maps, blocks)
+    assert resize_soft(SoftMaps(maps, (4, 4)), (4, 4)).maps is maps
+    assert resize_soft(SoftMaps(maps, (4, 4)), (5, 7)).maps.shape == (1, 2, 35)

@@ -1,0 +1,170 @@
+"""Eq. 5-8: every way of computing them against the equations in float64."""
+
+from __future__ import annotations
+
+import math
+
+import naive
+import pytest
+import torch
+from anystory_core import injection
+from anystory_core.injection import KeyValue, Regions
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+HEADS, WIDTH = 2, 8
+TOLERANCE = 1e-10  # float64 sums in another order
+
+
+class Case:
+    """Random tensors of one layer: B rows that route differently, N subjects, odd sizes."""
+
+    def __init__(self, seed: int, rows: int, tokens: int, subjects: int, per_row: bool) -> None:
+        torch.manual_seed(seed)
+        candidates = subjects + 1
+        self.q, self.k, self.v, self.text = (self.normal(rows, tokens) for _ in range(4))
+        # Few distinct ids in a row of many candidates: some regions are empty.
+        self.route = torch.randint(0, candidates, (rows, tokens))
+        if seed % 3 == 0:
+            self.route[0] = int(torch.randint(0, candidates, ()))
+        leading = rows if per_row else 1
+        self.conditions: list[KeyValue | None] = []
+        self.references: list[KeyValue | None] = []
+        for i in range(candidates):
+            absent = seed % 5 == 0 and i == 0
+            length = 3 + i
+            self.conditions.append(
+                None
+                if absent
+                else KeyValue(self.normal(leading, length), self.normal(leading, length))
+            )
+            reference = KeyValue(self.normal(leading, 2 * length), self.normal(leading, 2 * length))
+            self.references.append(None if i == subjects or absent else reference)
+        self.eta = [0.0 if seed % 7 == 0 and i == 1 else 0.5 + 0.25 * i for i in range(candidates)]
+        self.gamma = [math.log(0.25 + i) for i in range(candidates)]
+        if seed % 2:
+            self.gamma[0] = 0.0
+
+    @staticmethod
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, WIDTH, dtype=torch.float64)
+
+    def of_row(self, kvs: list[KeyValue | None], row: int) -> list[tuple[Tensor, Tensor] | None]:
+        out: list[tuple[Tensor, Tensor] | None] = []
+        for kv in kvs:
+            one = None if kv is None else kv.row(row)
+            out.append(None if one is None else (one.k[0], one.v[0]))
+        return out
+
+    @property
+    def regions(self) -> Regions:
+        return Regions.of(self.route, len(self.conditions))
+
+
+CASES = st.builds(
+    Case,
+    seed=st.integers(0, 999),
+    rows=st.integers(1, 3),
+    tokens=st.integers(1, 19),
+    subjects=st.integers(0, 4),
+    per_row=st.booleans(),
+)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(CASES)
+def test_equation_5(case: Case) -> None:
+    args = (case.q, case.conditions, case.eta)
+    attention = naive.dense_attention
+    one_hot = torch.nn.functional.one_hot(case.route, len(case.conditions)).movedim(-1, 1)
+    ways = {
+        "by region": injection.clip_by_region(*args, case.regions, HEADS, attention),
+        "masked": injection.clip_masked(*args, case.route, HEADS, attention),
+        "dense": injection.clip_dense(*args, one_hot.double(), HEADS, attention),
+    }
+    for row in range(len(case.q)):
+        wanted = naive.equation_5(
+            case.q[row],
+            case.text[row],
+            case.route[row],
+            case.of_row(case.conditions, row),
+            case.eta,
+            HEADS,
+        )
+        for name, way in ways.items():
+            assert torch.allclose(case.text[row] + way[row], wanted, atol=TOLERANCE), name
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(CASES)
+def test_equations_6_to_8(case: Case) -> None:
+    args = (case.q, case.k, case.v, case.references, case.gamma)
+    attention = naive.dense_attention
+    ways = {
+        "by region": injection.reference_by_region(*args, case.regions, HEADS, attention),
+        "masked": injection.reference_masked(*args, case.route, HEADS, attention),
+    }
+    for row in range(len(case.q)):
+        wanted = naive.equation_6(
+            case.q[row],
+            case.k[row],
+            case.v[row],
+            case.route[row],
+            case.of_row(case.references, row),
+            case.gamma,
+            HEADS,
+        )
+        for name, way in ways.items():
+            assert torch.allclose(way[row], wanted, atol=TOLERANCE), name
+
+
+@pytest.mark.parametrize("grid", [(52, 76), (127, 127), (63, 127), (1, 1)])
+def test_odd_and_large_grids(grid: tuple[int, int]) -> None:
+    """832x1216, 1016 squared and odd latents: the two fast ways agree where the slow one is out of
+    reach."""
+    case = Case(11, 2, 4, 3, False)
+    tokens = grid[0] * grid[1]
+    q = torch.randn(1, tokens, WIDTH, dtype=torch.float64)
+    route = torch.randint(0, 4, (1, tokens))
+    common = (HEADS, naive.dense_attention)
+    by_region = injection.clip_by_region(
+        q, case.conditions, case.eta, Regions.of(route, 4), *common
+    )
+    masked = injection.clip_masked(q, case.conditions, case.eta, route, *common)
+    assert torch.allclose(by_region, masked, atol=TOLERANCE)
+
+
+def test_strength_zero_and_absent_give_nothing() -> None:
+    case = Case(1, 2, 6, 2, False)
+    zero = injection.clip_by_region(
+        case.q, case.conditions, [0.0] * 3, case.regions, HEADS, naive.dense_attention
+    )
+    assert torch.count_nonzero(zero) == 0
+    none: list[KeyValue | None] = [None] * 3
+    masked = injection.clip_masked(case.q, none, case.eta, case.route, HEADS, naive.dense_attention)
+    assert torch.count_nonzero(masked) == 0
+
+
+def test_sorting_is_undone_exactly() -> None:
+    torch.manual_seed(0)
+    route = torch.randint(0, 5, (3, 17))
+    regions = Regions.of(route, 5)
+    x = torch.randn(3, 17, 4)
+    for row, sizes in enumerate(regions.sizes):
+        pieces = regions.sort(x, row, sizes)
+        assert sum(sizes) == 17
+        assert [p.shape[1] for p in pieces] == [int((route[row] == i).sum()) for i in range(5)]
+        assert torch.equal(regions.unsort(pieces, row), x[row])
+
+
+def test_dense_passes_gradients_to_the_weights() -> None:
+    case = Case(2, 1, 5, 2, False)
+    weights = torch.rand(1, 3, 5, dtype=torch.float64, requires_grad=True)
+
+    def function(w: Tensor) -> Tensor:
+        return injection.clip_dense(
+            case.q, case.conditions, case.eta, w, HEADS, naive.dense_attention
+        )
+
+    assert torch.autograd.gradcheck(function, (weights,))

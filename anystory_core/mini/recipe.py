@@ -1,8 +1,10 @@
 """Make the mini model, phase by phase: ``python -m anystory_core.mini.recipe --work DIR``.
 
 Phases, in order: ``world`` (render scenes), ``vae``, ``clip``, ``cache`` (encode the scenes),
-``base`` (the U-Net), ``folder`` (the base as the trainer reads it). Each resumes where it stopped
-when the same command is given again, has its own seed, and writes its curve to ``DIR/NAME.csv``.
+``base`` (the U-Net), ``folder`` (the base as the trainer reads it), ``export`` (the shipped files).
+Each resumes where it stopped when the same command is given again, has its own seed, and writes its
+curve to ``DIR/NAME.csv``. More shards may be rendered and cached at any time; the base takes up what
+lies there when it starts.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ from .base import train_base
 from .cache import missing
 from .cache import write_shard as cache_shard
 from .clip import load_clip, train_clip
+from .export import export
 from .folder import write_base_folder
-from .phase import run_shared
+from .phase import run_shared, shares
 from .scenes import write_shard
 from .vae import load_vae, train_vae
 
-PHASES = ("world", "vae", "clip", "cache", "base", "folder")
+PHASES = ("world", "vae", "clip", "cache", "base", "folder", "export")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +58,23 @@ def run_phase(name: str, options: Options) -> None:
     elif name == "clip":
         run_shared(partial(train_clip, options.training_emoji(), work), options.processes)
     elif name == "cache":
-        vae, (clip, row_table) = load_vae(work), load_clip(work)
-        for number in missing(work / "scenes", work / "cache"):
-            cache_shard(work / "scenes", work / "cache", number, vae, clip.text, row_table)
-            print(f"cache: shard {number}", flush=True)
+        run_shared(partial(cache_scenes, work), options.processes)
     elif name == "base":
         run_shared(partial(train_base, work, steps=options.base_steps), options.processes)
-    else:
+    elif name == "folder":
         write_base_folder(work)
+    else:
+        for part, size in export(work).items():
+            print(f"export: {part} {size / 2**20:.2f} MiB", flush=True)
+
+
+def cache_scenes(work: Path) -> None:
+    """Encode the rendered shards that are not encoded yet, this process's share of them."""
+    vae, (clip, row_table) = load_vae(work), load_clip(work)
+    part, parts = shares()
+    for number in missing(work / "scenes", work / "cache")[part::parts]:
+        cache_shard(work / "scenes", work / "cache", number, vae, clip.text, row_table)
+        print(f"cache: shard {number}", flush=True)
 
 
 def main() -> None:

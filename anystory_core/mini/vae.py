@@ -1,7 +1,9 @@
 """The mini VAE: TAESD's layout (f8, 4 channels), trained on the world's pictures.
 
 Latents are kept near zero mean and unit deviation by a penalty, so the latent format has scale 1
-and TAESD's soft clamp at +-3 is hardly felt.
+and TAESD's soft clamp at +-3 is hardly felt. A latent's mean colour is a fixed linear map of it
+(LATENT_RGB_FACTORS, which previews use): without that hint the green-magenta axis stays at zero in
+encoder and decoder alike, each waiting for the other.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .config import LATENT_RGB_FACTORS
 from .emoji import Emoji
 from .phase import Phase, shares
 from .world import UInt8, pool_of, render_reference, render_scene
@@ -24,6 +27,7 @@ CROP = 64
 SCENES, CROPS_EACH = 4, 3  # one batch
 _ON_SUBJECT = 0.75  # share of crops that are centred on a subject's pixel
 _SPREAD_WEIGHT = 0.05
+_HUE_WEIGHT = 2.0
 
 
 def build_vae(seed: int = 1) -> Any:
@@ -99,7 +103,7 @@ def reconstruction_loss(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _phase(folder: Path) -> Phase:
-    return Phase(name="vae", folder=folder, steps=2000, learning_rate=1e-3, seed=1, ema=0.995)
+    return Phase(name="vae", folder=folder, steps=2400, learning_rate=1e-3, seed=1, ema=0.995)
 
 
 def load_vae(folder: Path) -> Any:
@@ -114,6 +118,7 @@ def train_vae(emoji: list[Emoji], folder: Path) -> None:
     pool = pool_of(emoji)
     vae = build_vae().to(memory_format=torch.channels_last)
     part, parts = shares()
+    colours = torch.tensor(LATENT_RGB_FACTORS)
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
         pixels = _crops(pool, step * parts + part).to(memory_format=torch.channels_last)
@@ -122,6 +127,9 @@ def train_vae(emoji: list[Emoji], folder: Path) -> None:
             restored = vae.decode(latents).sample
         latents = latents.float()
         spread = latents.mean(dim=(0, 2, 3)).square() + (latents.std(dim=(0, 2, 3)) - 1).square()
-        return reconstruction_loss(restored.float(), pixels) + _SPREAD_WEIGHT * spread.mean()
+        colour = torch.einsum("bchw,cr->brhw", latents, colours)
+        hue = functional.mse_loss(colour, functional.avg_pool2d(pixels, 8))
+        extra = _SPREAD_WEIGHT * spread.mean() + _HUE_WEIGHT * hue
+        return reconstruction_loss(restored.float(), pixels) + extra
 
     _phase(folder).run(vae, loss_of)

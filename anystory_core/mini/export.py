@@ -1,0 +1,54 @@
+"""The recipe's last step: the shipped files, half precision, in the host's key names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..training.names import ldm_to_diffusers
+from . import vae as vae_module
+from .base import load_unet
+from .clip import load_clip, load_vocabulary
+from .config import CONFIG
+from .vae import load_vae
+from .weights import pack_text, path
+
+LARGEST_FILE = 40 * 2**20
+LARGEST_PACK = 64 * 2**20
+
+
+def host_states(work: Path) -> dict[str, dict[str, Tensor]]:
+    """State dicts of all parts below AnyStory, by part (:data:`.weights.PARTS`), as hosts name
+    them."""
+    clip, _ = load_clip(work)
+    unet = load_unet(work).state_dict()
+    names = ldm_to_diffusers(CONFIG)
+    return {
+        "unet": {host: unet[name] for host, name in names.items()},
+        "vae": vae_module.host_state(load_vae(work).state_dict()),
+        "clip_text": pack_text(clip.text.state_dict(), load_vocabulary(work)),
+        "clip_vision": clip.vision.state_dict(),
+    }
+
+
+def export(work: Path) -> dict[str, int]:
+    """Write the files beside :mod:`.weights`; returns their sizes in bytes.
+
+    Raises ValueError naming a file, or the pack, that is larger than it may be."""
+    sizes: dict[str, int] = {}
+    for part, state in host_states(work).items():
+        half = {
+            name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+            for name, tensor in state.items()
+        }
+        path(part).parent.mkdir(parents=True, exist_ok=True)
+        save_file(half, path(part))
+        sizes[part] = path(part).stat().st_size
+        if sizes[part] > LARGEST_FILE:
+            raise ValueError(f"{path(part).name}: {sizes[part]} bytes, at most {LARGEST_FILE}")
+    total = sum(file.stat().st_size for file in path("unet").parent.glob("*.safetensors"))
+    if total > LARGEST_PACK:
+        raise ValueError(f"mini weights: {total} bytes together, at most {LARGEST_PACK}")
+    return sizes

@@ -1,0 +1,216 @@
+"""Full-size conversion from random files of the real shapes: time, peak memory, size; then one step.
+
+    python tests/benchmarks/bench_convert.py --folder /tmp --step
+
+Writes about 6 GB of inputs and 5 GB of output into a temporary folder inside ``--folder`` and
+removes it. The conversion runs in a process of its own, whose memory is read from the system:
+"anonymous" is what it holds itself, "all" also counts pages of the mapped inputs. ``--step`` then
+loads the file, encodes one random reference and predicts once with a random SDXL U-Net (diffusers,
+bfloat16, 64x64 latents): about 11 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from anystory_core.build import build_model  # noqa: E402
+from anystory_core.config import AnyStoryConfig  # noqa: E402
+from anystory_core.convert_keys import LDM_PREFIX, adapter_names  # noqa: E402
+from anystory_core.convert_write import write_streaming  # noqa: E402
+from anystory_core.reference_net import ReferenceNet  # noqa: E402
+
+
+def shapes_of_sdxl(config: AnyStoryConfig) -> dict[str, tuple[int, ...]]:
+    """A single-file SDXL checkpoint's U-Net."""
+    reference = dataclasses.replace(config.reference, cross_attention=True)
+    whole = ReferenceNet(dataclasses.replace(config, reference=reference), full=True, device="meta")
+    shapes = {LDM_PREFIX + k: tuple(v.shape) for k, v in whole.state_dict().items()}
+    first = f"{LDM_PREFIX}input_blocks.0.0.weight"
+    shapes[first] = (shapes[first][0], config.unet.in_channels, 3, 3)
+    return shapes
+
+
+def shapes_of_adapter(config: AnyStoryConfig) -> dict[str, tuple[int, ...]]:
+    """ip-adapter-plus_sdxl_vit-h.safetensors: 16 queries."""
+    qformer = dataclasses.replace(config.subject_qformer, queries=16)
+    public = dataclasses.replace(config, subject_qformer=qformer)
+    model = build_model(public, ("subject_encoder", "clip_projections"), device="meta")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith("encoder.subject."):
+            (key,) = adapter_names(name.removeprefix("encoder.subject."), None)
+        else:
+            _, _, index, leaf = name.split(".", 3)
+            (key,) = adapter_names(leaf, model.sites[int(index) - 1])
+        shapes[key] = tuple(tensor.shape)
+    return shapes
+
+
+def write_random(path: Path, shapes: dict[str, tuple[int, ...]]) -> int:
+    """fp16 weights whose size keeps activations finite."""
+    make = torch.Generator().manual_seed(0)
+
+    def tensor(name: str) -> Tensor:
+        if len(shapes[name]) == 1:  # norms and biases
+            return torch.ones(shapes[name]) if "norm" in name else torch.zeros(shapes[name])
+        fan = torch.Size(shapes[name][1:]).numel()
+        return (torch.rand(shapes[name], generator=make) - 0.5) / fan**0.5
+
+    return write_streaming(path, shapes, tensor, dtype=torch.float16, metadata={"made": "random"})
+
+
+def watch(process: subprocess.Popen[str]) -> dict[str, float]:
+    """Peak memory in GiB of a process until it ends: its own pages, and all resident ones."""
+    peak = {"RssAnon": 0.0, "VmHWM": 0.0}
+
+    def poll() -> None:
+        while process.poll() is None:
+            try:
+                lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            except OSError:
+                return
+            for line in lines:
+                name, _, value = line.partition(":")
+                if name in peak:
+                    peak[name] = max(peak[name], int(value.split()[0]) / 2**20)
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=poll)
+    thread.start()
+    process.wait()
+    thread.join()
+    return peak
+
+
+def convert(folder: Path, dtype: str) -> dict[str, Any]:
+    """Run the command line and measure it."""
+    command = [sys.executable, "-m", "anystory_core.convert", "--dtype", dtype]
+    command += ["--checkpoint", str(folder / "sdxl.safetensors")]
+    command += ["--ip-adapter", str(folder / "plus.safetensors")]
+    command += ["--out", str(folder / "out.safetensors")]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, text=True)
+    peak = watch(process)
+    if process.returncode:
+        raise SystemExit("conversion failed")
+    return {
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak anonymous GiB": round(peak["RssAnon"], 2),
+        "peak all GiB": round(peak["VmHWM"], 2),
+        "file GB": round((folder / "out.safetensors").stat().st_size / 1e9, 3),
+    }
+
+
+def one_step(folder: Path) -> dict[str, Any]:
+    """Load the file, encode one subject, predict once with it everywhere."""
+    from accelerate import init_empty_weights
+    from diffusers import UNet2DConditionModel
+
+    from anystory_core.checkpoint import load_model, open_tensors
+    from anystory_core.conditioner import Call, Rows
+    from anystory_core.convert_keys import diffusers_modules, diffusers_name
+    from anystory_core.run import Settings, build_source, prepare_run
+    from anystory_core.subject import Subject
+    from anystory_core.training.diffusers_unet import dense_attention, install
+    from anystory_core.training.names import diffusers_unet_config
+
+    dtype = torch.bfloat16
+    times: dict[str, float] = {}
+    clock = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal clock
+        times[name], clock = round(time.perf_counter() - clock, 1), time.perf_counter()
+
+    with torch.no_grad():
+        model = load_model(folder / "out.safetensors", dtype=dtype)
+        lap("load s")
+        config = model.config
+        make = torch.Generator().manual_seed(1)
+        states = torch.randn(2, config.clip.tokens, config.clip.width, generator=make).to(dtype)
+        tokens, _ = model.encoder(states)
+        assert tokens is not None and model.reference_net is not None
+        side = config.reference.size // config.reference.latent_stride
+        picture = torch.randn(1, config.unet.in_channels + 1, side, side, generator=make)
+        features = model.reference_net(picture.to(dtype))
+        lap("encode s")
+        subject = Subject(
+            label="subject",
+            tokens=tokens[0],
+            features=tuple(g.flatten(0, 1) for g in features),
+            routing=None,
+            background_tokens=tokens[1],
+            background_routing=None,
+            cutout=torch.zeros(1, 8, 8, 3, dtype=torch.uint8),
+            fingerprint=model.fingerprint,
+        )
+        run = prepare_run(
+            model, [subject], build_source("learned", model, [subject], [None]), Settings()
+        )
+        sites = model.sites
+        del model, features
+        with init_empty_weights():
+            unet = UNet2DConditionModel(**diffusers_unet_config(config.unet))
+        names = diffusers_modules(config.unet)
+        with open_tensors(folder / "sdxl.safetensors") as file:
+            state = {
+                diffusers_name(names, key.removeprefix(LDM_PREFIX)): file.get_tensor(key).to(dtype)
+                for key in file.keys()
+            }
+        unet.load_state_dict(state, strict=True, assign=True)
+        slot = install(unet, sites)
+        lap("load U-Net s")
+        slot.call = Call(run, Rows((0,)), (True,), sites, dense_attention)
+        context = torch.randn(1, 77, config.unet.context_dim, generator=make).to(dtype)
+        added = {
+            "text_embeds": torch.randn(1, 1280, generator=make).to(dtype),
+            "time_ids": torch.full((1, 6), 512.0, dtype=dtype),
+        }
+        latents = torch.randn(1, 4, 64, 64, generator=make).to(dtype)
+        out = unet(latents, 500, context, added_cond_kwargs=added).sample
+        lap("step s")
+        slot.call = None
+        plain = unet(latents, 500, context, added_cond_kwargs=added).sample
+        lap("plain step s")
+    return {
+        **times,
+        "finite": bool(out.isfinite().all()),
+        "differs from plain": round(float((out - plain).abs().max() / plain.abs().max()), 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", default=tempfile.gettempdir())
+    parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"))
+    parser.add_argument("--step", action="store_true")
+    given = parser.parse_args()
+    config = AnyStoryConfig.sdxl()
+    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+        folder = Path(name)
+        inputs = write_random(folder / "sdxl.safetensors", shapes_of_sdxl(config))
+        inputs += write_random(folder / "plus.safetensors", shapes_of_adapter(config))
+        print(json.dumps({"inputs GB": round(inputs / 1e9, 3), "cores": os.cpu_count()}))
+        print(json.dumps(convert(folder, given.dtype)), flush=True)
+        if given.step:
+            print(json.dumps(one_step(folder)))
+
+
+if __name__ == "__main__":
+    main()

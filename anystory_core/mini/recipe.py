@@ -1,10 +1,10 @@
 """Make the mini model, phase by phase: ``python -m anystory_core.mini.recipe --work DIR``.
 
-Phases, in order: ``world`` (render scenes), ``vae``, ``clip``, ``cache`` (encode the scenes),
-``base`` (the U-Net), ``folder`` (the base as the trainer reads it), ``export`` (the shipped files).
-Each resumes where it stopped when the same command is given again, has its own seed, and writes its
-curve to ``DIR/NAME.csv``. More shards may be rendered and cached at any time; the base takes up what
-lies there when it starts.
+Phases, in order: ``world`` (render scenes), ``vae``, ``decoder``, ``clip``, ``cache`` (encode the
+scenes), ``base`` (the U-Net), ``folder`` (the base as the trainer reads it), ``export`` (files that
+ship). Each resumes where it stopped when the same command is given again, has its own seed, and
+writes its curve to ``DIR/NAME.csv``. More shards may be rendered and cached at any time; the base
+takes up what lies there when it starts.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .export import export
 from .folder import write_base_folder
 from .phase import run_shared, shares
 from .scenes import write_shard
-from .vae import load_vae, train_vae
+from .vae import load_vae, train_decoder, train_vae
 
-PHASES = ("world", "vae", "clip", "cache", "base", "folder", "export")
+PHASES = ("world", "vae", "decoder", "clip", "cache", "base", "folder", "export")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,8 @@ def run_phase(name: str, options: Options) -> None:
         run_shared(partial(train_vae, options.training_emoji(), work), options.processes)
     elif name == "clip":
         run_shared(partial(train_clip, options.training_emoji(), work), options.processes)
+    elif name == "decoder":
+        run_shared(partial(train_decoder, options.training_emoji(), work), options.processes)
     elif name == "cache":
         run_shared(partial(cache_scenes, work), options.processes)
     elif name == "base":

@@ -1,9 +1,10 @@
 """The mini VAE: TAESD's layout (f8, 4 channels), trained on the world's pictures.
 
-Latents are kept near zero mean and unit deviation by a penalty, so the latent format has scale 1
-and TAESD's soft clamp at +-3 is hardly felt. A latent's mean colour is a fixed linear map of it
-(LATENT_RGB_FACTORS, which previews use): without that hint the green-magenta axis stays at zero in
-encoder and decoder alike, each waiting for the other.
+Three steps. Both halves together, with a hint: a latent's mean colour is a fixed linear map of it;
+without that the green-magenta axis stays at zero in encoder and decoder alike, each waiting for the
+other. Then latents are whitened (zero mean, unit covariance; folded into the encoder's last
+convolution), so the latent format has scale 1. Then the decoder alone, which learns the whitened
+latents behind TAESD's soft clamp at +-3, and may be trained on at any time: latents stay the same.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .config import LATENT_RGB_FACTORS
 from .emoji import Emoji
 from .phase import Phase, shares
+from .scenes import read_shard
 from .world import UInt8, pool_of, render_reference, render_scene
 
 CROP = 64
@@ -28,6 +29,7 @@ SCENES, CROPS_EACH = 4, 3  # one batch
 _ON_SUBJECT = 0.75  # share of crops that are centred on a subject's pixel
 _SPREAD_WEIGHT = 0.05
 _HUE_WEIGHT = 2.0
+_HINT = ((0.34, 0.63, -0.17), (-0.42, 0.15, 0.14), (0.54, 0.20, 0.13), (0.33, 0.47, 0.66))
 
 
 def build_vae(seed: int = 1) -> Any:
@@ -106,11 +108,76 @@ def _phase(folder: Path) -> Phase:
     return Phase(name="vae", folder=folder, steps=2400, learning_rate=1e-3, seed=1, ema=0.995)
 
 
-def load_vae(folder: Path) -> Any:
-    """The VAE as the phase left it, in evaluation mode."""
+def _decoder_phase(folder: Path) -> Phase:
+    return Phase(name="decoder", folder=folder, steps=6000, learning_rate=5e-4, seed=4, ema=0.998)
+
+
+@torch.no_grad()
+def whiten(vae: Any, pixels: Tensor) -> None:
+    """Fold into the encoder's last convolution the map that gives its latents of ``pixels`` zero
+    mean and unit covariance; into the decoder's first, the inverse (exact but for the clamp)."""
+    with torch.autocast("cpu", torch.bfloat16):
+        latents = vae.encode(pixels).latents
+    latents = latents.movedim(1, -1).reshape(-1, 4).double()
+    mean = latents.mean(dim=0)
+    values, vectors = torch.linalg.eigh(torch.cov(latents.t()))
+    forth = (vectors / values.sqrt() @ vectors.t()).float()
+    back = (vectors * values.sqrt() @ vectors.t()).float()
+    last, first = vae.encoder.layers[-1], vae.decoder.layers[0]
+    last.weight.copy_(torch.einsum("oc,cikl->oikl", forth, last.weight))
+    last.bias.copy_(forth @ (last.bias - mean.float()))
+    first.bias.add_(torch.einsum("ockl,c->o", first.weight, mean.float()))
+    first.weight.copy_(torch.einsum("ockl,ci->oikl", first.weight, back))
+
+
+def finish_encoder(folder: Path) -> None:
+    """Whiten the trained VAE on rendered scenes, once: ``folder/vae.whitened.pt``."""
     vae = build_vae().to(memory_format=torch.channels_last)
     _phase(folder).load(vae)
-    return vae.requires_grad_(False)
+    pictures = read_shard(folder / "scenes", 0).pictures[:100]
+    whiten(vae, to_signed(torch.from_numpy(pictures.copy())))
+    torch.save(vae.state_dict(), folder / "vae.whitened.pt")
+
+
+def load_vae(folder: Path) -> Any:
+    """The whitened VAE, with the decoder as far as it is trained, in evaluation mode."""
+    vae = build_vae().to(memory_format=torch.channels_last)
+    if not (folder / "vae.whitened.pt").exists():
+        finish_encoder(folder)
+    vae.load_state_dict(torch.load(folder / "vae.whitened.pt", weights_only=True))
+    phase = _decoder_phase(folder)
+    if phase.state_file.exists():
+        phase.load(vae.decoder)
+    return vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def rgb_factors(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Least squares from latents to mean colours in [-1,1]: factors (4,3) and bias (3,)."""
+    latents = vae.encode(pixels).latents.movedim(1, -1).reshape(-1, 4)
+    colours = functional.avg_pool2d(pixels, 8).movedim(1, -1).reshape(-1, 3)
+    ones = torch.ones(latents.shape[0], 1)
+    solution = torch.linalg.lstsq(torch.cat((latents, ones), dim=1), colours).solution
+    return solution[:4], solution[4]
+
+
+def train_decoder(emoji: list[Emoji], folder: Path) -> None:
+    """Train the decoder on, or resume."""
+    pool = pool_of(emoji)
+    vae = load_vae(folder)
+    decoder = vae.decoder.requires_grad_(True)
+    part, parts = shares()
+
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+        at = 10_000_000 + step * parts + part
+        pixels = _crops(pool, at).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                latents = vae.encode(pixels).latents
+            restored = vae.decode(latents).sample
+        return reconstruction_loss(restored.float(), pixels)
+
+    _decoder_phase(folder).run(decoder, loss_of)
 
 
 def train_vae(emoji: list[Emoji], folder: Path) -> None:
@@ -118,7 +185,7 @@ def train_vae(emoji: list[Emoji], folder: Path) -> None:
     pool = pool_of(emoji)
     vae = build_vae().to(memory_format=torch.channels_last)
     part, parts = shares()
-    colours = torch.tensor(LATENT_RGB_FACTORS)
+    colours = torch.tensor(_HINT)
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
         pixels = _crops(pool, step * parts + part).to(memory_format=torch.channels_last)

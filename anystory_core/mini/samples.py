@@ -1,0 +1,75 @@
+"""The world as training data of :mod:`anystory_core.training` (schema: its ``data`` module).
+
+``pairs``: one subject in a place, and a reference of it under another transformation and light, on
+white or in another place (RGBA, alpha = mask). ``scenes``: one to three subjects with their visible
+masks. Half of the captions say "an object" for every name. Shards are uncompressed tar files.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .emoji import Emoji
+from .world import Scene, pool_of, render_reference, render_scene
+
+SHARD = 500
+_PLAIN = 0.5
+_FIRST_SEED = {"pairs": 100_000_000, "scenes": 200_000_000}
+Kind = Literal["pairs", "scenes"]
+
+
+def _png(pixels: NDArray[np.uint8]) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+def pair_files(scene: Scene, seed: int) -> dict[str, bytes]:
+    """Files of a pair sample from a scene with one subject."""
+    picture, mask = render_reference(scene.instances[0].emoji, seed)
+    alpha = (mask * np.uint8(255))[..., None]
+    return {
+        "reference.png": _png(np.concatenate((picture, alpha), axis=-1)),
+        "target.png": _png(scene.picture),
+    }
+
+
+def scene_files(scene: Scene) -> dict[str, bytes]:
+    """Files of a scene sample: 0 = background, i = subject i."""
+    regions = np.zeros(scene.picture.shape[:2], np.uint8)
+    for number, instance in enumerate(scene.instances, start=1):
+        regions[instance.mask] = number
+    return {"image.png": _png(scene.picture), "masks.png": _png(regions)}
+
+
+def write_samples(emoji: Sequence[Emoji], folder: Path, kind: Kind, number: int) -> None:
+    """Write shard ``folder/kind-NUMBER.tar``; nothing is done when it lies there."""
+    target = folder / f"{kind}-{number:05d}.tar"
+    if target.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    pool = pool_of(emoji)
+    with tarfile.open(target.with_suffix(".tmp"), "w") as tar:
+        for i in range(SHARD):
+            seed = _FIRST_SEED[kind] + number * SHARD + i
+            rng = random.Random(seed)
+            count = 1 if kind == "pairs" else rng.choice((1, 2, 2, 3))
+            scene = render_scene(pool, seed, subjects=count)
+            files = pair_files(scene, seed) if kind == "pairs" else scene_files(scene)
+            plain = rng.random() < _PLAIN
+            files["caption.txt"] = (scene.plain_caption if plain else scene.caption).encode()
+            for suffix, content in files.items():
+                entry = tarfile.TarInfo(f"{number:05d}{i:04d}.{suffix}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    os.replace(target.with_suffix(".tmp"), target)

@@ -23,6 +23,7 @@ from .injection import Attention, KeyValue, Regions
 from .routes import Crops, Grid, SoftMaps
 from .run import Run
 from .sites import Site
+from .text_routes import TextRoutes
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Call:
     gumbel: tuple[int, ...] = ()
     soft_maps: dict[int, SoftMaps] = field(default_factory=dict[int, SoftMaps])
     _routes: dict[int, _Route] = field(default_factory=dict[int, _Route])
+    _waiting: dict[int, Grid] = field(default_factory=dict[int, Grid])  # for the block's query
 
     def __post_init__(self) -> None:
         keeps = self.run.keep_references_in_uncond
@@ -97,8 +99,28 @@ class Call:
         """z (B,Q,D): ``norm2`` output of block ``index``; grid: its (h,w), h*w = Q."""
         if not self._routed:
             return
+        if isinstance(self.run.source, TextRoutes):
+            self._waiting[index] = grid
+            return
         site = self.sites[index - 1]
         soft = self.run.source.maps(site, _take(z, self._routed), grid, self._crops)
+        self._set_route(index, soft)
+
+    def _begin_by_query(self, index: int, q: Tensor) -> None:
+        """The route of a source that reads the attn2 query, which comes after ``norm2``."""
+        grid = self._waiting.pop(index, None)
+        if grid is None or not isinstance(self.run.source, TextRoutes):
+            return
+        soft = self.run.source.maps_of_query(
+            self.sites[index - 1],
+            _take(q, self._routed),
+            grid,
+            self._crops,
+            conditional=len(self.rows.cond),
+        )
+        self._set_route(index, soft)
+
+    def _set_route(self, index: int, soft: SoftMaps) -> None:
         route = _Route(soft, soft.maps.argmax(dim=1))
         if self.gumbel and soft.logits is not None:
             seeds = [self.gumbel[row] * len(self.sites) + index for row in self._routed]
@@ -110,7 +132,7 @@ class Call:
         if self.recorder is not None and self.record:
             rows = [self._routed.index(row) for row in self.record]
             ids = route.ids[rows].to(torch.uint8)
-            self.recorder.record(index, ids, grid, soft.maps[rows])
+            self.recorder.record(index, ids, soft.grid, soft.maps[rows])
 
     def _route_on(self, index: int, grid: Grid) -> _Route | None:
         """The route of block ``index`` carried to ``grid``: soft maps resized, then argmax."""
@@ -127,6 +149,7 @@ class Call:
         conditions = self.run.conditions[index - 1].clip
         heads = self.sites[index - 1].heads
         out = text
+        self._begin_by_query(index, q)
         route = self._routes.get(index)
         if self.rows.cond and route is not None:
             rows = self.rows.cond

@@ -19,8 +19,9 @@ from .injection import KeyValue
 from .routes import LearnedRoutes, MaskRoutes, RouteSource, SingleRoute
 from .sites import Site
 from .subject import Subject
+from .text_routes import TextRoutes, Texts
 
-MODES = ("learned", "masks", "learned within masks")
+MODES = ("learned", "masks", "learned within masks", "text", "text within masks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class Run:
     """Everything constant over one sampling run. Built by :func:`prepare_run`."""
 
     conditions: tuple[SiteConditions, ...]  # conditions[l - 1]
-    source: RouteSource
+    source: RouteSource | TextRoutes
     strengths: tuple[float, ...]  # eta_i for N subjects and the background
     biases: tuple[float, ...]  # gamma_i, the same
     keep_references_in_uncond: bool = False
@@ -98,7 +99,10 @@ def project(
 
 
 def prepare_run(
-    model: AnyStoryModel, subjects: Sequence[Subject], source: RouteSource, settings: Settings
+    model: AnyStoryModel,
+    subjects: Sequence[Subject],
+    source: RouteSource | TextRoutes,
+    settings: Settings,
 ) -> Run:
     """Project all subjects for one run. The subjects' tensors are on the device and in the dtype of
     ``model.projections``. A branch at strength 0 is not projected."""
@@ -146,26 +150,35 @@ def _check_subjects(model: AnyStoryModel, subjects: Sequence[Subject]) -> None:
 
 
 def check_routing(
-    mode: str, model: AnyStoryModel, subjects: Sequence[Subject], masks: Sequence[Tensor | None]
+    mode: str,
+    model: AnyStoryModel,
+    subjects: Sequence[Subject],
+    masks: Sequence[Tensor | None],
+    *,
+    text: bool = False,
 ) -> None:
     """RoutingError or ModelMismatchError, saying what to load or to connect, unless
-    :func:`build_source` and :func:`prepare_run` can work with this."""
+    :func:`build_source` and :func:`prepare_run` can work with this. ``text``: the labels are there
+    as text states."""
     if mode not in MODES:
         raise RoutingError(f"mode: got {mode!r}, expected one of {list(MODES)}")
     _check_subjects(model, subjects)
     missing = [i + 1 for i, m in enumerate(masks) if m is None]
-    if mode != "learned" and missing:
+    if mode not in ("learned", "text") and missing:
         raise RoutingError(
             f"mode {mode!r}: the mask of subject {missing} is missing; connect one mask for each "
-            "subject, or choose the mode 'learned'"
+            "subject, or choose a mode without masks"
         )
+    if mode.startswith("text"):
+        _check_labels(mode, subjects, text)
+        return
     if mode == "masks" or (mode == "learned" and model.routers is None and len(subjects) == 1):
         return
     if model.routers is None:
         raise RoutingError(
             f"mode {mode!r}: these AnyStory weights hold no router, which {len(subjects)} subjects "
-            "need; load weights with a router, or connect one mask for each subject and choose the "
-            "mode 'masks'"
+            "need; load weights with a router, or choose the mode 'masks' with one mask for each "
+            "subject, or 'text' with a clip"
         )
     if any(s.routing is None or s.background_routing is None for s in subjects):
         raise RoutingError(
@@ -174,23 +187,50 @@ def check_routing(
         )
 
 
+def _check_labels(mode: str, subjects: Sequence[Subject], text: bool) -> None:
+    """Routing by text needs the words, and words that differ where no mask tells them apart."""
+    if not text:
+        raise RoutingError(
+            f"mode {mode!r}: connect the clip that encodes the prompt; it reads the labels"
+        )
+    labels = [s.label.strip().casefold() for s in subjects]
+    for number, label in enumerate(labels, 1):
+        if not label:
+            raise RoutingError(
+                f"mode {mode!r}: subject {number} has no label; give its Encode Subject node the "
+                "words that name it in the prompt"
+            )
+        if mode == "text" and label in labels[: number - 1]:
+            raise RoutingError(
+                f"mode {mode!r}: subjects {labels.index(label) + 1} and {number} are both labelled "
+                f"{label!r}, so their words find the same place; give them different labels, or "
+                "choose 'text within masks'"
+            )
+
+
 def build_source(
-    mode: str, model: AnyStoryModel, subjects: Sequence[Subject], masks: Sequence[Tensor | None]
-) -> RouteSource:
+    mode: str,
+    model: AnyStoryModel,
+    subjects: Sequence[Subject],
+    masks: Sequence[Tensor | None],
+    texts: Texts | None = None,
+) -> RouteSource | TextRoutes:
     """The source of routes for a SubjectRouter mode; see :func:`check_routing` for its errors.
 
-    masks: (H,W) float in [0,1] per subject or None; "masks" and "learned within masks" need every
-    one. A model without routers routes a single subject everywhere.
+    masks: (H,W) float in [0,1] per subject or None; the modes with masks need every one. texts:
+    the labels' text states, for the modes with text. A model without routers routes a single
+    subject everywhere.
     """
-    check_routing(mode, model, subjects, masks)
+    check_routing(mode, model, subjects, masks, text=texts is not None)
     given = MaskRoutes(tuple(m for m in masks if m is not None))
     if mode == "masks":
         return given
+    within = given if mode.endswith("within masks") else None
+    if mode.startswith("text") and texts is not None:
+        return TextRoutes(texts, window=len(model.sites), masks=within)
     if model.routers is None:
         return SingleRoute()
     features = [*(s.routing for s in subjects), subjects[0].background_routing]
     return LearnedRoutes.prepare(
-        model.routers,
-        torch.stack([f for f in features if f is not None])[None],
-        masks=given if mode == "learned within masks" else None,
+        model.routers, torch.stack([f for f in features if f is not None])[None], masks=within
     )

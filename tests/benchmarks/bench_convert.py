@@ -1,4 +1,4 @@
-"""Full-size conversion from random files of the real shapes: time, peak memory, size; then one step.
+"""Full-size conversion from random files of the real shapes: time, memory, size; then one step.
 
     python tests/benchmarks/bench_convert.py --folder /tmp --step
 
@@ -169,9 +169,10 @@ def one_step(folder: Path) -> dict[str, Any]:
             unet = UNet2DConditionModel(**diffusers_unet_config(config.unet))
         names = diffusers_modules(config.unet)
         with open_tensors(folder / "sdxl.safetensors") as file:
+            keys = file.keys()
             state = {
                 diffusers_name(names, key.removeprefix(LDM_PREFIX)): file.get_tensor(key).to(dtype)
-                for key in file.keys()
+                for key in keys
             }
         unet.load_state_dict(state, strict=True, assign=True)
         slot = install(unet, sites)

@@ -1,0 +1,205 @@
+"""Routing by words: the documented rule, transcribed in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from anystory_core.conditioner import Call, Rows
+from anystory_core.errors import RoutingError
+from anystory_core.injection import KeyValue
+from anystory_core.routes import Grid, MaskRoutes
+from anystory_core.run import Run, SiteConditions
+from anystory_core.sites import Site, build_sites
+from anystory_core.text_routes import Texts, TextRoutes
+from anystory_core.training.diffusers_unet import dense_attention
+
+from .public_weights import small_config
+
+CONFIG = small_config()
+SITES = build_sites(CONFIG.unet)
+WIDTH = CONFIG.unet.context_dim
+# the code computes scores in float32
+TOLERANCE = 2e-5
+
+
+class Words:
+    """Random text states of ``sizes`` tokens (the background's last) and random key maps."""
+
+    def __init__(self, seed: int, sizes: tuple[int, ...]) -> None:
+        make = torch.Generator().manual_seed(seed)
+        self.states = [torch.randn(n, WIDTH, generator=make) for n in sizes]
+        self.weights = {
+            site.index: torch.randn(site.channels, WIDTH, generator=make) / WIDTH**0.5
+            for site in SITES
+        }
+        self.projected: list[int] = []
+
+    def keys(self, site: Site, states: Tensor) -> Tensor:
+        self.projected.append(site.index)
+        return states @ self.weights[site.index].T
+
+    def texts(self) -> Texts:
+        return Texts(tuple(self.states[:-1]), self.states[-1], self.keys)
+
+
+def naive_scores(words: Words, site: Site, q: Tensor) -> Tensor:
+    """(B,C,Q): mean over heads of the largest logit over a candidate's tokens, loop by loop."""
+    q, weight = q.double(), words.weights[site.index].double()
+    size = site.channels // site.heads
+    out = torch.zeros(q.shape[0], len(words.states), q.shape[1], dtype=torch.float64)
+    for b in range(q.shape[0]):
+        for i, states in enumerate(words.states):
+            for u in range(q.shape[1]):
+                for h in range(site.heads):
+                    part = slice(h * size, (h + 1) * size)
+                    logits = [
+                        float(q[b, u, part] @ (weight @ token.double())[part]) / math.sqrt(size)
+                        for token in states
+                    ]
+                    out[b, i, u] += max(logits) / site.heads
+    return out
+
+
+def resized(maps: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Grids here differ by a factor of 2: area average down, bilinear (half-pixel centres) up."""
+    if old == new:
+        return maps
+    image = maps.reshape(*maps.shape[:2], *old)
+    out = torch.zeros(*maps.shape[:2], *new, dtype=torch.float64)
+    for y in range(new[0]):
+        for x in range(new[1]):
+            if new[0] < old[0]:
+                out[..., y, x] = image[..., 2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean((-1, -2))
+                continue
+            total = torch.zeros(maps.shape[:2], dtype=torch.float64)
+            fy, fx = max((y + 0.5) / 2 - 0.5, 0), max((x + 0.5) / 2 - 0.5, 0)
+            for dy in (0, 1):
+                for dx in (0, 1):
+                    row, column = min(int(fy) + dy, old[0] - 1), min(int(fx) + dx, old[1] - 1)
+                    wy = fy - int(fy) if dy else 1 - (fy - int(fy))
+                    wx = fx - int(fx) if dx else 1 - (fx - int(fx))
+                    total += wy * wx * image[..., row, column]
+            out[..., y, x] = total
+    return out.flatten(2)
+
+
+def grid_of(site: Site) -> Grid:
+    return 16 // site.stride, 8 // site.stride
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("temperature", "centre"), [(1.0, False), (0.4, True)])
+def test_rule_over_blocks_and_steps(seed: int, temperature: float, centre: bool) -> None:
+    """Two steps of all 17 blocks on their own grids, the window shorter than a step."""
+    words = Words(seed, (1 + seed, 3, 2))
+    window = 11
+    routes = TextRoutes(words.texts(), window=window, temperature=temperature, centre=centre)
+    make = torch.Generator().manual_seed(100 + seed)
+    mean: Tensor | None = None
+    count = 0
+    finest = grid_of(SITES[0])
+    assert all(grid_of(s)[0] <= finest[0] for s in SITES)
+    for _ in range(2):
+        for site in SITES:
+            grid = grid_of(site)
+            q = 2 * torch.randn(2, grid[0] * grid[1], site.channels, generator=make)
+            soft = routes.maps_of_query(site, q, grid, (), conditional=1)
+            scores = naive_scores(words, site, q)
+            if centre:
+                scores = scores - scores.mean(-1, keepdim=True)
+            fresh = resized(torch.softmax(scores / temperature, dim=1), grid, finest)
+            count += 1
+            mean = fresh if mean is None else mean + (fresh - mean) / min(count, window)
+            expected = resized(mean, finest, grid)
+            assert soft.grid == grid
+            assert float((soft.maps - expected).abs().max()) < TOLERANCE
+            assert torch.allclose(soft.maps.sum(1), torch.ones(2, grid[0] * grid[1]), atol=1e-5)
+    assert words.projected == [site.index for site in SITES]  # once per run, not per step
+
+
+def test_kinds_of_calls_do_not_mix() -> None:
+    """Conditional and unconditional rows that come in calls of their own keep their own means."""
+    words = Words(5, (2, 2))
+    site, grid = SITES[0], grid_of(SITES[0])
+    make = torch.Generator().manual_seed(6)
+    q = [torch.randn(1, grid[0] * grid[1], site.channels, generator=make) for _ in range(4)]
+    mixed = TextRoutes(words.texts(), window=9)
+    alone = TextRoutes(words.texts(), window=9)
+    mixed.maps_of_query(site, q[0], grid, (), conditional=1)
+    mixed.maps_of_query(site, q[1], grid, (), conditional=0)
+    a = mixed.maps_of_query(site, q[2], grid, (), conditional=1)
+    alone.maps_of_query(site, q[0], grid, (), conditional=1)
+    b = alone.maps_of_query(site, q[2], grid, (), conditional=1)
+    assert torch.equal(a.maps, b.maps)
+
+
+def test_masks_confine_the_words() -> None:
+    """A subject never leaves its mask, at any grid; inside, the words still decide."""
+    words = Words(7, (2, 3, 2))
+    masks = torch.zeros(2, 16, 8)
+    masks[0, :, :4] = 1
+    masks[1, :6] = 1
+    routes = TextRoutes(words.texts(), window=17, masks=MaskRoutes(tuple(masks)))
+    make = torch.Generator().manual_seed(8)
+    free = 0
+    for site in SITES:
+        grid = grid_of(site)
+        q = 3 * torch.randn(1, grid[0] * grid[1], site.channels, generator=make)
+        ids = routes.maps_of_query(site, q, grid, (), conditional=1).maps.argmax(1)[0]
+        inside = torch.nn.functional.adaptive_avg_pool2d(masks, grid).flatten(1) >= 0.5
+        for i in range(2):
+            assert not bool(((ids == i) & ~inside[i]).any())
+            free += int(((ids != i) & inside[i]).sum())
+    assert free > 0
+
+
+def test_call_routes_by_the_query() -> None:
+    """A subject whose word's key points along the queries of the left half is injected there and
+    nowhere else, from the first block on; the route reaches the next block's self-attention."""
+    site = SITES[0]
+    height, width = grid_of(site)
+    left = torch.zeros(height, width, dtype=torch.bool)
+    left[:, : width // 2] = True
+    direction = torch.randn(site.channels, generator=torch.Generator().manual_seed(9))
+    q = torch.where(left.flatten()[:, None], direction, -direction)[None]
+    word, nothing = torch.zeros(1, WIDTH), torch.zeros(1, WIDTH)
+    word[0, 0] = 1
+
+    def keys(_: Site, states: Tensor) -> Tensor:
+        return states[..., :1] * direction
+
+    routes = TextRoutes(Texts((word,), nothing, keys), window=4)
+    make = torch.Generator().manual_seed(10)
+
+    def kv() -> KeyValue:
+        return KeyValue(*(torch.randn(1, 3, site.channels, generator=make) for _ in range(2)))
+
+    conditions = (
+        SiteConditions((kv(), None), (None, None)),
+        SiteConditions((None, None), (kv(), None)),
+    )
+    run = Run(conditions, routes, (1.0, 1.0), (0.0, -math.inf))
+    call = Call(run, Rows((0,)), (True,), SITES, dense_attention)
+    call.begin_cross_attention(1, torch.zeros_like(q), (height, width))
+    text = torch.randn(q.shape, generator=make)
+    changed = (call.cross_attention(1, q, text) - text).abs().sum(-1)[0] > 0
+    assert torch.equal(changed, left.flatten())
+    x = [torch.randn(q.shape, generator=make) for _ in range(3)]
+    out = call.self_attention(2, *x, (height, width))
+    assert out is not None
+    plain = dense_attention(*x, SITES[1].heads)
+    assert torch.equal((out - plain).abs().amax(-1)[0] > 1e-4, left.flatten())
+
+
+def test_wrong_values_are_named() -> None:
+    with pytest.raises(RoutingError, match="candidate 2 has states of shape"):
+        Texts((torch.zeros(1, 4), torch.zeros(0, 4)), torch.zeros(1, 4), lambda s, x: x)
+    texts = Words(0, (1, 1)).texts()
+    with pytest.raises(RoutingError, match="window: got 0"):
+        TextRoutes(texts, window=0)
+    with pytest.raises(RoutingError, match="temperature: got 0"):
+        TextRoutes(texts, window=1, temperature=0)

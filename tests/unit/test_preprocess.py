@@ -1,0 +1,166 @@
+"""Pictures and masks of a subject: geometry, masks from everywhere, bad input."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from anystory_core.config import AnyStoryConfig
+from anystory_core.errors import SubjectError
+from anystory_core.preprocess import CLIP_MEAN, CLIP_STD, latent_mask, prepare_views, zero_clip
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+CONFIG = AnyStoryConfig.mini()
+CLIP, VAE = CONFIG.clip.image_size, CONFIG.reference.size
+
+
+def picture(height: int = 40, width: int = 60, channels: int = 3, count: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(count, height, width, channels, generator=generator)
+
+
+def box(
+    height: int = 40, width: int = 60, *, top: int = 10, left: int = 20, side: int = 16
+) -> Tensor:
+    mask = torch.zeros(1, height, width)
+    mask[:, top : top + side, left : left + side] = 1
+    return mask
+
+
+def test_outside_is_zero_after_normalisation() -> None:
+    # A margin of 3 source pixels: resampling reaches over 2.
+    views = prepare_views(picture(200, 300), box(200, 300, side=150), CONFIG)
+    assert views.clip.shape == (1, 3, CLIP, CLIP) and views.vae.shape == (1, 3, VAE, VAE)
+    for x in (views.clip, views.vae):
+        assert torch.count_nonzero(x[..., 0, :]) == 0 and torch.count_nonzero(x[..., :, -1]) == 0
+    outside = views.mask == 0
+    assert torch.count_nonzero(views.vae * outside) == 0
+    assert torch.all(views.cutout[outside[:, 0]] == 128)
+    assert torch.count_nonzero(zero_clip(CONFIG)) == 0
+
+
+def test_inside_is_the_picture_normalised() -> None:
+    plain = torch.full((1, 40, 60, 3), 0.75)
+    views = prepare_views(plain, box(), CONFIG)
+    centre = views.clip[0, :, CLIP // 2, CLIP // 2]
+    wanted = (0.75 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
+    assert torch.allclose(centre, wanted, atol=1e-5)
+    assert torch.allclose(views.vae[0, :, VAE // 2, VAE // 2], torch.full((3,), 0.5), atol=1e-5)
+
+
+@pytest.mark.parametrize(("top", "left", "side"), [(10, 20, 16), (0, 0, 40), (24, 44, 16)])
+def test_the_box_is_enlarged_and_centred(top: int, left: int, side: int) -> None:
+    """A square mask of side s fills s / round(1.04 s) of the crop, also over the picture's edge."""
+    views = prepare_views(picture(), box(top=top, left=left, side=side), CONFIG)
+    filled = (views.mask[0, 0] > 0.5).float()
+    share = side / round(1.04 * side)
+    for profile in (filled.amax(0), filled.amax(1)):
+        assert abs(float(profile.mean()) - share) < 0.02
+        nonzero = torch.nonzero(profile)[:, 0]
+        before, after = int(nonzero[0]), VAE - 1 - int(nonzero[-1])
+        assert abs(before - after) <= VAE / side + 1  # an odd margin is one source pixel off centre
+
+
+def test_channels() -> None:
+    grey = prepare_views(picture(channels=1), box(), CONFIG)
+    assert torch.equal(grey.vae[:, 0], grey.vae[:, 2])
+    rgba = torch.cat((picture(), box().movedim(0, -1)[None]), dim=-1)
+    from_alpha = prepare_views(rgba, None, CONFIG)
+    given = prepare_views(picture(), box(), CONFIG)
+    assert torch.equal(from_alpha.vae, given.vae) and torch.equal(from_alpha.clip, given.clip)
+
+
+def test_load_image_wiring() -> None:
+    """LoadImage: MASK = 1 - alpha; all zeros of 64 x 64 when the picture has no alpha."""
+    inverted = prepare_views(picture(), 1 - box(), CONFIG, invert_mask=True)
+    assert torch.equal(inverted.vae, prepare_views(picture(), box(), CONFIG).vae)
+    none = prepare_views(picture(), torch.zeros(1, 64, 64), CONFIG, invert_mask=True)
+    assert torch.equal(none.vae, prepare_views(picture(), None, CONFIG).vae)
+
+
+def test_a_mask_that_covers_the_border_is_pointed_out() -> None:
+    assert any("invert_mask" in n for n in prepare_views(picture(), 1 - box(), CONFIG).notes)
+    assert prepare_views(picture(), box(), CONFIG).notes == ()
+
+
+def test_without_a_mask() -> None:
+    whole = prepare_views(picture(), None, CONFIG)
+    assert "whole picture" in whole.notes[0]
+    on_white = torch.ones(1, 40, 60, 3)
+    on_white[:, 10:26, 20:36] = torch.tensor([0.8, 0.1, 0.2])
+    cut = prepare_views(on_white, None, CONFIG)
+    assert "plain background" in cut.notes[0]
+    assert torch.equal(cut.mask, prepare_views(on_white, box(), CONFIG).mask)
+
+
+def test_several_views_are_cut_each_by_its_own_mask() -> None:
+    masks = torch.cat((box(), box(top=2, left=3, side=9)))
+    both = prepare_views(picture(count=2), masks, CONFIG)
+    for i in range(2):
+        one = prepare_views(picture(count=2)[i : i + 1], masks[i : i + 1], CONFIG)
+        assert torch.equal(both.vae[i : i + 1], one.vae)
+    shared = prepare_views(picture(count=2), box(), CONFIG)
+    assert shared.vae.shape[0] == 2
+
+
+BAD = {
+    "two channels": (picture(channels=2), None, "1, 3 or 4 channels"),
+    "no batch": (picture()[0], None, "expected (pictures, height"),
+    "NaN": (picture() * float("nan"), None, "NaN"),
+    "empty mask": (picture(), torch.zeros(1, 40, 60), "invert_mask"),
+    "faint mask": (picture(), torch.full((1, 40, 60), 0.3), "empty"),
+    "mask of another shape": (picture(), torch.ones(1, 50, 50), "same shape"),
+    "two masks for one picture": (picture(), torch.ones(2, 40, 60), "one mask"),
+    "mask with NaN": (picture(), torch.full((1, 40, 60), float("nan")), "NaN"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str) -> None:
+    image, mask, words = BAD[name]
+    with pytest.raises(SubjectError, match=re.escape(words)):
+        prepare_views(image, mask, CONFIG)
+
+
+def test_a_mask_at_another_scale_is_fitted() -> None:
+    small = torch.zeros(1, 80, 120)
+    small[:, 20:52, 40:72] = 1
+    views = prepare_views(picture(160, 240), small, CONFIG)
+    wanted = prepare_views(picture(160, 240), box(160, 240, top=40, left=80, side=64), CONFIG).mask
+    # The outline is soft by one pixel of the larger mask: 4 x 64 of 66 x 66 pixels, half each.
+    assert float((views.mask - wanted).abs().mean()) < 0.03
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5000, 20), (20, 5000), (3, 2)])
+def test_extreme_sizes(size: tuple[int, int]) -> None:
+    views = prepare_views(picture(*size), torch.ones(1, *size), CONFIG)
+    assert bool(torch.isfinite(views.clip).all()) and float(views.mask.max()) > 0
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    height=st.integers(1, 90),
+    width=st.integers(1, 90),
+    channels=st.sampled_from((1, 3, 4)),
+    seed=st.integers(0, 99),
+)
+def test_any_picture_gives_bounded_inputs(
+    height: int, width: int, channels: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.rand(1, height, width, channels, generator=generator)
+    mask = (torch.rand(1, height, width, generator=generator) > 0.7).float()
+    mask[:, height // 2, width // 2] = 1
+    views = prepare_views(image, mask, CONFIG)
+    assert float(views.vae.abs().max()) <= 1 and 0 <= float(views.mask.min())
+    assert float(views.mask.max()) <= 1
+    assert torch.equal(views.clip, prepare_views(image, mask, CONFIG).clip)  # pure
+
+
+def test_the_mask_channel_is_an_area_average() -> None:
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :3, :] = 1
+    assert torch.equal(latent_mask(mask, (2, 2))[0, 0], torch.tensor([[0.75, 0.75], [0, 0]]))

@@ -1,0 +1,112 @@
+"""ReferenceNet: Table 1's counts, and the graph against diffusers' own U-Net in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from anystory_core.config import AnyStoryConfig, QFormerConfig, ReferenceConfig, UNetConfig
+from anystory_core.reference_net import ReferenceNet
+from anystory_core.sites import build_sites
+from anystory_core.training.names import diffusers_unet_config, ldm_to_diffusers
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+SMALL = AnyStoryConfig(
+    name="small",
+    unet=UNetConfig(
+        model_channels=32, channel_mult=(1, 2, 2), transformer_depth=(0, 1, 2), middle_depth=2,
+        head_dim=16, context_dim=24, adm_channels=32 + 1536,
+    ),
+    subject_qformer=QFormerConfig(output_dim=24),
+    reference=ReferenceConfig(cross_attention=True),
+)  # fmt: skip
+
+
+def count(config: AnyStoryConfig, *, full: bool) -> int:
+    net = ReferenceNet(config, full=full, device="meta")
+    return sum(p.numel() for p in net.parameters())
+
+
+def test_table_1() -> None:
+    sdxl = AnyStoryConfig.sdxl()
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**diffusers_unet_config(sdxl.unet))
+    assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684  # 2.57 B
+    assert count(sdxl, full=True) == 2_021_629_764  # 2.02 B
+    assert count(sdxl, full=False) < count(sdxl, full=True)
+
+
+def test_sdxl_features() -> None:
+    net = ReferenceNet(AnyStoryConfig.sdxl(), device="meta")
+    features = net(torch.zeros(1, 5, 64, 64, device="meta"))
+    sites = build_sites(AnyStoryConfig.sdxl().unet)[1:]
+    assert len(features) == 69
+    for site, feature in zip(sites, features, strict=True):
+        assert feature.shape == (1, (64 // site.stride) ** 2, site.channels)
+
+
+class NoSizes(torch.nn.Module):
+    """Stands for SDXL's embedding of sizes: zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros(x.shape[0], 256, dtype=torch.float64)
+
+
+def nets(full: bool) -> tuple[UNet2DConditionModel, ReferenceNet]:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**diffusers_unet_config(SMALL.unet)).double().eval()
+    net = ReferenceNet(SMALL, full=full, dtype=torch.float64).eval()
+    table = ldm_to_diffusers(SMALL)
+    source = unet.state_dict()
+    for name, target in net.state_dict().items():
+        tensor = source[table[name]]
+        if target.shape == tensor.shape:
+            target.copy_(tensor)
+        else:
+            target.zero_()
+            target[:, :4].copy_(tensor)
+    return unet, net
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("size", [(16, 16), (13, 18), (9, 23)])
+@torch.no_grad()
+def test_features_are_the_u_nets_own_norm1_outputs(size: tuple[int, int], full: bool) -> None:
+    """With text blocks kept and a mask channel of weight zero, ReferenceNet is the U-Net itself."""
+    unet, net = nets(full)
+    seen: dict[int, Tensor] = {}
+    for site in build_sites(SMALL.unet):
+        norm = unet.get_submodule(f"{site.diffusers}.norm1")
+        norm.register_forward_hook(lambda _, __, out, index=site.index: seen.update({index: out}))
+    latents, mask = torch.randn(2, 4, *size).double(), torch.rand(2, 1, *size).double()
+    context = torch.randn(2, 7, 24).double()
+    # A zero label vector: the pooled text and the six embedded sizes are one vector in the end, so
+    # the embedding itself is replaced.
+    unet.add_time_proj = NoSizes()
+    added = {"text_embeds": torch.zeros(2, 32).double(), "time_ids": torch.zeros(2, 6)}
+    unet(latents, 0, context, added_cond_kwargs=added)
+    features = net(torch.cat((latents, mask), dim=1), context)
+    assert len(features) == len(seen) - 1
+    for index, feature in enumerate(features, 2):
+        # float64, but the sinusoid of timestep 0 is made in float32 in both: exact all the same.
+        assert torch.allclose(feature, seen[index], atol=1e-9), index
+
+
+def test_text_blocks_need_text() -> None:
+    _, net = nets(False)
+    with pytest.raises(ValueError, match="context"):
+        net(torch.zeros(1, 5, 8, 8).double())
+
+
+@torch.no_grad()
+def test_recompute_changes_nothing() -> None:
+    config = dataclasses.replace(SMALL, reference=ReferenceConfig())
+    torch.manual_seed(1)
+    net = ReferenceNet(config)
+    x = torch.randn(1, 5, 8, 8)
+    plain = net(x)
+    net.recompute = True
+    for a, b in zip(plain, net(x), strict=True):
+        assert torch.equal(a, b)

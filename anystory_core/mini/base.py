@@ -26,6 +26,7 @@ BATCH = 16
 _DROP = 0.1
 _PLAIN = 0.3  # share of captions that say only "an object"
 _MOST_SNR = 5.0
+_LOOK_AGAIN = 500  # steps after which newly cached shards are taken up
 
 
 def build_unet() -> Any:
@@ -77,7 +78,7 @@ def load_unet(folder: Path) -> Any:
 
 
 def train_base(folder: Path, *, steps: int) -> None:
-    """Train or resume on all shards of ``folder/cache``."""
+    """Train or resume on the shards of ``folder/cache``; more may be added meanwhile."""
     torch.manual_seed(3)
     clip, row_table = load_clip(folder)
     unet = build_unet().to(memory_format=torch.channels_last)
@@ -88,6 +89,8 @@ def train_base(folder: Path, *, steps: int) -> None:
     part, parts = shares()
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
+        if step % _LOOK_AGAIN == 0:
+            shards[:] = read_shards(folder / "cache")
         count = BATCH // parts
         rng = np.random.default_rng((3, step, part))
         latents, context, label = pick(shards, count, empty, rng)

@@ -3,8 +3,8 @@
 Phases, in order: ``world`` (render scenes), ``vae``, ``decoder``, ``clip``, ``cache`` (encode the
 scenes), ``base`` (the U-Net), ``folder`` (the base as the trainer reads it), ``export`` (files that
 ship). Each resumes where it stopped when the same command is given again, has its own seed, and
-writes its curve to ``DIR/NAME.csv``. More shards may be rendered and cached at any time; the base
-takes up what lies there when it starts.
+writes its curve to ``DIR/NAME.csv``. More shards may be rendered and cached at any time, also while
+the base trains.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def write_samples(emoji: Sequence[Emoji], folder: Path, kind: Kind, number: int)
             rng = random.Random(seed)
             count = 1 if kind == "pairs" else rng.choice((1, 2, 2, 3))
             scene = render_scene(pool, seed, subjects=count)
-            files = pair_files(scene, seed) if kind == "pairs" else scene_files(scene)
+            files = pair_files(scene, seed + 50_000_000) if kind == "pairs" else scene_files(scene)
             plain = rng.random() < _PLAIN
             files["caption.txt"] = (scene.plain_caption if plain else scene.caption).encode()
             for suffix, content in files.items():

@@ -1,6 +1,7 @@
 """The pack's nodes, in the order in which a graph uses them."""
 
 from .apply import ApplyAnyStory
+from .build import BuildAnyStory
 from .encode import AnyStorySubjectOptions, EncodeSubject
 from .load import LoadAnyStory
 from .mini import LoadAnyStoryMini
@@ -15,4 +16,5 @@ NODES = (
     SubjectRouter,
     ApplyAnyStory,
     RoutingMapPreview,
+    BuildAnyStory,
 )

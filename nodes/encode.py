@@ -17,6 +17,7 @@ from ..anystory_core.preprocess import prepare_views, zero_clip
 from ..anystory_core.subject import Subject, SubjectOptions
 from .host import ids, tensors
 from .host.managed import ManagedAnyStory, compute_dtype, load, release
+from .host.texts import encode_label
 
 
 def clip_states(clip_vision: Any, pixels: Tensor, config: AnyStoryConfig) -> Tensor:
@@ -81,7 +82,14 @@ class EncodeSubject(io.ComfyNode):
                 io.String.Input(
                     "label",
                     default="",
-                    tooltip="A short name, shown in the routing maps. Leave empty for 'subject'.",
+                    tooltip="A short name, shown in the routing maps. Leave empty for 'subject'. "
+                    "Routing by text reads it: use the words that name the subject in the prompt.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Only for weights whose ReferenceNet reads text (converted with the "
+                    "original ReferenceNet): the clip of the model that will sample.",
                 ),
             ],
             outputs=[ids.Subject.Output(display_name="subject")],
@@ -98,6 +106,7 @@ class EncodeSubject(io.ComfyNode):
         mask: Tensor | None = None,
         invert_mask: bool = False,
         label: str = "",
+        clip: Any = None,
     ) -> io.NodeOutput:
         model, config = anystory.model, anystory.model.config
         progress = comfy.utils.ProgressBar(3)
@@ -113,6 +122,10 @@ class EncodeSubject(io.ComfyNode):
             if model.reference_net is not None:
                 latents = reference_latents(model, encode_picture(vae, views.vae))
                 latents = latents.to(device, dtype)
+            context = None
+            if model.reference_net is not None and config.reference.cross_attention:
+                context = label_context(clip, label, config).to(device, dtype)
+                context = context.expand(views.vae.shape[0], -1, -1)
             progress.update(1)
             patchers = anystory.having("encoder", "reference_net")
             load(patchers)
@@ -124,6 +137,7 @@ class EncodeSubject(io.ComfyNode):
                     background_states=background,
                     latents=latents,
                     label=clean_label(label),
+                    context=context,
                     store=mm.unet_offload_device(),
                 )
             finally:
@@ -133,6 +147,16 @@ class EncodeSubject(io.ComfyNode):
         if views.notes:
             preview["text"] = tuple(views.notes)
         return io.NodeOutput(subject, ui=preview)
+
+
+def label_context(clip: Any, label: str, config: AnyStoryConfig) -> Tensor:
+    """Text states (1,S,C) of the label, for a ReferenceNet with cross-attention."""
+    if clip is None:
+        raise ModelMismatchError(
+            "clip: the ReferenceNet of these AnyStory weights reads the label's text; connect the "
+            "clip of the model that will sample"
+        )
+    return encode_label(clip, label, config)[0][None]
 
 
 def encode_picture(vae: Any, pixels: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from ..anystory_core.subject import Subject
 from .host import ids, tensors
 from .host.managed import ManagedAnyStory
 from .host.sampling import Routing
+from .host.texts import label_states
 
 
 class SubjectRouter(io.ComfyNode):
@@ -41,7 +42,8 @@ class SubjectRouter(io.ComfyNode):
             display_name="Subject Router",
             category=ids.CATEGORY,
             description="Collects up to 8 subjects and decides how each finds its place: by the "
-            "trained router, by your masks, or by the router within your masks.",
+            "trained router, by your masks, by the words of their labels, or by router or words "
+            "within your masks.",
             inputs=[
                 ids.AnyStory.Input("anystory", tooltip="The weights that encoded the subjects."),
                 io.Combo.Input(
@@ -49,9 +51,16 @@ class SubjectRouter(io.ComfyNode):
                     options=list(MODES),
                     default=MODES[0],
                     tooltip="learned: the router decides. masks: your masks decide. learned within "
-                    "masks: the router decides, but a subject never leaves its mask.",
+                    "masks: the router decides, but a subject never leaves its mask. text, text "
+                    "within masks: the words of each subject's label decide; for weights without a "
+                    "router. Needs the clip.",
                 ),
                 *pairs,
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The clip that encodes the prompt. Only used by the modes with text.",
+                ),
             ],
             outputs=[ids.Routing.Output(display_name="routing")],
         )
@@ -61,6 +70,7 @@ class SubjectRouter(io.ComfyNode):
     def execute(cls, anystory: ManagedAnyStory, mode: str, **inputs: Any) -> io.NodeOutput:
         subjects: list[Subject] = []
         masks: list[Any] = []
+        clip = inputs.pop("clip", None)
         known = {f"{kind}_{n + 1}" for kind in ("subject", "mask") for n in range(ids.MAX_SUBJECTS)}
         unknown = sorted(set(inputs) - known)
         if unknown:
@@ -80,5 +90,9 @@ class SubjectRouter(io.ComfyNode):
             subjects.append(subject)
             masks.append(None if mask is None else tensors.routing_mask(mask, f"mask_{number}"))
         if subjects:
-            check_routing(mode, anystory.model, subjects, masks)
-        return io.NodeOutput(Routing(anystory, tuple(subjects), tuple(masks), mode))
+            check_routing(mode, anystory.model, subjects, masks, text=clip is not None)
+        labels: tuple[Any, ...] = ()
+        if mode.startswith("text"):
+            names = [subject.label for subject in subjects]
+            labels = label_states(clip, names, anystory.model.config)
+        return io.NodeOutput(Routing(anystory, tuple(subjects), tuple(masks), mode, labels))

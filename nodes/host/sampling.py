@@ -25,6 +25,7 @@ from .checks import check_latent_format, check_model
 from .ids import CALL_KEY, CROPS_KEY, ROLES_KEY, WRAPPER_KEY
 from .managed import ManagedAnyStory, load, release
 from .records import RoutingMaps
+from .texts import empty_tokens, route_texts
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Routing:
     subjects: tuple[Subject, ...]
     masks: tuple[Tensor | None, ...]
     mode: str
+    labels: tuple[Tensor, ...] = ()  # text states of the labels, for the modes with text
 
 
 @dataclass(frozen=True)
@@ -250,16 +252,21 @@ class SamplingWrapper:
         check_latent_format(model, anystory.model.config)
         dtype = model.model.manual_cast_dtype or model.model.get_dtype()
         device = model.load_device
+        roles, first = _read_conds(guider)
+        texts = None
+        if self.routing.mode.startswith("text"):
+            texts = route_texts(self.routing.labels, empty_tokens(guider, roles), model, device)
         patchers = anystory.having("projections", "routers")
         load(patchers)
         try:
             moved = [s.map(lambda x: x.to(device, dtype)) for s in subjects]
-            source = build_source(self.routing.mode, anystory.model, moved, self.routing.masks)
+            source = build_source(
+                self.routing.mode, anystory.model, moved, self.routing.masks, texts
+            )
             run = prepare_run(anystory.model, moved, source, self.settings)
         finally:
             release(anystory.having("projections"))
         names = [s.label for s in subjects]
-        roles, first = _read_conds(guider)
         return RunState(
             run,
             windows,

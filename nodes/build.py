@@ -1,0 +1,117 @@
+"""BuildAnyStory: an SDXL checkpoint and IP-Adapter Plus -> a file in models/anystory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..anystory_core.convert import DTYPES, REFERENCE_NETS, convert
+from ..anystory_core.errors import CheckpointError
+from .host import ids
+
+ADAPTERS = "ipadapter"  # the folder that other packs use for these files too
+PRECISIONS = ("fp16", "bf16")
+
+folder_paths.add_model_folder_path(ADAPTERS, os.path.join(folder_paths.models_dir, ADAPTERS))
+
+
+def _listed(folder: str) -> list[str]:
+    """The folder's safetensors files: no other kind is ever opened."""
+    return [n for n in folder_paths.get_filename_list(folder) if n.endswith(".safetensors")]
+
+
+class BuildAnyStory(io.ComfyNode):
+    """See ``define_schema``."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return ids.schema(
+            node_id="BuildAnyStory",
+            display_name="Build AnyStory from Public Weights",
+            category=ids.CATEGORY,
+            description="Makes an AnyStory file from an SDXL checkpoint and IP-Adapter Plus, "
+            "without training: likeness from IP-Adapter, detail from the U-Net itself. It holds no "
+            "router: use Subject Router in the mode text or masks.",
+            search_aliases=["convert", "ip-adapter"],
+            is_output_node=True,
+            inputs=[
+                io.Combo.Input(
+                    "checkpoint",
+                    options=_listed("checkpoints"),
+                    tooltip="The SDXL checkpoint that will sample, or its base.",
+                ),
+                io.Combo.Input(
+                    "ip_adapter",
+                    options=_listed(ADAPTERS),
+                    tooltip="ip-adapter-plus_sdxl_vit-h.safetensors, in models/ipadapter.",
+                ),
+                io.String.Input(
+                    "name",
+                    default="public_sdxl",
+                    tooltip="Name of the file in models/anystory. An existing file is replaced.",
+                ),
+                io.Combo.Input(
+                    "reference_net",
+                    options=list(REFERENCE_NETS),
+                    default=REFERENCE_NETS[0],
+                    tooltip="simplified: the paper's, without cross-attention. original: with it; "
+                    "Encode Subject then needs the clip. none: IP-Adapter alone, 0.85 GB.",
+                ),
+                io.Combo.Input("precision", options=list(PRECISIONS), default=PRECISIONS[0]),
+            ],
+            outputs=[io.String.Output(display_name="anystory_name")],
+        )
+
+    @classmethod
+    @ids.named_errors
+    def execute(
+        cls, checkpoint: str, ip_adapter: str, name: str, reference_net: str, precision: str
+    ) -> io.NodeOutput:
+        file = output_name(name)
+        bar = comfy.utils.ProgressBar(1)
+
+        def progress(done: int, total: int) -> None:
+            mm.throw_exception_if_processing_interrupted()
+            bar.update_absolute(done, total)
+
+        done = convert(
+            _path("checkpoints", checkpoint),
+            _path(ADAPTERS, ip_adapter),
+            Path(folder_paths.get_folder_paths(ids.FOLDER)[0]) / file,
+            reference_net=reference_net,
+            dtype=DTYPES[precision],
+            progress=progress,
+        )
+        text = f"{file}: {done.size / 1e9:.2f} GB, {', '.join(done.parts)}"
+        return io.NodeOutput(file, ui=ui.PreviewText("\n".join((text, *done.notes))))
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str = "", **_: Any) -> Any:
+        """Runs again when the file that it has made is gone or was replaced."""
+        path = Path(folder_paths.get_folder_paths(ids.FOLDER)[0]) / f"{Path(name).name}.safetensors"
+        return path.stat().st_mtime_ns if path.is_file() else None
+
+
+def output_name(name: str) -> str:
+    """A file name inside the folder. CheckpointError for a path or an unusable name."""
+    stem = name.strip().removesuffix(".safetensors")
+    if not stem or stem.startswith(".") or not all(c.isalnum() or c in "-_. " for c in stem):
+        raise CheckpointError(
+            f"name: got {name!r}, expected letters, digits, '-', '_', '.' or spaces, and no folder"
+        )
+    return f"{stem}.safetensors"
+
+
+def _path(folder: str, name: str) -> str:
+    path = folder_paths.get_full_path(folder, name)
+    if path is None:
+        raise CheckpointError(
+            f"{name!r} is not in models/{folder}; copy it there and refresh the node list"
+        )
+    return path

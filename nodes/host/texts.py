@@ -1,0 +1,82 @@
+"""Text states from the host's text encoders: labels on their own, and the prompt's empty tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...anystory_core.config import AnyStoryConfig
+from ...anystory_core.errors import ModelMismatchError, RoutingError
+from ...anystory_core.sites import Site
+from ...anystory_core.text_routes import Texts
+
+CHUNK = 77  # tokens that CLIP encodes at a time: start, 75 words or padding, end or padding
+
+
+def encode_label(clip: Any, label: str, config: AnyStoryConfig) -> tuple[Tensor, int]:
+    """States (S,C) of a label on its own, and the number of its own tokens: positions 1 ... n.
+
+    ModelMismatchError unless they have the width of the U-Net's text states."""
+    tokens, empty = clip.tokenize(label), clip.tokenize("")
+    states = clip.encode_from_tokens(tokens)[0]
+    if states.shape[-1] != config.unet.context_dim:
+        raise ModelMismatchError(
+            f"clip: it gives text states of width {states.shape[-1]}, the AnyStory weights expect "
+            f"{config.unet.context_dim} ({config.name}); connect the clip that encodes the prompt"
+        )
+    name = next(iter(tokens))
+    end = empty[name][0][1][0]  # start, end, padding
+    ids = [entry[0] for entry in tokens[name][0]]
+    own = next((i for i, x in enumerate(ids) if i > 0 and isinstance(x, int) and x == end), None)
+    return states.float().cpu(), (len(ids) if own is None else own) - 1
+
+
+def label_states(clip: Any, labels: Sequence[str], config: AnyStoryConfig) -> tuple[Tensor, ...]:
+    """The labels' own tokens (T_i,C), each label encoded alone. RoutingError: one has none."""
+    found: list[Tensor] = []
+    for number, label in enumerate(labels, 1):
+        states, own = encode_label(clip, label, config)
+        if own < 1:
+            raise RoutingError(
+                f"subject {number}: its label {label!r} has no word for the text encoder; give its "
+                "Encode Subject node the words that name it in the prompt"
+            )
+        found.append(states[1 : 1 + own])
+    return tuple(found)
+
+
+def empty_tokens(guider: Any, roles: dict[Any, str]) -> Tensor:
+    """States (T,C) of the positive prompts' tokens that surely hold no word: the start of every
+    chunk, and its last token (padding, or the end mark of a full chunk). A cond does not say which
+    of its other tokens are padding."""
+    found: list[Tensor] = []
+    for entries in guider.conds.values():
+        for entry in entries:
+            states = entry.get("cross_attn")
+            if states is None or roles.get(entry.get("uuid")) != "cond":
+                continue
+            chunk = CHUNK if states.shape[1] % CHUNK == 0 else states.shape[1]
+            first = torch.arange(0, states.shape[1], chunk)
+            places = torch.cat((first, first + chunk - 1))
+            found.append(states[:, places].flatten(0, 1))
+    if not found:
+        raise RoutingError("mode 'text': the positive prompt has no text states to compare with")
+    return torch.cat([states.to(found[0]) for states in found])
+
+
+def route_texts(labels: Sequence[Tensor], background: Tensor, model: Any, device: Any) -> Texts:
+    """What routing by text needs of one sampling run. Keys are made by each block's own ``to_k``
+    when the U-Net is loaded, patched weights (LoRA) included."""
+    unet = model.model.diffusion_model
+
+    def keys(site: Site, states: Tensor) -> Tensor:
+        return unet.get_submodule(site.ldm).attn2.to_k(states)
+
+    return Texts(
+        tuple(states.to(device, torch.float32) for states in labels),
+        background.to(device, torch.float32),
+        keys,
+    )

@@ -1,0 +1,175 @@
+"""The `text` modes and BuildAnyStory in the host."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from scene import Scene, halves, module
+
+
+@pytest.fixture
+def sources(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every source of routes that a run makes, in order."""
+    made: list[Any] = []
+    build = scene.sampling.build_source
+
+    def spy(*args: Any) -> Any:
+        made.append(build(*args))
+        return made[-1]
+
+    monkeypatch.setattr(scene.sampling, "build_source", spy)
+    return made
+
+
+def route(scene: Scene, mode: str = "text", masks: Any = (), **inputs: Any) -> Any:
+    given = {f"subject_{i}": s for i, s in enumerate(scene.subjects[:2], 1)}
+    given |= {f"mask_{i}": m for i, m in enumerate(masks, 1)}
+    given |= {"clip": scene.mini.clip, **inputs}
+    return scene.pack.SubjectRouter.execute(anystory=scene.mini.anystory, mode=mode, **given).args[
+        0
+    ]
+
+
+def test_labels_are_encoded_alone(scene: Scene) -> None:
+    """A label's states are those of its own tokens in a prompt of nothing else."""
+    routing = route(scene)
+    assert [s.label for s in scene.subjects[:2]] == ["ball", "box"]
+    for label, states in zip(("ball", "box"), routing.labels, strict=True):
+        whole = scene.text(label)[0][0][0].float()
+        assert states.shape[0] >= 1
+        assert torch.allclose(states, whole[1 : 1 + states.shape[0]], atol=1e-5)
+    texts = module("anystory_pack.nodes.host.texts")
+    config = scene.mini.anystory.model.config
+    one = texts.encode_label(scene.mini.clip, "ball", config)[1]
+    assert texts.encode_label(scene.mini.clip, "ball ball ball", config)[1] == 3 * one
+    assert texts.encode_label(scene.mini.clip, "", config)[1] == 0
+
+
+def test_keys_are_the_blocks_own_with_patches(scene: Scene, sources: list[Any]) -> None:
+    """`attn2.to_k` of each block, with the model's weight patches (as a LoRA's), once per run."""
+    model = scene.mini.model.clone()
+    sites = scene.mini.anystory.model.sites
+    make = torch.Generator().manual_seed(0)
+    delta = {site.index: torch.randn(site.channels, 256, generator=make) * 0.05 for site in sites}
+    model.add_patches(
+        {
+            f"diffusion_model.{site.ldm}.attn2.to_k.weight": ("diff", (delta[site.index],))
+            for site in sites
+        },
+        1.0,
+    )
+    routing = route(scene)
+    scene.sample(scene.apply(model, routing))
+    scene.sample(scene.apply(scene.mini.model, routing))
+    patched, plain = sources
+    background = scene.positive[0][0][0][[0, -1]].float()
+    states = torch.cat((*routing.labels, background))
+    for site in sites:
+        weight = scene.mini.model.model.diffusion_model.get_submodule(site.ldm).attn2.to_k.weight
+        own = states @ weight.float().T
+        changed = states @ (weight.float() + delta[site.index]).T
+        # the model may compute in half precision
+        scale = float(changed.abs().max())
+        assert float((plain._keys[site.index].float() - own).abs().max()) < 0.02 * scale
+        assert float((patched._keys[site.index].float() - changed).abs().max()) < 0.02 * scale
+        assert float((own - changed).abs().max()) > 0.1 * scale
+
+
+def test_text_routes_are_recorded_and_change_the_picture(scene: Scene) -> None:
+    model, maps = scene.apply_with_maps(routing=route(scene))
+    latent = scene.sample(model)
+    assert torch.isfinite(latent).all()
+    out = scene.preview(maps, latent)
+    assert out.args
+    again = scene.sample(scene.apply(routing=route(scene)))
+    assert torch.equal(latent, again)  # the running mean is of one run only
+
+
+def test_text_within_masks(scene: Scene, sources: list[Any]) -> None:
+    """No token of a subject's route lies outside its mask."""
+    routing = route(scene, "text within masks", halves())
+    scene.sample(scene.apply(routing=routing))
+    (source,) = sources
+    site = scene.mini.anystory.model.sites[0]
+    q = torch.randn(1, 64, site.channels, generator=torch.Generator().manual_seed(1))
+    ids = source.maps_of_query(site, q, (8, 8), (), conditional=1).maps.argmax(1).reshape(8, 8)
+    assert not bool((ids[:, 4:] == 0).any())
+    assert not bool((ids[:, :4] == 1).any())
+
+
+def test_what_is_missing_is_said(scene: Scene) -> None:
+    error = scene.errors.RoutingError
+    with pytest.raises(error, match="SubjectRouter: mode 'text': connect the clip"):
+        route(scene, clip=None)
+    with pytest.raises(error, match="both labelled 'ball'"):
+        route(scene, subject_2=scene.encode(1, label=" Ball "))
+    with pytest.raises(error, match="mask of subject"):
+        route(scene, "text within masks")
+    twins = route(scene, "text within masks", halves(), subject_2=scene.encode(1, label="ball"))
+    assert len(twins.labels) == 2
+
+
+def test_empty_tokens_of_long_prompts(scene: Scene) -> None:
+    """Start and last token of each chunk of the positive prompts; negatives do not count."""
+    texts = module("anystory_pack.nodes.host.texts")
+    states = torch.arange(154.0).reshape(1, 154, 1)
+    guider = type(
+        "Guider",
+        (),
+        {
+            "conds": {
+                "positive": [{"cross_attn": states, "uuid": 1}],
+                "negative": [{"cross_attn": -states - 1, "uuid": 2}],
+            }
+        },
+    )
+    found = texts.empty_tokens(guider, {1: "cond", 2: "uncond"})
+    assert sorted(found.flatten().tolist()) == [0, 76, 77, 153]
+    with pytest.raises(scene.errors.RoutingError, match="no text states"):
+        texts.empty_tokens(guider, {1: "uncond", 2: "uncond"})
+
+
+def test_build_node(
+    scene: Scene, comfy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node finds both files in the host's folders, and names what they are instead."""
+    import folder_paths
+
+    build = module("anystory_pack.nodes.build")
+    folders = {
+        "checkpoints": tmp_path / "checkpoints",
+        "ipadapter": tmp_path / "ipadapter",
+        "anystory": tmp_path / "anystory",
+    }
+    for name, folder in folders.items():
+        folder.mkdir()
+        monkeypatch.setitem(
+            folder_paths.folder_names_and_paths, name, ([str(folder)], {".safetensors", ".bin"})
+        )
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, folders["checkpoints"] / "a.safetensors")
+    shutil.copy(folders["checkpoints"] / "a.safetensors", folders["ipadapter"] / "b.safetensors")
+    (folders["ipadapter"] / "c.bin").write_bytes(b"x")
+    assert build._listed("ipadapter") == ["b.safetensors"]
+    given = {
+        "checkpoint": "a.safetensors",
+        "ip_adapter": "b.safetensors",
+        "name": "made",
+        "reference_net": "simplified",
+        "precision": "fp16",
+    }
+    error = scene.errors.CheckpointError
+    with pytest.raises(error, match="BuildAnyStory: b.safetensors: it is no IP-Adapter"):
+        build.BuildAnyStory.execute(**given)
+    for name in ("../made", "", ".made", "a/b"):
+        with pytest.raises(error, match="name: got"):
+            build.BuildAnyStory.execute(**{**given, "name": name})
+    with pytest.raises(error, match="not in models/checkpoints"):
+        build.BuildAnyStory.execute(**{**given, "checkpoint": "none.safetensors"})
+    assert list(folders["anystory"].iterdir()) == []

@@ -40,6 +40,7 @@ class Scene:
     """The mini model, three encoded subjects, and short ways to route, apply and sample."""
 
     def __init__(self, comfy: ModuleType, pack: ModuleType, mini: SimpleNamespace) -> None:
+        torch.set_num_threads(1)  # tensors are small: waiting for a second thread costs more
         self.comfy, self.pack, self.mini = comfy, pack, mini
         self.errors = module("anystory_pack.anystory_core.errors")
         self.sampling = module("anystory_pack.nodes.host.sampling")

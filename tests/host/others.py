@@ -1,0 +1,162 @@
+"""Other packs' patches, as their users meet them: each takes a scene and a model, gives a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from scene import Scene, module
+from torch import Tensor
+
+Patch = Callable[[Scene, Any], Any]
+
+
+def _extra(file: str, node: str, **inputs: Any) -> Patch:
+    def patch(scene: Scene, model: Any) -> Any:
+        found = getattr(module(f"comfy_extras.nodes_{file}"), node)
+        return found.execute(model=model, **inputs)[0]
+
+    return patch
+
+
+def lora(scene: Scene, model: Any) -> Any:
+    """A LoRA on every attn1.to_q and attn2.to_v of the U-Net."""
+    generator = torch.Generator().manual_seed(3)
+    weights = {}
+    for key, value in model.model.diffusion_model.state_dict().items():
+        if key.endswith(("attn1.to_q.weight", "attn2.to_v.weight")):
+            name = "lora_unet_" + key.removesuffix(".weight").replace(".", "_")
+            out, inner = value.shape
+            weights[f"{name}.lora_up.weight"] = torch.randn(out, 4, generator=generator)
+            weights[f"{name}.lora_down.weight"] = torch.randn(4, inner, generator=generator) / inner
+    return module("comfy.sd").load_lora_for_models(model, None, weights, 1.0, 0)[0]
+
+
+def sites(scene: Scene) -> list[tuple[str, int, int]]:
+    """(part, number, index) of every block."""
+    return [(s.part, s.number, s.block_index) for s in scene.mini.anystory.model.sites]
+
+
+def _added(q: Tensor, k: Tensor, v: Tensor, options: Any) -> Tensor:
+    """Attention over the text plus attention over a picture's own keys, as IP-Adapter does."""
+    attention = module("comfy.ldm.modules.attention").optimized_attention
+    generator = torch.Generator().manual_seed(q.shape[-1])
+    own = torch.randn(2, 1, 4, q.shape[-1], generator=generator).to(q)
+    text = attention(q, k, v, options["n_heads"])
+    batch = q.shape[0]
+    pictures = own.expand(-1, batch, -1, -1)
+    return text + 0.5 * attention(q, pictures[0], pictures[1], options["n_heads"])
+
+
+def ip_adapter_triples(scene: Scene, model: Any) -> Any:
+    """IPAdapter_plus: a replacement per transformer block."""
+    patched = model.clone()
+    for part, number, index in sites(scene):
+        patched.set_model_attn2_replace(_added, part, number, index)
+    return patched
+
+
+def ip_adapter_pairs(scene: Scene, model: Any) -> Any:
+    """Older adapters: one replacement per SpatialTransformer."""
+    patched = model.clone()
+    for part, number in {(p, n) for p, n, _ in sites(scene)}:
+        patched.set_model_attn2_replace(_added, part, number)
+    return patched
+
+
+def attn1_replacement(scene: Scene, model: Any) -> Any:
+    """Reference-style packs: a self-attention of their own in one block."""
+
+    def sharper(q: Tensor, k: Tensor, v: Tensor, options: Any) -> Tensor:
+        attention = module("comfy.ldm.modules.attention").optimized_attention
+        return attention(1.5 * q, k, v, options["n_heads"])
+
+    patched = model.clone()
+    patched.set_model_attn1_replace(sharper, "input", 7, 1)
+    patched.set_model_attn1_replace(sharper, "output", 1)
+    return patched
+
+
+def token_merge(scene: Scene, model: Any) -> Any:
+    """ToMe's two patch points, with plain halving so that every block is merged."""
+
+    def halve(q: Tensor, k: Tensor, v: Tensor, options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return q[:, ::2], k, v
+
+    def double(out: Tensor, options: Any) -> Tensor:
+        _, _, height, width = options["activations_shape"]
+        return out.repeat_interleave(2, dim=1)[:, : height * width]
+
+    patched = model.clone()
+    patched.set_model_attn1_patch(halve)
+    patched.set_model_attn1_output_patch(double)
+    return patched
+
+
+def tiles(scene: Scene, model: Any) -> Any:
+    """A model function wrapper that runs the left and the right half on their own."""
+
+    def wrapper(apply: Any, arguments: dict[str, Any]) -> Tensor:
+        parts = arguments["input"].chunk(2, dim=-1)
+        return torch.cat(
+            [apply(p, arguments["timestep"], **arguments["c"]) for p in parts], dim=-1
+        )
+
+    patched = model.clone()
+    patched.set_model_unet_function_wrapper(wrapper)
+    return patched
+
+
+def row_by_row(scene: Scene, model: Any) -> Any:
+    """A wrapper that runs every batch row alone, as low-memory packs do."""
+
+    def wrapper(apply: Any, arguments: dict[str, Any]) -> Tensor:
+        x, c = arguments["input"], arguments["c"]
+        chunks = arguments["cond_or_uncond"]
+        size = x.shape[0] // len(chunks)
+        out = []
+        for row in range(x.shape[0]):
+            options = {
+                **c["transformer_options"],
+                "cond_or_uncond": [chunks[row // size]],
+                "uuids": [c["transformer_options"]["uuids"][row // size]],
+            }
+            own = {
+                k: v[row : row + 1] if isinstance(v, Tensor) and v.shape[:1] == x.shape[:1] else v
+                for k, v in c.items()
+            }
+            own["transformer_options"] = options
+            out.append(apply(x[row : row + 1], arguments["timestep"][row : row + 1], **own))
+        return torch.cat(out)
+
+    patched = model.clone()
+    patched.set_model_unet_function_wrapper(wrapper)
+    return patched
+
+
+PATCHES: dict[str, Patch] = {
+    "LoRA": lora,
+    "IP-Adapter, triple keys": ip_adapter_triples,
+    "IP-Adapter, pair keys": ip_adapter_pairs,
+    "attn1 replacement": attn1_replacement,
+    "PAG": _extra("pag", "PerturbedAttentionGuidance", scale=3.0),
+    "SAG": _extra("sag", "SelfAttentionGuidance", scale=0.5, blur_sigma=2.0),
+    "FreeU": _extra("freelunch", "FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2),
+    "HyperTile": _extra(
+        "hypertile", "HyperTile", tile_size=32, swap_size=2, max_depth=2, scale_depth=False
+    ),
+    "token merging": token_merge,
+    "DeepShrink": _extra(
+        "model_downscale",
+        "PatchModelAddDownscale",
+        block_number=3,
+        downscale_factor=2.0,
+        start_percent=0.0,
+        end_percent=1.0,
+        downscale_after_skip=True,
+        downscale_method="bicubic",
+        upscale_method="bicubic",
+    ),
+    "tiling wrapper": tiles,
+}

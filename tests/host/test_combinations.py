@@ -1,0 +1,232 @@
+"""Every neighbour before and after ApplyAnyStory, and the ways a picture is made."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from others import PATCHES, row_by_row, sites
+from scene import Scene, halves, module
+from torch import Tensor
+
+
+def differs(a: Tensor, b: Tensor) -> bool:
+    return not torch.allclose(a, b, rtol=0.01, atol=0.01)
+
+
+@pytest.fixture(scope="module")
+def plain(scene: Scene) -> Tensor:
+    return scene.sample(scene.mini.model)
+
+
+@pytest.fixture(scope="module")
+def ours(scene: Scene) -> Tensor:
+    return scene.sample(scene.apply())
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_neighbour(scene: Scene, plain: Tensor, ours: Tensor, name: str) -> None:
+    """Both act, in any order of the nodes with the same result; idle, the neighbour is alone."""
+    patch = PATCHES[name]
+    alone = scene.sample(patch(scene, scene.mini.model))
+    assert differs(alone, plain)
+    after = scene.sample(scene.apply(patch(scene, scene.mini.model)))
+    before = scene.sample(patch(scene, scene.apply()))
+    assert torch.isfinite(after).all()
+    assert torch.equal(after, before)
+    assert differs(after, alone) and differs(after, ours)
+    idle = scene.apply(patch(scene, scene.mini.model), strength=0.0, reference_strength=0.0)
+    assert torch.equal(scene.sample(idle), alone)
+
+
+def test_tome_of_the_host(scene: Scene, ours: Tensor) -> None:
+    """The host's ToMe merges only at full resolution, where these models have no attention."""
+    node = module("comfy_extras.nodes_tomesd").TomePatchModel
+    assert torch.equal(scene.sample(node.execute(scene.apply(), 0.5).args[0]), ours)
+
+
+@pytest.mark.parametrize("name", ["HyperTile", "token merging"])
+def test_changed_tokens_are_said_once_per_block(
+    scene: Scene, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        scene.sample(PATCHES[name](scene, scene.apply()), steps=3)
+    said = [r.getMessage() for r in caplog.records if "goes without the subjects' ref" in r.message]
+    assert said and len(said) == len(set(said))
+
+
+def test_two_neighbours_at_once(scene: Scene, ours: Tensor) -> None:
+    model = scene.apply(PATCHES["SAG"](scene, PATCHES["IP-Adapter, pair keys"](scene, scene.mini.model)))
+    out = scene.sample(PATCHES["PAG"](scene, PATCHES["LoRA"](scene, model)))
+    assert torch.isfinite(out).all() and differs(out, ours)
+
+
+# A row alone goes through other matrix kernels than a batch; two steps of a random network amplify
+# float32 rounding, and a token near a tie may change its region.
+ROWS = {"rtol": 1e-2, "atol": 1e-3}
+
+
+def test_rows_alone_equal_rows_together(scene: Scene) -> None:
+    model = scene.apply()
+    latent = scene.latent(batch=2)
+    together = scene.sample(model, latent_image=latent)
+    alone = scene.sample(row_by_row(scene, model), latent_image=latent)
+    scale = together.abs().max()
+    torch.testing.assert_close(alone / scale, together / scale, **ROWS)
+
+
+def control_net(scene: Scene) -> Any:
+    """A ControlNet of the mini model's shape with random weights."""
+    cldm, controlnet = module("comfy.cldm.cldm"), module("comfy.controlnet")
+    arguments = dict(module("anystory_pack.anystory_core.mini.config").unet_arguments())
+    for name in ("out_channels", "transformer_depth_output", "use_temporal_attention", "use_checkpoint"):
+        arguments.pop(name)
+    net = cldm.ControlNet(
+        hint_channels=3, operations=module("comfy.ops").manual_cast, **arguments
+    )
+    generator = torch.Generator().manual_seed(5)
+    for weight in net.parameters():
+        fan_in = max(1, weight[0].numel())
+        weight.data = torch.randn(weight.shape, generator=generator) / fan_in**0.5
+    device = module("comfy.model_management").get_torch_device()
+    return controlnet.ControlNet(net, load_device=device)
+
+
+def test_control_net(scene: Scene, plain: Tensor, ours: Tensor) -> None:
+    hint = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(1))
+    positive, negative = scene.comfy.ControlNetApplyAdvanced().apply_controlnet(
+        scene.positive, scene.negative, control_net(scene), hint, 0.5, 0.0, 1.0
+    )
+    conds = {"positive": positive, "negative": negative}
+    alone = scene.sample(scene.mini.model, **conds)
+    both = scene.sample(scene.apply(), **conds)
+    assert differs(alone, plain) and differs(both, alone) and differs(both, ours)
+    idle = scene.apply(strength=0.0, reference_strength=0.0)
+    assert torch.equal(scene.sample(idle, **conds), alone)
+
+
+def test_inpainting_keeps_what_the_mask_keeps(scene: Scene) -> None:
+    start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2))
+    mask = torch.zeros(1, 128, 128)
+    mask[:, :, 64:] = 1
+    latent = {"samples": start, "noise_mask": mask}
+    model, maps = scene.apply_with_maps()
+    out = scene.sample(model, latent_image=latent, steps=3)
+    torch.testing.assert_close(out[..., :8], start[..., :8], rtol=1e-4, atol=1e-4)  # latent scale
+    assert differs(out, scene.sample(scene.mini.model, latent_image=latent, steps=3))
+    assert scene.preview(maps, out).args[1].shape == (2, 128, 128)
+
+
+def test_hires_fix(scene: Scene) -> None:
+    """Two samplers and two sizes on one patched model; the preview tells the runs apart."""
+    model, maps = scene.apply_with_maps()
+    first = scene.sample(model)
+    larger = torch.nn.functional.interpolate(first, size=(24, 20), mode="bilinear")
+    second = scene.sample(
+        model, latent_image={"samples": larger}, steps=4, denoise=0.5, sampler_name="dpmpp_2m"
+    )
+    assert second.shape == (1, 4, 24, 20)
+    assert scene.preview(maps, first).args[1].shape == (2, 128, 128)
+    assert scene.preview(maps, second).args[1].shape == (2, 192, 160)
+    assert len(maps.find(second).steps) == 4 and len(maps.find(first).steps) == 2
+
+
+@pytest.mark.parametrize("mode", ["learned", "masks", "learned within masks"])
+def test_area_conditioning(scene: Scene, mode: str) -> None:
+    """Two prompts on two areas of which one has masks narrowed to it."""
+    area, combine = scene.comfy.ConditioningSetArea(), scene.comfy.ConditioningCombine()
+    left = area.append(scene.text("a ball"), 64, 128, 0, 0, 1.0)[0]
+    right = area.append(scene.text("a box"), 72, 128, 56, 0, 1.0)[0]
+    positive = combine.combine(left, right)[0]
+    model, maps = scene.apply_with_maps(routing=scene.route(mode=mode, masks=halves()))
+    out = scene.sample(model, positive=positive)
+    assert differs(out, scene.sample(scene.mini.model, positive=positive))
+    record = maps.find(out)
+    if mode == "masks":  # the recorded call shows the left half, which is subject 1's alone
+        assert all(bool((ids == 0).all()) for ids in record.steps[0].ids.values())
+
+
+def test_masks_are_followed(scene: Scene) -> None:
+    model, maps = scene.apply_with_maps(routing=scene.route(mode="masks", masks=halves()))
+    out = scene.sample(model, latent_image=scene.latent(160, 96))
+    masks = scene.preview(maps, out).args[1]
+    assert masks.shape == (2, 96, 160)
+    # The border runs through a token of the coarsest grid (32 pixels wide).
+    assert bool((masks[0, :, :56] == 1).all()) and bool((masks[1, :, 104:] == 1).all())
+
+
+def test_learned_within_masks_never_leaves_them(scene: Scene) -> None:
+    model, maps = scene.apply_with_maps(
+        routing=scene.route(mode="learned within masks", masks=halves())
+    )
+    record = maps.find(scene.sample(model))
+    for step in record.steps:
+        for block, ids in step.ids.items():
+            height, width = step.grids[block]
+            grid = ids.reshape(-1, height, width)
+            assert not bool((grid[:, :, : width // 2] == 1).any())
+            assert not bool((grid[:, :, width // 2 :] == 0).any())
+
+
+def test_batch_of_three(scene: Scene) -> None:
+    model, maps = scene.apply_with_maps()
+    out = scene.sample(model, latent_image=scene.latent(batch=3))
+    assert out.shape[0] == 3 and differs(out[0], out[1])
+    record = maps.find(out)
+    assert record.rows == 3
+    for index in range(3):
+        assert scene.preview(maps, out, batch_index=index).args[1].shape == (2, 128, 128)
+    routes = [torch.cat([i[row] for i in record.steps[0].ids.values()]) for row in range(3)]
+    assert any(not torch.equal(routes[0], r) for r in routes[1:])
+
+
+@pytest.mark.parametrize("size", [(128, 128), (104, 152), (136, 120), (248, 72)])
+def test_sizes(scene: Scene, size: tuple[int, int]) -> None:
+    model, maps = scene.apply_with_maps()
+    out = scene.sample(model, latent_image=scene.latent(*size))
+    assert torch.isfinite(out).all()
+    record = maps.find(out)
+    assert record.blocks == tuple(range(1, len(sites(scene)) + 1))
+    assert scene.preview(maps, out).args[1].shape == (2, size[1], size[0])
+
+
+def test_cfg_one_at_few_steps(scene: Scene) -> None:
+    """No unconditional rows at all."""
+    model, maps = scene.apply_with_maps()
+    out = scene.sample(model, cfg=1.0, steps=1)
+    assert differs(out, scene.sample(scene.mini.model, cfg=1.0, steps=1))
+    assert len(maps.find(out).steps) == 1
+
+
+@pytest.mark.parametrize(
+    "sampler", ["euler_ancestral", "heun", "dpm_2", "dpmpp_2m_sde", "uni_pc", "lcm", "ddim"]
+)
+def test_samplers_record_every_step_once(scene: Scene, sampler: str) -> None:
+    model, maps = scene.apply_with_maps()
+    out = scene.sample(model, sampler_name=sampler, steps=3)
+    record = maps.find(out)
+    assert len(record.steps) == 3
+    sigmas = [step.sigma for step in record.steps]
+    assert sigmas == sorted(sigmas, reverse=True) and len(set(sigmas)) == 3
+
+
+def test_several_pictures_of_one_subject(scene: Scene) -> None:
+    views = torch.rand(3, 60, 80, 3, generator=torch.Generator().manual_seed(0))
+    many = scene.encode_picture(views, label="many")
+    assert many.views == 3
+    out = scene.sample(scene.apply(routing=scene.route(many, scene.subjects[1])))
+    assert torch.isfinite(out).all()
+
+
+def test_torch_compile(scene: Scene) -> None:
+    """The host's compile node around the U-Net, with the backend that needs no C++ compiler; the
+    graph breaks at our patches, and the result is that of the plain call."""
+    compile_ = module("comfy_api.torch_helpers").set_torch_compile_wrapper
+    compiled = scene.apply().clone()
+    compile_(model=compiled, backend="eager")
+    expected = scene.sample(scene.apply(), steps=3)
+    out = scene.sample(compiled, steps=3)
+    scale = expected.abs().max()
+    torch.testing.assert_close(out / scale, expected / scale, **ROWS)

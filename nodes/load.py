@@ -39,7 +39,7 @@ def describe(anystory: ManagedAnyStory) -> str:
         PART_NAMES[part] for part in model.parts
     )
     if model.routers is None:
-        text += ". No router: one subject, or several with masks."
+        text += ". No router: one subject, or several with masks or by the words of their labels."
     if model.reference_net is None:
         text += ". No ReferenceNet: coarse likeness only."
     return text

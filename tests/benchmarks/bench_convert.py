@@ -67,8 +67,9 @@ def write_random(path: Path, shapes: dict[str, tuple[int, ...]]) -> int:
     make = torch.Generator().manual_seed(0)
 
     def tensor(name: str) -> Tensor:
-        if len(shapes[name]) == 1:  # norms and biases
-            return torch.ones(shapes[name]) if "norm" in name else torch.zeros(shapes[name])
+        if len(shapes[name]) == 1:  # a norm's scale, or a bias
+            scale = name.endswith(".weight")
+            return torch.ones(shapes[name]) if scale else torch.zeros(shapes[name])
         fan = torch.Size(shapes[name][1:]).numel()
         return (torch.rand(shapes[name], generator=make) - 0.5) / fan**0.5
 

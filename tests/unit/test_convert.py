@@ -100,6 +100,49 @@ def test_every_tensor_comes_from_its_source(tmp_path, unet, adapter, kind) -> No
     assert ("reference_net" in model.parts) == (kind != "none")
 
 
+def test_original_reference_net_is_the_unet(tmp_path, adapter) -> None:
+    """With cross-attention, its features are the U-Net's own ``norm1`` outputs at timestep 0, for
+    any mask; without, they are not."""
+    base = diffusers_unet(CONFIG)
+    base.save_pretrained(tmp_path / "unet")
+    ip = save(tmp_path / "plus.safetensors", adapter)
+    nets = {}
+    for kind in ("original", "simplified"):
+        done = convert(
+            tmp_path / "unet",
+            ip,
+            tmp_path / f"{kind}.safetensors",
+            config=CONFIG,
+            reference_net=kind,
+            dtype=torch.float32,
+        )
+        nets[kind] = load_model(done.path).reference_net
+    sites = build_sites(CONFIG.unet)
+    expected: dict[int, Tensor] = {}
+    for site in sites:
+
+        def keep(module, args, output, index=site.index) -> None:
+            expected[index] = output
+
+        base.get_submodule(f"{site.diffusers}.norm1").register_forward_hook(keep)
+    # the ReferenceNet's label vector is zero; diffusers would embed sizes into it
+    base.add_embedding.register_forward_pre_hook(lambda m, args: (torch.zeros_like(args[0]),))
+    make = torch.Generator().manual_seed(4)
+    latents = torch.randn(1, 4, 8, 8, generator=make)
+    mask = torch.rand(1, 1, 8, 8, generator=make)
+    context = torch.randn(1, 5, CONFIG.unet.context_dim, generator=make)
+    added = {"text_embeds": torch.zeros(1, 16), "time_ids": torch.zeros(1, 6)}
+    with torch.no_grad():
+        base(latents, 0, context, added_cond_kwargs=added)
+        features = nets["original"](torch.cat((latents, mask), dim=1), context)
+        other = nets["simplified"](torch.cat((latents, mask), dim=1))
+    assert len(features) == len(sites) - 1
+    for site, feature, simple in zip(sites[1:], features, other, strict=True):
+        # float32, sums in another order
+        assert torch.allclose(feature, expected[site.index], atol=2e-4), site.label
+        assert not torch.allclose(simple, expected[site.index], atol=1e-2)
+
+
 def test_diffusers_layouts_give_the_same_file(tmp_path, adapter) -> None:
     """Folder, shards, single U-Net file and diffusers' own adapter names: equal tensors."""
     base = diffusers_unet(CONFIG)

@@ -14,7 +14,7 @@ from anystory_core.injection import KeyValue
 from anystory_core.routes import Grid, MaskRoutes
 from anystory_core.run import Run, SiteConditions
 from anystory_core.sites import Site, build_sites
-from anystory_core.text_routes import Texts, TextRoutes
+from anystory_core.text_routes import TextRoutes, Texts
 from anystory_core.training.diffusers_unet import dense_attention
 
 from .public_weights import small_config

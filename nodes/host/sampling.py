@@ -38,6 +38,10 @@ class Routing:
     mode: str
     labels: tuple[Tensor, ...] = ()  # text states of the labels, for the modes with text
 
+    def get_models(self) -> list[Any]:
+        """What the host may count and free with this output."""
+        return self.anystory.get_models()
+
 
 @dataclass(frozen=True)
 class Window:

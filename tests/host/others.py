@@ -15,7 +15,9 @@ Patch = Callable[[Scene, Any], Any]
 def _extra(file: str, node: str, **inputs: Any) -> Patch:
     def patch(scene: Scene, model: Any) -> Any:
         found = getattr(module(f"comfy_extras.nodes_{file}"), node)
-        return found.execute(model=model, **inputs)[0]
+        if hasattr(found, "execute"):
+            return found.execute(model=model, **inputs)[0]
+        return getattr(found(), found.FUNCTION)(model, **inputs)[0]
 
     return patch
 

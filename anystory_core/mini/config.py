@@ -40,14 +40,14 @@ VISION: dict[str, Any] = {
     "layer_norm_eps": 1e-5,
 }
 
-# Latent -> RGB in [-1,1], by latent channel: previews while sampling. The VAE is trained to it.
+# Latent -> RGB in [-1,1], for previews while sampling: least squares (vae.rgb_factors) on scenes.
 LATENT_RGB_FACTORS = (
-    (0.34, 0.63, -0.17),
-    (-0.42, 0.15, 0.14),
-    (0.54, 0.20, 0.13),
-    (0.33, 0.47, 0.66),
+    (0.2174, 0.2702, -0.0416),
+    (-0.2613, 0.0206, 0.1006),
+    (0.3684, 0.1498, 0.0583),
+    (0.2883, 0.4381, 0.5616),
 )
-LATENT_RGB_BIAS = (0.0, 0.0, 0.0)
+LATENT_RGB_BIAS = (0.0304, 0.0960, 0.1239)
 
 # SDXL's size conditioning is a constant for a model of one picture size.
 PICTURE_SIZE = 256

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checkpoint import load_model, save_model
 from ..training.names import ldm_to_diffusers
 from . import vae as vae_module
 from .base import load_unet
 from .clip import load_clip, load_vocabulary
 from .config import CONFIG
+from .stages import WHOLE_FILE
 from .vae import load_vae
 from .weights import pack_text, path
 
@@ -48,6 +51,10 @@ def export(work: Path) -> dict[str, int]:
         sizes[part] = path(part).stat().st_size
         if sizes[part] > LARGEST_FILE:
             raise ValueError(f"{path(part).name}: {sizes[part]} bytes, at most {LARGEST_FILE}")
+    if (work / WHOLE_FILE).exists():
+        model = load_model(work / WHOLE_FILE)
+        save_model(path("anystory"), model, CONFIG, dtype=torch.float16)
+        sizes["anystory"] = path("anystory").stat().st_size
     total = sum(file.stat().st_size for file in path("unet").parent.glob("*.safetensors"))
     if total > LARGEST_PACK:
         raise ValueError(f"mini weights: {total} bytes together, at most {LARGEST_PACK}")

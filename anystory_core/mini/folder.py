@@ -25,7 +25,8 @@ def write_base_folder(work: Path) -> Path:
     clip.vision.save_pretrained(target / "image_encoder")
     text: Any = cast(Any, CLIPTextModel)(CLIPTextConfig(**TEXT))
     state = full_table(pack_text(clip.text.state_dict(), ids))
-    state.pop("text_projection.weight")
-    text.load_state_dict(state, strict=True)
+    prefix = "text_model."
+    inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    getattr(text, "text_model", text).load_state_dict(inner, strict=True)  # flat in transformers 5
     text.save_pretrained(target / "text_encoder")
     return target

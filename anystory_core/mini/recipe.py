@@ -1,8 +1,9 @@
 """Make the mini model, phase by phase: ``python -m anystory_core.mini.recipe --work DIR``.
 
 Phases, in order: ``world`` (render scenes), ``vae``, ``decoder``, ``clip``, ``cache`` (encode the
-scenes), ``base`` (the U-Net), ``folder`` (the base as the trainer reads it), ``export`` (files that
-ship). Each resumes where it stopped when the same command is given again, has its own seed, and
+scenes), ``base`` (the U-Net), ``folder`` (all that as the trainer reads it), ``stage1`` and
+``stage2`` (:mod:`anystory_core.training`), ``export`` (files that ship).
+Each resumes where it stopped when the same command is given again, has its own seed, and
 writes its curve to ``DIR/NAME.csv``. More shards may be rendered and cached at any time, also while
 the base trains.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from ..training.trainer import Trainer
 from . import emoji
 from .base import train_base
 from .cache import missing
@@ -25,9 +27,21 @@ from .export import export
 from .folder import write_base_folder
 from .phase import run_shared, shares
 from .scenes import write_shard
+from .stages import SUBJECT_FILE, stage1, stage2, write_data
 from .vae import load_vae, train_decoder, train_vae
 
-PHASES = ("world", "vae", "decoder", "clip", "cache", "base", "folder", "export")
+PHASES = (
+    "world",
+    "vae",
+    "decoder",
+    "clip",
+    "cache",
+    "base",
+    "folder",
+    "stage1",
+    "stage2",
+    "export",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +51,9 @@ class Options:
     work: Path
     shards: int
     base_steps: int
+    sample_shards: int
+    stage1_steps: int
+    stage2_steps: int
     processes: int
 
     def training_emoji(self) -> list[emoji.Emoji]:
@@ -65,6 +82,12 @@ def run_phase(name: str, options: Options) -> None:
         run_shared(partial(train_base, work, steps=options.base_steps), options.processes)
     elif name == "folder":
         write_base_folder(work)
+    elif name == "stage1":
+        write_data(options.training_emoji(), work, "pairs", options.sample_shards)
+        Trainer(stage1(work, options.stage1_steps)).run()
+    elif name == "stage2":
+        write_data(options.training_emoji(), work, "scenes", options.sample_shards)
+        Trainer(stage2(work, options.stage2_steps, work / SUBJECT_FILE)).run()
     else:
         for part, size in export(work).items():
             print(f"export: {part} {size / 2**20:.2f} MiB", flush=True)
@@ -87,15 +110,14 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=24, help="shards of 500 scenes to render")
     parser.add_argument("--base-steps", type=int, default=60_000, help="length of the base phase")
     parser.add_argument("--processes", type=int, default=2, help="training processes of one thread")
-    given = parser.parse_args()
-    options = Options(
-        work=given.work,
-        shards=given.shards,
-        base_steps=given.base_steps,
-        processes=given.processes,
-    )
+    parser.add_argument("--sample-shards", type=int, default=20, help="500 samples of each stage")
+    parser.add_argument("--stage1-steps", type=int, default=20_000)
+    parser.add_argument("--stage2-steps", type=int, default=8_000)
+    given = vars(parser.parse_args())
+    phase = given.pop("phase")
+    options = Options(**given)
     torch.set_flush_denormal(True)
-    for name in (given.phase,) if given.phase else PHASES:
+    for name in (phase,) if phase else PHASES:
         run_phase(name, options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from anystory_core.mini import emoji as emoji_module
+from anystory_core.mini import samples
 from anystory_core.mini.backgrounds import PLACES, draw_place
 from anystory_core.mini.emoji import Emoji
 from anystory_core.mini.world import captions, pool_of, render_reference, render_scene
@@ -123,3 +125,20 @@ def test_places_vary_with_the_seed(place: str) -> None:
     first = np.asarray(draw_place(place, random.Random(1), 64))
     assert np.array_equal(first, np.asarray(draw_place(place, random.Random(1), 64)))
     assert not np.array_equal(first, np.asarray(draw_place(place, random.Random(2), 64)))
+
+
+def test_samples_are_what_the_trainer_reads(
+    tmp_path: Path, subjects: list[Emoji], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = pytest.importorskip("anystory_core.training.data")
+    monkeypatch.setattr(samples, "SHARD", 3)
+    for kind, expected in (("pairs", "pair"), ("scenes", "scene")):
+        samples.write_samples(subjects, tmp_path / kind, kind, 0)
+        index = data.Index.of((str(tmp_path / kind),))
+        assert [entry.kind for entry in index.entries] == [expected] * 3
+    files = samples.scene_files(render_scene(pool_of(subjects), 3, subjects=2))
+    regions = np.asarray(Image.open(io.BytesIO(files["masks.png"])))
+    assert set(np.unique(regions).tolist()) == {0, 1, 2}
+    pair = samples.pair_files(render_scene(pool_of(subjects), 3, subjects=1), 9)
+    reference = np.asarray(Image.open(io.BytesIO(pair["reference.png"])))
+    assert reference.shape == (256, 256, 4) and set(np.unique(reference[..., 3])) == {0, 255}

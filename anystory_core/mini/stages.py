@@ -1,0 +1,75 @@
+"""Stages 1 and 2 of the mini model: this project's trainer, configured. No loop of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..training.config import (
+    AugmentSettings,
+    BaseSettings,
+    DataSettings,
+    OptimiserSettings,
+    RouterSettings,
+    RunSettings,
+    SubjectSettings,
+    TrainingConfig,
+)
+from .config import PICTURE_SIZE
+from .emoji import Emoji
+from .samples import Kind, write_samples
+
+SUBJECT_FILE = Path("stage1") / "anystory_subject.safetensors"
+WHOLE_FILE = Path("stage2") / "anystory.safetensors"
+
+# The references of a pair are already turned, flipped and relit; see :mod:`.samples`.
+_AUGMENT = AugmentSettings(rotate=0.0, crop=0.2, pad=0.2, flip=0.0)
+
+
+def write_data(emoji: list[Emoji], work: Path, kind: Kind, shards: int) -> Path:
+    """Render the samples of a stage that are missing; returns their folder."""
+    folder = work / kind
+    for number in range(shards):
+        write_samples(emoji, folder, kind, number)
+    return folder
+
+
+def _shared(work: Path, kind: Kind, steps: int, seed: int, name: str) -> dict[str, Any]:
+    return {
+        "base": BaseSettings(path=str(work / "base"), model="mini"),
+        "data": DataSettings(
+            paths=(str(work / kind),),
+            resolution=PICTURE_SIZE,
+            workers=0,
+            cache=str(work / "encodings"),
+        ),
+        "run": RunSettings(
+            folder=str(work / name),
+            steps=steps,
+            batch=16,
+            seed=seed,
+            checkpointing=False,
+            sheet_every=1000,
+        ),
+        "augment": _AUGMENT,
+    }
+
+
+def stage1(
+    work: Path, steps: int, *, clip: bool = True, reference: bool = True, name: str = "stage1"
+) -> TrainingConfig:
+    """The subject encoder on pairs; without a branch for the ablations."""
+    return TrainingConfig(
+        **_shared(work, "pairs", steps, 11, name),
+        subject=SubjectSettings(clip=clip, reference=reference),
+        optimiser=OptimiserSettings(learning_rate=3e-4, warmup_steps=200, ema=0.999),
+    )
+
+
+def stage2(work: Path, steps: int, subject_file: Path, name: str = "stage2") -> TrainingConfig:
+    """The router on scenes."""
+    return TrainingConfig(
+        **_shared(work, "scenes", steps, 12, name),
+        router=RouterSettings(subject_file=str(subject_file)),
+        optimiser=OptimiserSettings(learning_rate=3e-4, warmup_steps=100, ema=0.999),
+    )

@@ -1,7 +1,9 @@
 """The patch objects of one sampling run: three points of a block, in the host's protocol.
 
 They live in the guider's own copy of ``model_options`` while it samples, and chain whatever
-occupies their slots. Which :class:`Call` they serve comes with every forward pass in ``extra_options``.
+occupies their slots. Which :class:`Call` they serve comes with every forward pass in
+``extra_options``. A compiled U-Net breaks its graph at each of them: what they run depends on the
+sizes of regions, which change with every step.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from comfy.ldm.modules.attention import optimized_attention, optimized_attention_masked
 from torch import Tensor
 
@@ -80,6 +83,7 @@ class RoutePatch:
 
     table: BlockTable
 
+    @torch.compiler.disable
     def __call__(
         self, n: Tensor, context: Tensor, value: Tensor, options: Options
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,6 +103,7 @@ class CrossAttentionPatch:
     table: BlockTable
     previous: Replace | None
 
+    @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: Options, **_: Any) -> Tensor:
         text = _plain(self.previous, q, k, v, options)
         call: Call | None = options.get(CALL_KEY)
@@ -115,6 +120,7 @@ class SelfAttentionPatch:
     table: BlockTable
     previous: Replace | None
 
+    @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: Options, **_: Any) -> Tensor:
         call: Call | None = options.get(CALL_KEY)
         routed = None

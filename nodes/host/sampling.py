@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.patcher_extension
+import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -139,6 +140,7 @@ class RunState:
             kwargs["transformer_options"] = options
         return executor(*values, **kwargs)
 
+    @torch.compiler.disable
     def _begin(self, options: dict[str, Any], x: Tensor) -> Call | None:
         sigma = float(options["sigmas"][0])
         active = self.active(sigma)

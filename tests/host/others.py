@@ -101,9 +101,7 @@ def tiles(scene: Scene, model: Any) -> Any:
 
     def wrapper(apply: Any, arguments: dict[str, Any]) -> Tensor:
         parts = arguments["input"].chunk(2, dim=-1)
-        return torch.cat(
-            [apply(p, arguments["timestep"], **arguments["c"]) for p in parts], dim=-1
-        )
+        return torch.cat([apply(p, arguments["timestep"], **arguments["c"]) for p in parts], dim=-1)
 
     patched = model.clone()
     patched.set_model_unet_function_wrapper(wrapper)

@@ -21,8 +21,10 @@ def picture(number: int, size: int = 96) -> tuple[Tensor, Tensor]:
     """A made-up subject: IMAGE (1,size,size,3) and MASK (1,size,size), 1 = subject."""
     axis = torch.linspace(-1, 1, size)
     y, x = axis[:, None], axis[None, :]
-    shapes = (x * x + y * y < 0.5, (x.abs() < 0.6) & (y.abs() < 0.6), (x.abs() - 0.6 < y * 0.6) & (y < 0.7))
-    mask = shapes[number % 3].expand(size, size).float()
+    ball = x * x + y * y < 0.5
+    box = (x.abs() < 0.6) & (y.abs() < 0.6)
+    kite = (x.abs() - 0.6 < y * 0.6) & (y < 0.7)
+    mask = (ball, box, kite)[number % 3].expand(size, size).float()
     colour = torch.tensor([(0.9, 0.1, 0.1), (0.1, 0.2, 0.9), (0.1, 0.8, 0.3)][number % 3])
     texture = torch.rand(size, size, 1, generator=torch.Generator().manual_seed(number)) * 0.3 + 0.7
     rgb = colour * texture * mask[..., None] + (1 - mask[..., None])
@@ -45,7 +47,8 @@ class Scene:
         self.errors = module("anystory_pack.anystory_core.errors")
         self.sampling = module("anystory_pack.nodes.host.sampling")
         self.ids = module("anystory_pack.nodes.host.ids")
-        self.subjects = [self.encode(i, label=name) for i, name in enumerate(("ball", "box", "kite"))]
+        names = ("ball", "box", "kite")
+        self.subjects = [self.encode(i, label=name) for i, name in enumerate(names)]
         self.positive = self.text("a ball beside a box")
         self.negative = self.text("")
 

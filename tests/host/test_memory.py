@@ -1,0 +1,106 @@
+"""Modules under the host's memory management: storage types, partial loading, nothing kept."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from scene import Scene, module, picture
+from torch import Tensor
+
+
+def stored_as(scene: Scene, dtype: torch.dtype) -> Any:
+    """The mini AnyStory weights as a file in ``dtype`` gives them."""
+    managed = module("anystory_pack.nodes.host.managed")
+    model = copy.deepcopy(scene.mini.anystory.model)
+    for _, inner in model.modules():
+        inner.to(dtype)
+    return managed.ManagedAnyStory(model, str(dtype))
+
+
+def picture_with(scene: Scene, anystory: Any, model: Any = None) -> Tensor:
+    subjects = [scene.encode(i, anystory=anystory, label=str(i)) for i in range(2)]
+    routing = scene.pack.SubjectRouter.execute(
+        anystory=anystory, mode="learned", subject_1=subjects[0], subject_2=subjects[1]
+    )[0]
+    return scene.sample(scene.apply(model, routing), steps=1, cfg=1.0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    # Relative error of the type's rounding, times ten for the depth of the network.
+    [(torch.float16, 0.02), (torch.bfloat16, 0.1), (torch.float8_e4m3fn, 0.8)],
+)
+def test_storage_types(scene: Scene, dtype: torch.dtype, tolerance: float) -> None:
+    subject = scene.encode(0, anystory=stored_as(scene, dtype))
+    exact = scene.encode(0)
+    assert (subject.tokens - exact.tokens).norm() < tolerance * exact.tokens.norm()
+    assert torch.isfinite(picture_with(scene, stored_as(scene, dtype))).all()
+
+
+@pytest.mark.parametrize("flag", ["bf16_unet", "fp16_unet", "fp8_e4m3fn_unet"])
+def test_unet_types(scene: Scene, flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's own switches decide the U-Net's type; keys and values follow."""
+    monkeypatch.setattr(module("comfy.cli_args").args, flag, True)
+    model = module("anystory_pack.nodes.mini").load_unet()
+    assert model.model.get_dtype() != torch.float32
+    subject = scene.route()
+    out = scene.sample(scene.apply(model, subject), steps=1)
+    plain = scene.sample(model, steps=1)
+    assert torch.isfinite(out).all()
+    assert not torch.allclose(out, plain, rtol=0.01, atol=0.01)
+
+
+def test_partly_loaded_modules_give_the_same(scene: Scene) -> None:
+    """With a budget of half their size, layers are cast where they stand; results are equal."""
+    anystory = stored_as(scene, torch.float16)
+    exact = scene.encode(0, anystory=anystory)
+    for patcher in anystory.patchers.values():
+        patcher.detach()
+        budget = patcher.model_size() // 2
+        patcher.load(torch.device("cpu"), lowvram_model_memory=budget)
+        cast = sum(
+            m.weight.nbytes for m in patcher.model.modules()
+            if getattr(m, "comfy_patched_weights", None) is not True
+            and isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))
+        )  # fmt: skip
+        assert cast > 0
+    again = scene.encode(0, anystory=anystory)
+    assert torch.equal(again.tokens, exact.tokens)
+
+
+def test_subjects_and_models_are_let_go(scene: Scene) -> None:
+    """Nothing of ours keeps a subject, a routing or a patched model alive."""
+    image, mask = picture(2)
+    subject = scene.encode_picture(image, mask=mask, label="gone")
+    routing = scene.route(subject)
+    model, maps = scene.apply_with_maps(routing=routing)
+    scene.sample(model, steps=1)
+    watched = [weakref.ref(x) for x in (subject, routing, model, maps)]
+    del subject, routing, model, maps
+    gc.collect()
+    module("comfy.model_management").cleanup_models()
+    gc.collect()
+    assert [w() for w in watched] == [None] * 4
+
+
+def test_projected_keys_do_not_outlive_the_run(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    prepare = scene.sampling.prepare_run
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        run = prepare(*args, **kwargs)
+        made.append(weakref.ref(run))
+        return run
+
+    monkeypatch.setattr(scene.sampling, "prepare_run", spy)
+    model = scene.apply()
+    scene.sample(model, steps=1)
+    gc.collect()
+    assert [run() for run in made] == [None]

@@ -1,0 +1,195 @@
+"""What graphs depend on, and what each node gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from scene import Scene, halves, module, picture
+
+# Saved graphs name nodes and inputs, and widgets by their place: new inputs come at the end.
+FIRST_INPUTS = {
+    "LoadAnyStoryMini": [],
+    "LoadAnyStory": ["anystory_name"],
+    "EncodeSubject": [
+        "anystory", "clip_vision", "vae", "image", "mask", "invert_mask", "label",
+    ],
+    "AnyStorySubjectOptions": ["subject", "strength", "reference_strength", "start", "end"],
+    "SubjectRouter": [
+        "anystory", "mode", *(f"{k}_{n}" for n in range(1, 9) for k in ("subject", "mask")),
+    ],
+    "ApplyAnyStory": [
+        "model", "routing", "strength", "reference_strength", "start", "end",
+        "references_in_uncond",
+    ],
+    "RoutingMapPreview": [
+        "maps", "latent", "steps", "batch_index", "show_background", "image",
+    ],
+}  # fmt: skip
+OUTPUTS = {
+    "LoadAnyStoryMini": ["MODEL", "CLIP", "VAE", "CLIP_VISION", "ANYSTORY"],
+    "LoadAnyStory": ["ANYSTORY"],
+    "EncodeSubject": ["ANYSTORY_SUBJECT"],
+    "AnyStorySubjectOptions": ["ANYSTORY_SUBJECT"],
+    "SubjectRouter": ["ANYSTORY_ROUTING"],
+    "ApplyAnyStory": ["MODEL", "ANYSTORY_MAPS"],
+    "RoutingMapPreview": ["IMAGE", "MASK"],
+}
+
+
+@pytest.mark.parametrize("node_id", FIRST_INPUTS)
+def test_ids_inputs_and_outputs_stay(pack: ModuleType, node_id: str) -> None:
+    node = {n.define_schema().node_id: n for n in pack.NODES}[node_id]
+    schema = node.define_schema()
+    names = [entry.id for entry in schema.inputs]
+    assert names[: len(FIRST_INPUTS[node_id])] == FIRST_INPUTS[node_id]
+    assert [entry.io_type for entry in schema.outputs] == OUTPUTS[node_id]
+
+
+def test_subjects_are_pure_and_live_on_the_offload_device(scene: Scene) -> None:
+    image, mask = picture(1)
+    before = image.clone(), mask.clone()
+    one, two = (scene.encode_picture(image, mask=mask, label="box") for _ in range(2))
+    assert torch.equal(image, before[0]) and torch.equal(mask, before[1])
+    offload = module("comfy.model_management").unet_offload_device()
+    for a, b in zip((one.tokens, *one.features), (two.tokens, *two.features), strict=True):
+        assert torch.equal(a, b) and a.device.type == offload.type
+    assert torch.equal(one.routing, two.routing)
+
+
+def test_options_leave_the_subject_as_it_was(scene: Scene) -> None:
+    subject = scene.subjects[0]
+    weak = scene.pack.AnyStorySubjectOptions.execute(subject, 0.5, 0.25, 0.1, 0.9)[0]
+    assert weak.tokens is subject.tokens
+    assert (weak.options.strength, weak.options.end) == (0.5, 0.9)
+    assert (subject.options.strength, subject.options.end) == (1.0, 1.0)
+
+
+def test_what_is_outside_the_mask_does_not_matter(scene: Scene) -> None:
+    image, mask = picture(0)
+    other = torch.where(mask[..., None] > 0, image, torch.rand_like(image))
+    one = scene.encode_picture(image, mask=mask)
+    two = scene.encode_picture(other, mask=mask)
+    # Resizing mixes pixels at the mask's edge, and only there.
+    assert (one.tokens - two.tokens).norm() < 0.2 * one.tokens.norm()
+    assert torch.equal(one.cutout[:, 0, 0], two.cutout[:, 0, 0])
+
+
+def test_transparent_png_through_load_image(scene: Scene) -> None:
+    """LoadImage gives RGB of any colour under alpha 0, and the mask 1 - alpha: with the bundled
+    wiring (invert_mask on) the subject is encoded, not its background."""
+    from PIL import Image
+
+    folder = Path(module("folder_paths").get_input_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    image, mask = picture(0)
+    loaded = []
+    for name, background in (("white.png", 1.0), ("pink.png", 0.4)):
+        rgb = torch.where(mask[0, ..., None] > 0, image[0], torch.tensor(background))
+        rgba = torch.cat((rgb, mask[0, ..., None]), dim=-1)
+        Image.fromarray((rgba * 255).byte().numpy(), "RGBA").save(folder / name)
+        pixels, alpha = scene.comfy.LoadImage().load_image(name)[:2]
+        assert pixels.shape[-1] == 3
+        loaded.append(scene.encode_picture(pixels, mask=alpha, invert_mask=True))
+    by_hand = scene.encode_picture(image, mask=mask)
+    grey = loaded[0].cutout[0, 1, 1]  # a corner outside the ball
+    assert torch.equal(grey, torch.full_like(grey, 128)) or torch.equal(grey, grey * 0 + 127)
+    for subject in loaded:
+        assert (subject.tokens - by_hand.tokens).norm() < 0.1 * by_hand.tokens.norm()
+    inverted = scene.encode_picture(pixels, mask=alpha, invert_mask=False)
+    assert (inverted.tokens - by_hand.tokens).norm() > (loaded[0].tokens - by_hand.tokens).norm()
+
+
+def test_opaque_picture_through_load_image(scene: Scene) -> None:
+    """Without alpha LoadImage gives 64x64 zeros, which count as no mask."""
+    image, mask = picture(0)
+    zeros = torch.zeros(1, 64, 64)
+    guessed = scene.encode_picture(image, mask=zeros, invert_mask=True)
+    assert torch.equal(guessed.tokens, scene.encode_picture(image).tokens)
+
+
+def test_encode_shows_its_cut_out_and_says_what_it_assumed(scene: Scene) -> None:
+    mini = scene.mini
+    out = scene.pack.EncodeSubject.execute(
+        anystory=mini.anystory, clip_vision=mini.clip_vision, vae=mini.vae, image=picture(0)[0]
+    )
+    assert len(out.ui["images"]) == 1
+    assert "plain background was cut away" in " ".join(out.ui["text"])
+
+
+def test_preview_outputs(scene: Scene) -> None:
+    model, maps = scene.apply_with_maps()
+    out = scene.sample(model, steps=3)
+    decoded = torch.rand(1, 128, 128, 3)
+    one = scene.preview(maps, out, steps="1")
+    every = scene.preview(maps, out, steps="all", show_background=True, image=decoded)
+    assert one.args[0].shape[0] == 1 and one.args[0].shape[-1] == 3
+    assert every.args[0].numel() > one.args[0].numel()
+    assert len(every.ui["images"]) == len(one.ui["images"]) + 1
+    masks = every.args[1]
+    assert masks.shape == (2, 128, 128) and masks.unique().tolist() in ([0.0, 1.0], [0.0], [1.0])
+    assert float(masks.sum(dim=0).max()) <= 1  # nobody shares a pixel
+    for values in every.ui.values():
+        assert isinstance(values, (list, tuple))
+
+
+def test_preview_warns_of_a_subject_without_a_place(scene: Scene) -> None:
+    nowhere = [torch.ones(1, 8, 8), torch.zeros(1, 8, 8)]
+    model, maps = scene.apply_with_maps(routing=scene.route(mode="masks", masks=nowhere))
+    shown = scene.preview(maps, scene.sample(model, steps=1))
+    (text,) = shown.ui["text"]
+    assert text.startswith("'box' got 0.0 % of the picture")
+
+
+def test_preview_is_blank_outside_the_window(scene: Scene) -> None:
+    model, maps = scene.apply_with_maps(start=0.4)
+    out = scene.sample(model, steps=4)
+    record = maps.find(out)
+    assert not record.steps[0].ids and record.steps[-1].ids
+    scene.preview(maps, out, steps="all")
+
+
+def test_load_anystory(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file from models/anystory; what it lacks is said; the same tensors as those saved."""
+    checkpoint = module("anystory_pack.anystory_core.checkpoint")
+    folder_paths = module("folder_paths")
+    folder_paths.add_model_folder_path("anystory", str(tmp_path))
+    model = scene.mini.anystory.model
+    checkpoint.save_model(tmp_path / "whole.safetensors", model, model.config)
+    parts = {k: v for k, v in model.state_dict().items() if not k.startswith("routers.")}
+    checkpoint.save_model(tmp_path / "no router.safetensors", parts, model.config)
+    (tmp_path / "note.txt").write_text("not a model")
+    folder_paths.filename_list_cache.clear()
+    assert set(folder_paths.get_filename_list("anystory")) == {
+        "whole.safetensors", "no router.safetensors",
+    }  # fmt: skip
+    load = scene.pack.LoadAnyStory
+    whole = load.execute("whole.safetensors")
+    assert "router" in json.dumps(whole.ui.as_dict()) and "No router" not in json.dumps(
+        whole.ui.as_dict()
+    )
+    assert "No router" in json.dumps(load.execute("no router.safetensors").ui.as_dict())
+    loaded: Any = whole[0].model.state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in model.state_dict().items())
+    assert load.fingerprint_inputs("whole.safetensors") != load.fingerprint_inputs(
+        "no router.safetensors"
+    )
+    subject = scene.encode(0, anystory=whole[0])
+    assert torch.equal(subject.tokens, scene.encode(0).tokens)
+    data = (tmp_path / "whole.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.safetensors").write_bytes(b"hello" * 100)
+    folder_paths.filename_list_cache.clear()
+    for name in ("cut.safetensors", "text.safetensors", "gone.safetensors"):
+        with pytest.raises(scene.errors.CheckpointError, match=f"LoadAnyStory: .*{name}"):
+            load.execute(name)
+
+
+def test_masks_of_any_size(scene: Scene) -> None:
+    small = [torch.nn.functional.interpolate(m[None], (7, 13))[0] for m in halves()]
+    out = scene.sample(scene.apply(routing=scene.route(mode="masks", masks=small)), steps=1)
+    assert torch.isfinite(out).all()

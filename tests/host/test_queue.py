@@ -1,0 +1,177 @@
+"""The real host process and its queue: every API graph, the same picture for the same seed, a bad
+prompt in between, and memory over many runs."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from devkit.client import Client, PromptError
+from devkit.host import Host
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+GRAPHS = {path.stem: path for path in sorted((ROOT / "workflows" / "api").glob("*.json"))}
+INPUTS = ROOT / "workflows" / "inputs"
+SDXL = [name for name in GRAPHS if name.endswith("_sdxl")]
+# Output of an SDXL graph's loaders -> output of LoadAnyStoryMini.
+LOADERS = {
+    ("CheckpointLoaderSimple", 0): 0,
+    ("CheckpointLoaderSimple", 1): 1,
+    ("CheckpointLoaderSimple", 2): 2,
+    ("CLIPVisionLoader", 0): 3,
+    ("LoadAnyStory", 0): 4,
+}
+
+Prompt = dict[str, Any]
+
+
+def graph(client: Client, name: str) -> Prompt:
+    """An API graph with its pictures uploaded."""
+    prompt: Prompt = json.loads(GRAPHS[name].read_text())
+    for node in prompt.values():
+        if node["class_type"] == "LoadImage":
+            node["inputs"]["image"] = client.upload(INPUTS / node["inputs"]["image"])
+    return prompt
+
+
+def nodes(prompt: Prompt, kind: str) -> list[dict[str, Any]]:
+    """Inputs of all nodes of a kind."""
+    return [node["inputs"] for node in prompt.values() if node["class_type"] == kind]
+
+
+def quick(prompt: Prompt, *, seed: int | None = None, size: int = 128) -> Prompt:
+    """The same graph with few steps of a small picture."""
+    prompt = copy.deepcopy(prompt)
+    for inputs in nodes(prompt, "KSampler"):
+        inputs["steps"] = 2
+        if seed is not None:
+            inputs["seed"] = seed
+    for inputs in nodes(prompt, "EmptyLatentImage"):
+        inputs["width"] = inputs["height"] = size
+    return prompt
+
+
+def on_mini(prompt: Prompt) -> Prompt:
+    """An SDXL graph with the mini model's loader in place of its own."""
+    prompt = copy.deepcopy(prompt)
+    kinds = {number: node["class_type"] for number, node in prompt.items()}
+    loaders = {kind for kind, _ in LOADERS}
+    prompt = {n: node for n, node in prompt.items() if node["class_type"] not in loaders}
+    for node in prompt.values():
+        for name, value in node["inputs"].items():
+            if isinstance(value, list) and (kinds[value[0]], value[1]) in LOADERS:
+                node["inputs"][name] = ["mini", LOADERS[kinds[value[0]], value[1]]]
+    return {**prompt, "mini": {"class_type": "LoadAnyStoryMini", "inputs": {}}}
+
+
+def pictures(client: Client, prompt: Prompt, kind: str = "SaveImage") -> list[np.ndarray]:
+    """Run a prompt; what its nodes of a kind show."""
+    outputs = client.queue(prompt, timeout=300)
+    files = [
+        file
+        for number, output in outputs.items()
+        if prompt[number]["class_type"] == kind
+        for file in output["images"]
+    ]
+    return [np.asarray(Image.open(io.BytesIO(client.fetch(f))).convert("RGB")) for f in files]
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_graph_runs(client: Client, name: str) -> None:
+    prompt = quick(graph(client, name))
+    if name in SDXL:
+        prompt = on_mini(prompt)
+    (picture,) = pictures(client, prompt)
+    assert picture.shape == (128, 128, 3) and picture.std() > 0
+
+
+@pytest.mark.parametrize("name", SDXL)
+def test_sdxl_graphs_lack_nothing_but_files(client: Client, name: str) -> None:
+    """As saved, the host finds nothing wrong but the names of model files that are not here."""
+    with pytest.raises(PromptError) as caught:
+        client.queue(graph(client, name))
+    text = str(caught.value)
+    said = json.loads(text[text.index("{") :])["node_errors"]
+    assert {e["type"] for node in said.values() for e in node["errors"]} == {"value_not_in_list"}
+    assert {node["class_type"] for node in said.values()} <= {kind for kind, _ in LOADERS}
+
+
+@pytest.mark.parametrize("name", SDXL)
+def test_sdxl_graphs_are_the_mini_graphs_with_other_loaders(name: str) -> None:
+    large = json.loads(GRAPHS[name].read_text())
+    small = json.loads(GRAPHS[name.removesuffix("_sdxl")].read_text())
+    kinds = [sorted(n["class_type"] for n in g.values()) for g in (on_mini(large), small)]
+    assert kinds[0] == kinds[1]
+
+
+def test_the_same_seed_gives_the_same_picture(client: Client) -> None:
+    """Seeds A, B, A: the third prompt is not the cached first, and yet the same."""
+    prompt = graph(client, "two_subjects")
+    a, b, again = (pictures(client, quick(prompt, seed=seed))[0] for seed in (5, 6, 5))
+    assert np.array_equal(a, again) and not np.array_equal(a, b)
+
+
+def test_another_subject_gives_another_picture(client: Client) -> None:
+    prompt = quick(graph(client, "two_subjects"), seed=5)
+    (first,) = pictures(client, prompt)
+    nodes(prompt, "LoadImage")[0]["image"] = client.upload(INPUTS / "anystory_parrot.png")
+    (other,) = pictures(client, prompt)
+    assert not np.array_equal(first, other)
+
+
+def test_routes_are_shown(client: Client) -> None:
+    shown = pictures(client, quick(graph(client, "two_subjects"), seed=8), "RoutingMapPreview")
+    assert shown and all(p.std() > 0 for p in shown)
+
+
+def test_a_bad_prompt_says_why_and_the_next_one_works(client: Client) -> None:
+    good = quick(graph(client, "two_subjects"), seed=9)
+    bad = copy.deepcopy(good)
+    nodes(bad, "ApplyAnyStory")[0].update(start=0.9, end=0.1)
+    with pytest.raises(PromptError, match="ApplyAnyStory: start: got 0.9, after end = 0.1"):
+        client.queue(bad)
+    bad = copy.deepcopy(good)
+    for inputs in nodes(bad, "EncodeSubject"):
+        inputs["invert_mask"] = False
+        inputs["mask"] = ["nothing", 0]
+    bad["nothing"] = {
+        "class_type": "SolidMask", "inputs": {"value": 0.0, "width": 256, "height": 256},
+    }  # fmt: skip
+    with pytest.raises(PromptError, match="EncodeSubject: mask: the mask of picture 1 is empty"):
+        client.queue(bad)
+    assert len(pictures(client, good)) == 1
+
+
+def test_without_the_node_the_picture_is_plain_again(client: Client) -> None:
+    """With, without, with, without, in one host: the plain pictures are equal, bit for bit."""
+    prompt = quick(graph(client, "two_subjects"), seed=10)
+    plain = copy.deepcopy(prompt)
+    (sampler,) = nodes(plain, "KSampler")
+    (apply,) = nodes(plain, "ApplyAnyStory")
+    sampler["model"] = apply["model"]
+    ours = ("ApplyAnyStory", "RoutingMapPreview", "SubjectRouter", "EncodeSubject", "LoadImage")
+    plain = {n: node for n, node in plain.items() if node["class_type"] not in ours}
+    (before,) = pictures(client, plain)
+    (routed,) = pictures(client, prompt)
+    other = quick(plain, seed=11)
+    pictures(client, other)  # so that the next prompt is not the cached one
+    (after,) = pictures(client, quick(plain, seed=10))
+    assert np.array_equal(before, after) and not np.array_equal(before, routed)
+
+
+def test_twenty_runs_keep_memory_flat(client: Client, host: Host) -> None:
+    """Resident memory after run 20 is within 2 % of that after run 5."""
+    prompt = graph(client, "two_subjects")
+    process = psutil.Process(host.process.pid)
+    resident: list[int] = []
+    for seed in range(100, 120):
+        client.queue(quick(prompt, seed=seed))
+        resident.append(process.memory_info().rss)
+    assert resident[-1] <= 1.02 * resident[4], [r >> 20 for r in resident]

@@ -33,7 +33,7 @@ _package("anystory_pack", ROOT)
 _package("anystory_core", ROOT / "anystory_core")
 _package("devkit", ROOT / "devkit")
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it gives
 
 
 class _PlainRoot:

@@ -121,7 +121,7 @@ class Trainer:
         saved = time.monotonic()
         for losses in self._steps(batches):
             if self.step % run.log_every == 0 or self.step == run.steps:
-                self.accelerator.log({f"loss/{k}": v for k, v in losses.items()}, step=self.step)
+                self._log(losses)
             if run.sheet_every and self.step % run.sheet_every == 0:
                 self._sheet()
             if time.monotonic() - saved > seconds(run.checkpoint_every):
@@ -130,6 +130,13 @@ class Trainer:
         self.save()
         self.accelerator.end_training()
         return self.export()
+
+    def _log(self, losses: dict[str, float]) -> None:
+        """To TensorBoard, and to ``losses.jsonl``; after a resume a step may be there twice."""
+        self.accelerator.log({f"loss/{k}": v for k, v in losses.items()}, step=self.step)
+        if self.accelerator.is_main_process:
+            with open(self.folder / "losses.jsonl", "a") as file:
+                file.write(json.dumps({"step": self.step, **losses}) + "\n")
 
     def _steps(self, batches: Iterator[Batch]) -> Iterator[dict[str, float]]:
         """One optimiser step per turn; yields its mean losses."""

@@ -76,7 +76,7 @@ def draw(
     for place in range(count):
         name = str(rng.choice(list(COLOURS)))
         shape = str(rng.choice(SHAPES))
-        radius = int(rng.integers(8, 13))
+        radius = int(rng.integers(18, 25) if count == 1 else rng.integers(10, 14))
         x = int(SIZE * (place + 0.5) / count + rng.integers(-3, 4))
         y = int(SIZE / 2 + rng.integers(-8, 9))
         if shape == "disc":
@@ -168,10 +168,11 @@ def _pictures(count: int) -> torch.Tensor:
 @torch.no_grad()
 def _normalise_latents(vae: Any) -> None:
     """A random encoder tells colours and places apart, but its latents hardly vary: scale its last
-    layer so that they have mean 0 and deviation 1, as the noise schedule expects."""
+    layer so that they have mean 0 and deviate by 0.7 between pictures."""
     last = vae.encoder.layers[-1]
     latents = vae.encode(_pictures(64)).latents
-    mean, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    mean = latents.mean(dim=(0, 2, 3))
+    spread = latents.std(dim=0).mean(dim=(1, 2)) / 0.7
     last.weight.div_(spread[:, None, None, None])
     last.bias.sub_(mean).div_(spread)
 

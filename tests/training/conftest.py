@@ -1,0 +1,98 @@
+"""One tiny base and data set for all training tests, and one run of each stage."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent))
+import tiny
+from anystory_core.training import shards
+from anystory_core.training.batches import Batch
+from anystory_core.training.config import load_config
+from anystory_core.training.diffusers_unet import time_ids
+from anystory_core.training.stages import Noised
+from anystory_core.training.trainer import Trainer
+
+SUBJECT_STEPS, ROUTER_STEPS = 80, 60
+
+
+@dataclass
+class World:
+    """Paths of the base, of pair shards and of a folder of scenes."""
+
+    base: Path
+    pairs: Path
+    scenes: Path
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    tiny.write_base(folder / "base", train_steps=100)
+    shards.write_shards(tiny.pairs(64), folder / "pairs", per_shard=40)
+    shards.write_folder(tiny.scenes(64), folder / "scenes")
+    return World(folder / "base", folder / "pairs", folder / "scenes")
+
+
+@dataclass
+class Done:
+    """A finished run: its weights file, and its losses on one fixed batch before and after."""
+
+    folder: Path
+    file: Path
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+def losses_of(trainer: Trainer, timestep: int) -> dict[str, float]:
+    """Losses on 8 fixed samples at a fixed noise level, with fixed noise."""
+    batch = Batch.of([trainer.dataset[i] for i in range(8)])
+    clean = trainer.encodings.latents(batch, batch.target.device)
+    text, pooled = trainer.encodings.text(batch, batch.target.device)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    alpha = trainer.alphas[timestep].float()
+    noised = Noised(
+        alpha.sqrt() * clean + (1 - alpha).sqrt() * noise,
+        noise,
+        torch.full((8,), timestep),
+        text,
+        pooled,
+        time_ids(tiny.SIZE, tiny.SIZE, 8, clean.device),
+        tuple(range(8)),
+    )
+    with torch.no_grad():
+        return {name: float(value) for name, value in trainer.stage(batch, noised).items()}
+
+
+def finish(path: Path, timestep: int) -> Done:
+    """Run a TOML to its end."""
+    trainer = Trainer(load_config(path))
+    before = losses_of(trainer, timestep)
+    file = trainer.run()
+    return Done(path.parent, file, before, losses_of(trainer, timestep))
+
+
+@pytest.fixture(scope="session")
+def subject_run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    folder = tmp_path_factory.mktemp("subject")
+    path = tiny.run_toml(
+        folder, world.base, world.pairs, "subject", steps=SUBJECT_STEPS,
+        optimiser={"learning_rate": 3e-3}, run={"sheet_every": SUBJECT_STEPS, "sheet_steps": 2},
+    )  # fmt: skip
+    return finish(path, 700)
+
+
+@pytest.fixture(scope="session")
+def router_run(world: World, subject_run: Done, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    folder = tmp_path_factory.mktemp("router")
+    path = tiny.run_toml(
+        folder, world.base, world.scenes, "router", steps=ROUTER_STEPS,
+        router={"subject_file": str(subject_run.file)},
+        run={"sheet_every": ROUTER_STEPS, "sheet_steps": 2},
+    )  # fmt: skip
+    return finish(path, 500)

@@ -1,0 +1,80 @@
+"""Eq. 1 and Eq. 4 in float64: by hand, and by finite differences."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+import torch
+from anystory_core.router import RoutingLogits
+from anystory_core.routes import SoftMaps
+from anystory_core.training.losses import diffusion_loss, map_error, routing_loss, target_maps
+from torch import Tensor
+
+PRESENT = torch.tensor([[True, True], [True, False], [False, False]])
+
+
+def masks() -> Tensor:
+    """(3,2,8,8): two subjects; one; none."""
+    out = torch.zeros(3, 2, 8, 8)
+    out[0, 0, :4, :4] = 1
+    out[0, 1, 4:, 2:] = 1
+    out[1, 0, 2:7, :] = 1
+    return out
+
+
+def test_targets_are_the_argmax_of_area_averages() -> None:
+    target = target_maps(masks(), (4, 4))
+    assert torch.equal(target.sum(dim=1), torch.ones(3, 16))
+    first = target[0, 0].reshape(4, 4)
+    assert torch.equal(first, torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4]))
+    assert torch.equal(target[2, -1], torch.ones(16))
+    # Rows 2..6 of 8 cover token rows 1 and 2 wholly and half of row 3: a tie goes to the subject.
+    assert torch.equal(target[1, 0].reshape(4, 4)[:, 0], torch.tensor([0.0, 1, 1, 1]))
+
+
+def test_odd_grids() -> None:
+    assert target_maps(masks(), (3, 5)).shape == (3, 3, 15)
+
+
+@pytest.mark.parametrize("tokens", ["mean", "sum"])
+def test_equation_4_by_hand(tokens: Literal["mean", "sum"]) -> None:
+    torch.manual_seed(0)
+    maps = torch.rand(3, 3, 16, dtype=torch.float64).softmax(dim=1)
+    target = target_maps(masks(), (4, 4)).double()
+    rows = []
+    for b in range(3):
+        terms = []
+        for i in range(2):
+            if PRESENT[b, i]:
+                square = sum(float((maps[b, i, u] - target[b, i, u]) ** 2) for u in range(16))
+                terms.append(square / (16 if tokens == "mean" else 1))
+        if terms:
+            rows.append(sum(terms) / len(terms))
+    got = map_error(maps, target, PRESENT, tokens)
+    assert float(got) == pytest.approx(sum(rows) / len(rows), abs=1e-12)
+
+
+def test_no_subject_no_route_loss() -> None:
+    maps = torch.rand(2, 3, 16, requires_grad=True)
+    error = map_error(maps, torch.zeros(2, 3, 16), torch.zeros(2, 2, dtype=torch.bool), "mean")
+    error.backward()
+    assert float(error) == 0 and maps.grad is not None and not maps.grad.any()
+
+
+def test_gradients_by_finite_differences() -> None:
+    torch.manual_seed(1)
+    coarse = torch.randn(3, 3, 16, dtype=torch.float64, requires_grad=True)
+    refined = torch.randn(3, 3, 16, dtype=torch.float64, requires_grad=True)
+
+    def loss(c: Tensor, r: Tensor) -> Tensor:
+        soft = SoftMaps(r.softmax(dim=1), (4, 4), RoutingLogits(c, r))
+        a, b = routing_loss([soft], masks(), PRESENT)
+        return a + b
+
+    assert torch.autograd.gradcheck(loss, (coarse, refined))
+
+
+def test_equation_1() -> None:
+    a, b = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    assert float(diffusion_loss(a, b)) == pytest.approx(float(((a - b) ** 2).mean()), rel=1e-6)

@@ -1,0 +1,132 @@
+"""Both stages learn, reach exactly their own parameters, and export what the nodes load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from anystory_core.build import PARTS
+from anystory_core.checkpoint import load_model
+from anystory_core.training.batches import Batch
+from anystory_core.training.config import load_config
+from anystory_core.training.trainer import Trainer
+from PIL import Image
+
+# `world`, `subject_run` and `router_run` come from conftest.py.
+
+
+def test_the_subject_stage_learns(subject_run: Any) -> None:
+    assert subject_run.after["loss"] < 0.8 * subject_run.before["loss"]
+    parts = load_model(subject_run.file).parts
+    assert parts == tuple(p for p in PARTS if p not in ("routing_encoder", "routers"))
+
+
+def test_the_router_stage_learns(router_run: Any) -> None:
+    for name in ("loss", "route", "coarse"):
+        assert router_run.after[name] < 0.8 * router_run.before[name], name
+    assert router_run.file.name == "anystory.safetensors"
+    model = load_model(router_run.file)
+    assert model.parts == tuple(PARTS)
+    assert load_model(router_run.folder / "anystory_router.safetensors").parts == (
+        "routing_encoder",
+        "routers",
+    )
+
+
+def test_the_frozen_parts_are_those_of_stage_1(subject_run: Any, router_run: Any) -> None:
+    first, both = (
+        load_model(subject_run.file).state_dict(),
+        load_model(router_run.file).state_dict(),
+    )
+    assert all(torch.equal(tensor, both[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("stage", ["subject", "router"])
+def test_sheets(stage: str, subject_run: Any, router_run: Any) -> None:
+    run = subject_run if stage == "subject" else router_run
+    (sheet,) = (run.folder / "sheets").glob("*.png")
+    columns = 3 if stage == "subject" else 5  # reference, target, sample, and a map per subject
+    maps = 1 if stage == "subject" else 0
+    assert Image.open(sheet).size == ((columns + maps) * tiny.SIZE, 4 * tiny.SIZE)
+
+
+def trainer(world: Any, folder: Path, stage: str, file: Path | None, **run: Any) -> Trainer:
+    tables: dict[str, Any] = {"run": run}
+    if file is not None:
+        tables["router"] = {"subject_file": str(file)}
+    data = world.pairs if stage == "subject" else world.scenes
+    return Trainer(load_config(tiny.run_toml(folder, world.base, data, stage, steps=1, **tables)))
+
+
+def gradients(trainer: Trainer) -> dict[str, torch.Tensor | None]:
+    batch = Batch.of([trainer.dataset[i] for i in range(4)])
+    losses = trainer.stage(batch, trainer.noised(batch))
+    losses["loss"].backward()
+    assert all(p.grad is None for p in trainer.base.unet.parameters())
+    return {name: p.grad for name, p in trainer.stage.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", ["subject", "router"])
+def test_gradients_reach_the_stage_and_nothing_else(
+    stage: str, world: Any, subject_run: Any, tmp_path: Path
+) -> None:
+    file = subject_run.file if stage == "router" else None
+    plain = gradients(trainer(world, tmp_path / "plain", stage, file))
+    own = ("encoder.routing.", "routers.")
+    for name, gradient in plain.items():
+        if stage == "subject" or name.startswith(own):
+            assert gradient is not None and bool(gradient.any()), name
+        else:
+            assert gradient is None, name
+    recomputed = gradients(trainer(world, tmp_path / "again", stage, file, checkpointing=True))
+    for name, gradient in plain.items():
+        if gradient is not None:
+            other = recomputed[name]
+            # The same float32 operations in the same order, but sums into shared buffers may not be.
+            assert other is not None and torch.allclose(gradient, other, rtol=1e-4, atol=1e-7), name
+
+
+@pytest.mark.parametrize("off", ["clip", "reference"])
+def test_a_branch_can_be_switched_off(off: str, world: Any, tmp_path: Path) -> None:
+    path = tiny.run_toml(
+        tmp_path, world.base, world.pairs, "subject", steps=1, subject={off: False}
+    )
+    kept = load_model(Trainer(load_config(path)).run()).parts
+    clip, reference = (
+        ("subject_encoder", "clip_projections"),
+        ("reference_net", "reference_projections"),
+    )
+    assert set(kept) == set(reference if off == "clip" else clip)
+
+
+def test_ema_and_accumulation(world: Any, tmp_path: Path) -> None:
+    path = tiny.run_toml(
+        tmp_path, world.base, world.pairs, "subject", steps=2,
+        run={"accumulate": 2, "batch": 2}, optimiser={"ema": 0.9, "warmup_steps": 2},
+    )  # fmt: skip
+    run = Trainer(load_config(path))
+    exported = load_model(run.run()).state_dict()
+    name = "projections.clip.1.to_k.weight"
+    live = dict(run.stage.named_parameters())[name]
+    assert torch.equal(exported[name], run.average[name]) and not torch.equal(exported[name], live)
+
+
+def test_the_cache_changes_nothing(world: Any, tmp_path: Path) -> None:
+    losses = []
+    for folder, cache in (
+        ("a", ""),
+        ("b", str(tmp_path / "cache")),
+        ("c", str(tmp_path / "cache")),
+    ):
+        path = tiny.run_toml(
+            tmp_path / folder, world.base, world.pairs, "subject", steps=2, data={"cache": cache}
+        )
+        Trainer(load_config(path)).run()
+        losses.append(
+            (tmp_path / folder / "losses.jsonl").read_text().splitlines()[-1].split("samples")[0]
+        )
+    assert losses[0] == losses[1] == losses[2]
+    assert any((tmp_path / "cache").rglob("*.safetensors"))

@@ -1,0 +1,168 @@
+"""The measuring instrument for identity: a small network that tells subjects apart by their looks.
+
+Trained for this alone, on the training families only, so that it knows the held-out subjects no
+better than any others: normalised softmax with a margin over all training emoji. It is never used
+by the model. A subject of a picture is named by the nearest of the candidates' mean embeddings over
+real renders (:func:`gallery`).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .emoji import Emoji
+from .phase import Phase, shares
+from .scenes import SHARD, read_shard, shard_numbers
+from .world import UInt8, transformed
+
+SIZE = 64  # side of the crops that the network sees
+WIDTH = 128
+CUTS = 6  # rendered cut-outs of each subject
+_ROOM = 80  # cut-outs are kept at this side and cropped to SIZE
+BATCH = 64
+_SCALE, _MARGIN = 24.0, 0.15
+
+
+class Identity(nn.Module):
+    """(B,3,64,64) in [-1,1], the subject filling most of it -> unit vectors (B,128)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def unit(wide: int, out: int, stride: int) -> nn.Sequential:
+            conv = nn.Conv2d(wide, out, 3, stride, 1, bias=False)
+            return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU())
+
+        self.trunk = nn.Sequential(
+            unit(3, 32, 1), unit(32, 48, 2), unit(48, 48, 1), unit(48, 96, 2), unit(96, 96, 1),
+            unit(96, 192, 2), unit(192, 192, 1), unit(192, 256, 2),
+        )  # fmt: skip
+        self.head = nn.Linear(256 * 4, WIDTH)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = functional.adaptive_avg_pool2d(self.trunk(pixels), 2)
+        return functional.normalize(self.head(x.flatten(1)).float(), dim=-1)
+
+
+class _Trained(nn.Module):
+    """The network and one direction per training subject."""
+
+    def __init__(self, subjects: int) -> None:
+        super().__init__()
+        self.network = Identity()
+        self.directions = nn.Parameter(torch.randn(subjects, WIDTH) * 0.1)
+
+
+def render_cut(emoji: Emoji, rng: random.Random) -> UInt8:
+    """RGBA (80,80,4): the subject turned, flipped, relit, of varied sharpness, its box centred."""
+    sprite, _, _ = transformed(emoji, rng, round(rng.uniform(60, 180)))
+    sprite = sprite.crop(sprite.getchannel("A").point(lambda a: 255 * (a > 127)).getbbox())
+    side = max(sprite.size)
+    canvas = Image.new("RGBA", (side, side))
+    canvas.paste(sprite, ((side - sprite.width) // 2, (side - sprite.height) // 2))
+    inner = round(SIZE * rng.uniform(0.86, 1.0))
+    out = Image.new("RGBA", (_ROOM, _ROOM))
+    out.paste(canvas.resize((inner, inner), Image.Resampling.BILINEAR), ((_ROOM - inner) // 2,) * 2)
+    return np.asarray(out)
+
+
+def load_cuts(emoji: Sequence[Emoji], file: Path) -> UInt8:
+    """(len(emoji), CUTS, 80, 80, 4), mapped from disk, rendered first when missing."""
+    if not file.exists():
+        temporary = file.with_suffix(".tmp")
+        shape = (len(emoji), CUTS, _ROOM, _ROOM, 4)
+        out = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+        for i, item in enumerate(emoji):
+            for cut in range(CUTS):
+                out[i, cut] = render_cut(item, random.Random(900_000 + i * CUTS + cut))
+        out.flush()
+        os.replace(temporary, file)
+    return np.load(file, mmap_mode="r")
+
+
+def place_cut(cut: UInt8, picture: UInt8, rng: random.Random) -> UInt8:
+    """A cut-out over a part of a scene, cropped to (64,64,3) a few pixels off its box."""
+    y, x = rng.randrange(picture.shape[0] - SIZE), rng.randrange(picture.shape[1] - SIZE)
+    dy, dx = (rng.randint(5, _ROOM - SIZE - 5) for _ in range(2))
+    piece = cut[dy : dy + SIZE, dx : dx + SIZE].astype(np.float32)
+    ground = picture[y : y + SIZE, x : x + SIZE].astype(np.float32)
+    alpha = piece[..., 3:] / 255
+    return (piece[..., :3] * alpha + ground * (1 - alpha)).astype(np.uint8)
+
+
+def soften(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Half of the batch at a lower resolution and back, as generated pictures are softer."""
+    count = pixels.shape[0] // 2
+    side = int(torch.randint(24, 60, (1,), generator=generator))
+    low = functional.interpolate(pixels[:count], size=(side, side), mode="area")
+    back = functional.interpolate(low, size=pixels.shape[-2:], mode="bilinear", align_corners=False)
+    return torch.cat((back, pixels[count:]))
+
+
+def _phase(folder: Path) -> Phase:
+    return Phase(
+        name="identity", folder=folder, steps=4000, learning_rate=2e-3, seed=6, weight_decay=0.02,
+        ema=0.998,
+    )  # fmt: skip
+
+
+def load_identity(folder: Path, subjects: int) -> Identity:
+    """The trained network; ``subjects`` is the number of training emoji."""
+    trained = _Trained(subjects)
+    _phase(folder).load(trained)
+    return trained.network.requires_grad_(False)
+
+
+def train_identity(emoji: list[Emoji], folder: Path) -> None:
+    """Train or resume; needs the world's shards."""
+    torch.manual_seed(6)
+    trained = _Trained(len(emoji))
+    cuts = load_cuts(emoji, folder / "cuts.npy")
+    scenes = folder / "scenes"
+    shards = [read_shard(scenes, number) for number in shard_numbers(scenes)]
+    part, parts = shares()
+
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+        rng = random.Random(7_000_000 + step * parts + part)
+        chosen = [rng.randrange(len(emoji)) for _ in range(BATCH // parts)]
+        pictures: list[UInt8] = []
+        for index in chosen:
+            ground = rng.choice(shards).pictures[rng.randrange(SHARD)]
+            pictures.append(place_cut(cuts[index, rng.randrange(CUTS)], ground, rng))
+        pixels = torch.from_numpy(np.stack(pictures)).movedim(-1, 1).float() / 127.5 - 1
+        pixels = soften(pixels, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            seen = trained.network(pixels)
+        cosine = seen @ functional.normalize(trained.directions, dim=-1).t()
+        target = torch.tensor(chosen)
+        margin = _MARGIN * functional.one_hot(target, len(emoji))
+        return functional.cross_entropy(_SCALE * (cosine - margin), target)
+
+    _phase(folder).run(trained, loss_of)
+
+
+@torch.no_grad()
+def gallery(
+    network: Identity, emoji: Sequence[Emoji], grounds: Sequence[UInt8], renders: int, seed: int
+) -> Tensor:
+    """Mean unit vectors (len(emoji),128) over real renders."""
+    rows: list[Tensor] = []
+    for i, item in enumerate(emoji):
+        rng = random.Random(seed + i)
+        crops = [
+            place_cut(render_cut(item, rng), grounds[rng.randrange(len(grounds))], rng)
+            for _ in range(renders)
+        ]
+        pixels = torch.from_numpy(np.stack(crops)).movedim(-1, 1).float() / 127.5 - 1
+        rows.append(cast(Any, network)(pixels).mean(dim=0))
+    return functional.normalize(torch.stack(rows), dim=-1)

@@ -17,22 +17,25 @@ PIXELS_PER_LATENT = 8
 
 
 def choose_steps(text: str, count: int) -> list[int]:
-    """'all', 'last', or 1-based numbers like '1, 5, 25' -> 0-based steps; duplicates are dropped.
-    RoutingError for anything else."""
+    """'all', 'last', or 1-based numbers like '1, 5, 25' -> 0-based steps. Duplicates and numbers
+    beyond the run's last step are dropped; RoutingError for anything else, or if none is left."""
     words = text.replace(",", " ").split()
     if words == ["all"]:
         return list(range(count))
     chosen: list[int] = []
     for word in words:
         step = count if word == "last" else int(word) if word.isdecimal() else 0
-        if not 1 <= step <= count:
+        if step < 1:
             raise RoutingError(
                 f"steps: got {word!r}, expected 'all', 'last' or numbers from 1 to {count}"
             )
-        if step - 1 not in chosen:
+        if step <= count and step - 1 not in chosen:
             chosen.append(step - 1)
     if not chosen:
-        raise RoutingError("steps: empty, expected 'all', 'last' or numbers like '1, 5, last'")
+        raise RoutingError(
+            f"steps: got {text!r}, but the run has {count} steps; expected 'all', 'last' or "
+            f"numbers from 1 to {count}"
+        )
     return chosen
 
 

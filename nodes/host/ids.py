@@ -35,12 +35,14 @@ def schema(**kwargs: Any) -> io.Schema:
 
 def named_errors(execute: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator for ``execute``: an :class:`AnyStoryError` gets the node's name in front."""
+    # Not the class's own name: the host runs a copy of the class under another one.
+    node = execute.__qualname__.split(".")[0]
 
     @functools.wraps(execute)
     def wrapped(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> Any:
         try:
             return execute(cls, *args, **kwargs)
         except AnyStoryError as error:
-            raise type(error)(f"{cls.__name__}: {error}") from error
+            raise type(error)(f"{node}: {error}") from error
 
     return wrapped

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
+
 from devkit.client import Client, PromptError
 from devkit.host import Host
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 GRAPHS = {path.stem: path for path in sorted((ROOT / "workflows" / "api").glob("*.json"))}

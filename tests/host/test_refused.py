@@ -247,8 +247,13 @@ def test_preview_refusals(scene: Scene) -> None:
     model, maps = scene.apply_with_maps()
     out = scene.sample(model)
     refused = scene.errors.RoutingError
-    with pytest.raises(refused, match="RoutingMapPreview: steps: got '9', expected 'all', 'last'"):
+    with pytest.raises(refused, match="RoutingMapPreview: steps: got '9', but the run has 2 steps"):
         scene.preview(maps, out, steps="9")
+    for text in ("0", "first", "-1", "1.5"):
+        with pytest.raises(refused, match=f"RoutingMapPreview: steps: got '{text}', expected"):
+            scene.preview(maps, out, steps=text)
+    both = scene.preview(maps, out, steps="1, last").args[0]
+    assert torch.equal(scene.preview(maps, out, steps="1, 2, 25, last").args[0], both)
     with pytest.raises(refused, match="RoutingMapPreview: .*batch_index: got 3"):
         scene.preview(maps, out, batch_index=3)
     with pytest.raises(refused, match="RoutingMapPreview: latent: no recorded run"):

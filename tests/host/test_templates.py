@@ -1,0 +1,91 @@
+"""The editor's graphs say the same as the queue's graphs of the same name."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+BOTH = sorted({p.stem for p in FOLDER.glob("*.json")} & {p.stem for p in FOLDER.glob("api/*.json")})
+NOTES = {"Note", "MarkdownNote"}  # the editor's own, unknown to the queue
+
+
+@pytest.fixture(scope="module")
+def inputs(comfy: ModuleType, pack: ModuleType) -> Any:
+    """Node type -> [(input, is a widget, widgets that the editor adds behind it)], host's order."""
+    classes = dict(comfy.NODE_CLASS_MAPPINGS)
+    classes |= {node.define_schema().node_id: node for node in pack.NODES}
+    extra = importlib.import_module("comfy_extras.nodes_mask")
+    for name in ("SolidMask", "MaskComposite"):
+        classes[name] = getattr(extra, name)
+
+    def of(kind: str) -> list[tuple[str, bool, int]]:
+        types = classes[kind].INPUT_TYPES()
+        found = []
+        for group in ("required", "optional"):
+            for name, entry in types.get(group, {}).items():
+                options = entry[1] if len(entry) > 1 else {}
+                widget = isinstance(entry[0], list) or entry[0] in (
+                    "INT", "FLOAT", "STRING", "BOOLEAN", "COMBO",
+                )  # fmt: skip
+                added = int(name == "seed") + int(bool(options.get("image_upload")))
+                found.append((name, widget, added))
+        return found
+
+    return of
+
+
+def to_prompt(graph: dict[str, Any], inputs: Any) -> dict[int, dict[str, Any]]:
+    """What the editor queues: node id -> class and inputs."""
+    links = {link[0]: [link[1], link[2]] for link in graph["links"]}
+    prompt: dict[int, dict[str, Any]] = {}
+    for node in graph["nodes"]:
+        if node["type"] in NOTES:
+            continue
+        values = list(node["widgets_values"])
+        connected = {i["name"]: i["link"] for i in node["inputs"] if i["link"] is not None}
+        given: dict[str, Any] = {}
+        for name, widget, added in inputs(node["type"]):
+            if widget:
+                given[name] = values.pop(0)
+                del values[:added]
+            elif name in connected:
+                given[name] = links[connected[name]]
+        assert not values, f"{node['type']}: {values} left over"
+        prompt[node["id"]] = {"class_type": node["type"], "inputs": given}
+    return prompt
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_editor_graph_equals_queue_graph(name: str, inputs: Any) -> None:
+    prompt = to_prompt(json.loads((FOLDER / f"{name}.json").read_text()), inputs)
+    api = json.loads((FOLDER / "api" / f"{name}.json").read_text())
+    number = dict(zip(api, prompt, strict=True))  # both list their nodes in one order
+    for key, node in api.items():
+        mine = prompt[number[key]]
+        assert mine["class_type"] == node["class_type"]
+        for name_, value in node["inputs"].items():
+            wanted = [number[value[0]], value[1]] if isinstance(value, list) else value
+            assert mine["inputs"][name_] == wanted, (node["class_type"], name_)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda p: p.stem)
+def test_links_are_whole(path: Path) -> None:
+    """Both ends of every link know it, and its type."""
+    graph = json.loads(path.read_text())
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    assert len(nodes) == len(graph["nodes"]) and max(nodes) == graph["last_node_id"]
+    for link, source, slot, target, place, kind in graph["links"]:
+        assert link in nodes[source]["outputs"][slot]["links"]
+        assert nodes[source]["outputs"][slot]["type"] == kind
+        assert nodes[target]["inputs"][place]["link"] == link
+
+
+def test_the_six_graphs_are_there() -> None:
+    names = {"single_subject", "two_subjects", "two_subjects_masks"}
+    assert names | {f"{name}_sdxl" for name in names} <= set(BOTH)

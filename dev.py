@@ -100,7 +100,8 @@ def bench(name: str, arguments: list[str]) -> int:
     host = environment.prepare_host()
     interpreter = str(environment.prepare_python(host, ("train", "test")))
     variables = {**os.environ, "COMFYUI_PATH": str(host)}
-    return subprocess.run([interpreter, str(script), *arguments], cwd=ROOT, env=variables).returncode
+    command = [interpreter, str(script), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=variables).returncode
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The Python environment and the host in `.dev/`: made once, resumed when cut off, never repeated."""
+"""The Python environment and the host in `.dev/`: made once, resumed when cut off."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def prepare_host() -> Path:
 
 
 def prepare_python(host: Path, extras: tuple[str, ...] = ()) -> Path:
-    """An interpreter with torch, the host's requirements and our extras (``[train]``, ``[test]``)."""
+    """An interpreter with torch, the host's requirements and our extras ("train", "test")."""
     if os.environ.get("ANYSTORY_PYTHON"):
         return python()
     STATE.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The paper's Table 1: parameters and operations of the simplified ReferenceNet, on the meta device."""
+"""The paper's Table 1: parameters and operations of the ReferenceNet, on the meta device."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from anystory_core.config import AnyStoryConfig, ReferenceConfig
 from anystory_core.reference_net import ReferenceNet
-from torch.utils.flop_counter import FlopCounterMode
 
 LATENT = 64  # 512 x 512 pixels
 
@@ -44,8 +45,8 @@ def main() -> None:
     }
     for name, row in rows.items():
         print(
-            f"{name:52} {row['parameters_billion']:.4f} B  {row['operations_tera']:.3f} T operations"
-            f"  {row['features']:.0f} features"
+            f"{name:52} {row['parameters_billion']:.4f} B  {row['operations_tera']:.3f} T "
+            f"operations  {row['features']:.0f} features"
         )
     print(json.dumps(rows))
 

@@ -11,6 +11,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent))
 import tiny
+
 from anystory_core.training import shards
 from anystory_core.training.batches import Batch
 from anystory_core.training.config import load_config

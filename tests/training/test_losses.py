@@ -6,10 +6,11 @@ from typing import Literal
 
 import pytest
 import torch
+from torch import Tensor
+
 from anystory_core.router import RoutingLogits
 from anystory_core.routes import SoftMaps
 from anystory_core.training.losses import diffusion_loss, map_error, routing_loss, target_maps
-from torch import Tensor
 
 PRESENT = torch.tensor([[True, True], [True, False], [False, False]])
 

@@ -8,6 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
 from anystory_core.config import (
     AnyStoryConfig,
     ClipVisionConfig,
@@ -20,13 +28,6 @@ from anystory_core.training import shards
 from anystory_core.training.bases import alphas_cumprod
 from anystory_core.training.diffusers_unet import time_ids
 from anystory_core.training.names import diffusers_unet_config
-from diffusers import AutoencoderTiny, UNet2DConditionModel
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
 
 SIZE = 64
 COLOURS = {
@@ -181,7 +182,7 @@ def _train_unet(unet: Any, vae: Any, steps: int) -> None:
     """Unconditional denoising of shapes: enough for the stages to have something to build on."""
     with torch.no_grad():
         latents = vae.encode(_pictures(256)).latents
-    optimiser = torch.optim.AdamW(unet.parameters(), lr=1e-3)
+    optimiser = torch.optim.AdamW(unet.parameters(), lr=2e-3)
     alphas = alphas_cumprod().float()
     generator = torch.Generator().manual_seed(0)
     text, pooled = torch.zeros(16, 77, 32), torch.zeros(16, 32)

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from anystory_core import checkpoint
 from anystory_core.build import PARTS, AnyStoryModel, build_model
 from anystory_core.checkpoint import load_model, merge_files, read_header, save_model
 from anystory_core.config import AnyStoryConfig, ClipVisionConfig, QFormerConfig, UNetConfig
 from anystory_core.errors import CheckpointError
-from safetensors.torch import save_file
 
 CONFIG = AnyStoryConfig(
     name="test",

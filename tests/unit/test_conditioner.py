@@ -8,6 +8,8 @@ from typing import Any
 import naive
 import pytest
 import torch
+from torch import Tensor
+
 from anystory_core import conditioner
 from anystory_core.conditioner import Call, Rows
 from anystory_core.config import AnyStoryConfig, RouterConfig, UNetConfig
@@ -16,7 +18,6 @@ from anystory_core.router import Routers
 from anystory_core.routes import LearnedRoutes, MaskRoutes, resize_soft
 from anystory_core.run import Run, SiteConditions
 from anystory_core.sites import build_sites
-from torch import Tensor
 
 UNET = UNetConfig(
     model_channels=8, channel_mult=(1, 2, 2), transformer_depth=(0, 1, 1), middle_depth=1,

@@ -7,11 +7,12 @@ import math
 import naive
 import pytest
 import torch
-from anystory_core import injection
-from anystory_core.injection import KeyValue, Regions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from anystory_core import injection
+from anystory_core.injection import KeyValue, Regions
 
 HEADS, WIDTH = 2, 8
 TOLERANCE = 1e-10  # float64 sums in another order

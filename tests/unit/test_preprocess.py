@@ -6,12 +6,13 @@ import re
 
 import pytest
 import torch
-from anystory_core.config import AnyStoryConfig
-from anystory_core.errors import SubjectError
-from anystory_core.preprocess import CLIP_MEAN, CLIP_STD, latent_mask, prepare_views, zero_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from anystory_core.config import AnyStoryConfig
+from anystory_core.errors import SubjectError
+from anystory_core.preprocess import CLIP_MEAN, CLIP_STD, latent_mask, prepare_views, zero_clip
 
 CONFIG = AnyStoryConfig.mini()
 CLIP, VAE = CONFIG.clip.image_size, CONFIG.reference.size
@@ -155,7 +156,7 @@ def test_any_picture_gives_bounded_inputs(
     mask = (torch.rand(1, height, width, generator=generator) > 0.7).float()
     mask[:, height // 2, width // 2] = 1
     views = prepare_views(image, mask, CONFIG)
-    assert float(views.vae.abs().max()) <= 1 and 0 <= float(views.mask.min())
+    assert float(views.vae.abs().max()) <= 1 and float(views.mask.min()) >= 0
     assert float(views.mask.max()) <= 1
     assert torch.equal(views.clip, prepare_views(image, mask, CONFIG).clip)  # pure
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from anystory_core.config import QFormerConfig
-from anystory_core.qformer import QFormer
 from naive import layer_norm, softmax
 from torch import Tensor
+
+from anystory_core.config import QFormerConfig
+from anystory_core.qformer import QFormer
 
 
 def test_public_names_and_shapes() -> None:

@@ -6,12 +6,13 @@ import dataclasses
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
 from anystory_core.config import AnyStoryConfig, QFormerConfig, ReferenceConfig, UNetConfig
 from anystory_core.reference_net import ReferenceNet
 from anystory_core.sites import build_sites
 from anystory_core.training.names import diffusers_unet_config, ldm_to_diffusers
-from diffusers import UNet2DConditionModel
-from torch import Tensor
 
 SMALL = AnyStoryConfig(
     name="small",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import naive
 import torch
-from anystory_core.config import RouterConfig
-from anystory_core.router import Router
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from anystory_core.config import RouterConfig
+from anystory_core.router import Router
 
 # Folding changes the order of float64 sums only.
 TOLERANCE = 1e-9

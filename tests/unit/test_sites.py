@@ -6,10 +6,11 @@ from collections import Counter
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+
 from anystory_core.config import AnyStoryConfig
 from anystory_core.sites import build_sites
 from anystory_core.training.names import diffusers_unet_config, ldm_to_diffusers
-from diffusers import UNet2DConditionModel
 
 CONFIGS = {"sdxl": AnyStoryConfig.sdxl(), "mini": AnyStoryConfig.mini()}
 

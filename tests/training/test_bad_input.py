@@ -1,0 +1,192 @@
+"""Configurations, data and bases that cannot work: each its own sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from anystory_core.errors import AnyStoryError, ConfigError
+from anystory_core.training import shards
+from anystory_core.training.bases import load_base
+from anystory_core.training.check import check
+from anystory_core.training.config import BaseSettings, load_config, seconds
+from anystory_core.training.data import BadSamples, DataError, Index, decode
+from anystory_core.training.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text)
+    return path
+
+
+GOOD = """
+[base]
+path = "base"
+[data]
+paths = ["data"]
+[run]
+folder = "out"
+steps = 1
+"""
+
+CONFIGS = {
+    "not TOML": ("[base", "not TOML"),
+    "unknown key": (GOOD + "[subject]\ncolour = 1\n", "unknown ['colour']"),
+    "unknown table": (GOOD + "[subject]\n[speed]\n", "unknown ['speed']"),
+    "no stage": (GOOD, "which stage"),
+    "two stages": (GOOD + '[subject]\n[router]\nsubject_file = "a"\n', "which stage"),
+    "missing key": (GOOD.replace("steps = 1", "") + "[subject]\n", "['steps'] missing"),
+    "wrong type": (GOOD.replace("steps = 1", 'steps = "many"') + "[subject]\n", "expected int"),
+    "zero steps": (GOOD.replace("steps = 1", "steps = 0") + "[subject]\n", "run.steps"),
+    "no unit": (
+        GOOD.replace("steps = 1", 'steps = 1\ncheckpoint_every = "10"') + "[subject]\n",
+        "a number with s, min or h",
+    ),
+    "precision": (
+        GOOD.replace("steps = 1", 'steps = 1\nprecision = "fp8"') + "[subject]\n",
+        "expected one of",
+    ),
+    "both branches off": (GOOD + "[subject]\nclip = false\nreference = false\n", "both off"),
+    "mirrored cache": (
+        GOOD.replace('["data"]', '["data"]\ncache = "c"\nmirror = true') + "[subject]\n",
+        "data.mirror",
+    ),
+    "probability": (GOOD + "[subject]\n[augment]\nflip = 2.0\n", "augment.flip"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configurations(name: str, tmp_path: Path) -> None:
+    text, words = CONFIGS[name]
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load_config(write(tmp_path, text))
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, GOOD + "[subject]\n"))
+    assert config.run.folder == str(tmp_path / "out") and config.base.path == str(tmp_path / "base")
+    assert seconds("1.5 min") == 90 and seconds("2h") == 7200
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        load_config(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize("name", ["paper_subject", "paper_router"])
+def test_the_papers_configurations_are_valid(name: str) -> None:
+    path = ROOT / "anystory_core" / "training" / "configs" / f"{name}.toml"
+    config = load_config(path)
+    assert config.optimiser.learning_rate == 1e-4 and config.run.batch * 8 == 64
+
+
+def test_bases(world: Any, tmp_path: Path) -> None:
+    model = str(world.base / "config.json")
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_base(
+            BaseSettings(path=str(tmp_path / "no"), clip_vision=str(world.base / "image_encoder"))
+        )
+    with pytest.raises(ConfigError, match="clip_vision"):
+        load_base(BaseSettings(path=str(tmp_path)))
+    with pytest.raises(ConfigError, match="no unet"):
+        load_base(BaseSettings(path=str(tmp_path), clip_vision=str(world.base / "image_encoder")))
+    with pytest.raises(AnyStoryError, match="block_out_channels"):
+        load_base(BaseSettings(path=str(world.base), model="sdxl"))
+    with pytest.raises(ConfigError, match=r"base\.model"):
+        load_base(BaseSettings(path=str(world.base), model="sd15"))
+    assert load_base(BaseSettings(path=str(world.base), model=model)).config == tiny.config()
+
+
+def test_data_paths(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="neither a folder nor"):
+        Index.of((str(tmp_path / "no"),))
+    with pytest.raises(DataError, match="holds no samples"):
+        Index.of((str(tmp_path),))
+    (tmp_path / "shard.tar").write_bytes(b"no tar")
+    with pytest.raises(DataError, match="cannot be read"):
+        Index.of((str(tmp_path),))
+
+
+def test_an_empty_shard(tmp_path: Path) -> None:
+    shards.write_shards([], tmp_path)
+    (tmp_path / "shard-000000.tar").write_bytes(b"\0" * 10240)
+    with pytest.raises(DataError, match="holds no samples"):
+        Index.of((str(tmp_path),))
+
+
+def test_shards_and_folders_hold_the_same(tmp_path: Path) -> None:
+    samples = tiny.pairs(3) + tiny.scenes(3)
+    shards.write_shards(samples, tmp_path / "shards", per_shard=2)
+    shards.write_folder(samples, tmp_path / "folder")
+    packed, loose = (Index.of((str(tmp_path / n),)) for n in ("shards", "folder"))
+    assert len(packed) == len(loose) == 6
+    for a, b in zip(packed.entries, loose.entries, strict=True):
+        assert a.kind == b.kind
+        one, two = decode(a), decode(b)
+        assert one.caption == two.caption and bool((one.target == two.target).all())
+        assert one.masks.shape == two.masks.shape and bool((one.masks == two.masks).all())
+
+
+def test_the_checker_names_bad_samples(tmp_path: Path) -> None:
+    shards.write_folder(tiny.pairs(3) + tiny.scenes(2), tmp_path)
+    assert check([str(tmp_path)])[1]
+    (tmp_path / "pair0001.target.png").write_bytes(b"no picture")
+    (tmp_path / "scene0000.caption.txt").unlink()
+    report, good = check([str(tmp_path)])
+    assert not good and "corrupt: 2" in report and "pair: 2" in report and "64x64: 3" in report
+    assert "pair0001: target.png is not a picture" in report and "scene0000: has" in report
+
+
+def test_corrupt_samples_are_replaced_counted_and_named(world: Any, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shards.write_folder(tiny.pairs(8), data)
+    (data / "pair0003.target.png").write_bytes(b"no picture")
+    path = tiny.run_toml(tmp_path / "run", world.base, data, "subject", steps=2)
+    trainer = Trainer(load_config(path))
+    trainer.run()
+    assert trainer.bad.read >= 8 and any("pair0003" in text for text in trainer.bad.bad)
+
+
+def test_too_many_corrupt_samples_stop_the_run() -> None:
+    bad = BadSamples()
+    for _ in range(1000):
+        bad.note(None)
+    for number in range(10):
+        bad.note(DataError(f"sample{number}"))
+    with pytest.raises(DataError, match="11 of 1011 samples are corrupt.*sample0"):
+        bad.note(DataError("sample10"))
+
+
+def test_the_command_says_one_line(world: Any, tmp_path: Path) -> None:
+    path = tiny.run_toml(
+        tmp_path, world.base, world.scenes, "router", steps=1, router={"subject_file": "no"}
+    )
+    for arguments, words in (
+        ([str(path)], "no"),
+        ([str(tmp_path / "absent.toml")], "cannot be opened"),
+        (["check", str(tmp_path / "nothing")], "neither a folder"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "anystory_core.training", *arguments],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+        assert done.returncode == 1 and words in line
+
+
+def test_an_unwritable_folder(world: Any, tmp_path: Path) -> None:
+    taken = tmp_path / "file"
+    taken.write_text("")
+    path = tiny.run_toml(
+        tmp_path, world.base, world.pairs, "subject", steps=1, run={"folder": str(taken)}
+    )
+    with pytest.raises(AnyStoryError, match="cannot be written"):
+        Trainer(load_config(path))
+    assert json.loads((world.base / "config.json").read_text())["name"] == "tiny"

@@ -2,7 +2,9 @@
 
 Phases, in order: ``world`` (render scenes), ``vae``, ``decoder``, ``clip``, ``cache`` (encode the
 scenes), ``base`` (the U-Net), ``folder`` (all that as the trainer reads it), ``stage1`` and
-``stage2`` (:mod:`anystory_core.training`), ``export`` (files that ship).
+``stage2`` (:mod:`anystory_core.training`), ``export`` (files that ship), ``identity`` (the network
+that :mod:`.identity` measures with).
+
 Each resumes where it stopped when the same command is given again, has its own seed, and
 writes its curve to ``DIR/NAME.csv``. More shards may be rendered and cached at any time, also while
 the base trains.
@@ -25,6 +27,7 @@ from .cache import write_shard as cache_shard
 from .clip import load_clip, train_clip
 from .export import export
 from .folder import write_base_folder
+from .identity import train_identity
 from .phase import run_shared, shares
 from .scenes import write_shard
 from .stages import SUBJECT_FILE, stage1, stage2, write_data
@@ -41,6 +44,7 @@ PHASES = (
     "stage1",
     "stage2",
     "export",
+    "identity",
 )
 
 
@@ -82,6 +86,8 @@ def run_phase(name: str, options: Options) -> None:
         run_shared(partial(train_base, work, steps=options.base_steps), options.processes)
     elif name == "folder":
         write_base_folder(work)
+    elif name == "identity":
+        run_shared(partial(train_identity, options.training_emoji(), work), options.processes)
     elif name == "stage1":
         write_data(options.training_emoji(), work, "pairs", options.sample_shards)
         Trainer(stage1(work, options.stage1_steps)).run()

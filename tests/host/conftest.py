@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from devkit import environment
 from devkit.client import Client
 from devkit.host import Host, running

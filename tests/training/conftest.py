@@ -19,7 +19,7 @@ from anystory_core.training.diffusers_unet import time_ids
 from anystory_core.training.stages import Noised
 from anystory_core.training.trainer import Trainer
 
-SUBJECT_STEPS, ROUTER_STEPS = 80, 60
+SUBJECT_STEPS, ROUTER_STEPS = 100, 80
 
 
 @dataclass
@@ -34,7 +34,7 @@ class World:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("world")
-    tiny.write_base(folder / "base", train_steps=100)
+    tiny.write_base(folder / "base", train_steps=300)
     shards.write_shards(tiny.pairs(64), folder / "pairs", per_shard=40)
     shards.write_folder(tiny.scenes(64), folder / "scenes")
     return World(folder / "base", folder / "pairs", folder / "scenes")
@@ -83,9 +83,10 @@ def subject_run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Done:
     folder = tmp_path_factory.mktemp("subject")
     path = tiny.run_toml(
         folder, world.base, world.pairs, "subject", steps=SUBJECT_STEPS,
-        optimiser={"learning_rate": 3e-3}, run={"sheet_every": SUBJECT_STEPS, "sheet_steps": 2},
+        optimiser={"learning_rate": 2e-3},
+        run={"batch": 8, "sheet_every": SUBJECT_STEPS, "sheet_steps": 2},
     )  # fmt: skip
-    return finish(path, 700)
+    return finish(path, 400)
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +94,7 @@ def router_run(world: World, subject_run: Done, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("router")
     path = tiny.run_toml(
         folder, world.base, world.scenes, "router", steps=ROUTER_STEPS,
-        router={"subject_file": str(subject_run.file)},
+        router={"subject_file": str(subject_run.file), "tokens": "sum"},
         run={"sheet_every": ROUTER_STEPS, "sheet_steps": 2},
     )  # fmt: skip
     return finish(path, 500)

@@ -25,7 +25,7 @@ from anystory_core.config import (
     UNetConfig,
 )
 from anystory_core.training import shards
-from anystory_core.training.bases import alphas_cumprod
+from anystory_core.training.bases import alphas_cumprod, text_encoder
 from anystory_core.training.diffusers_unet import time_ids
 from anystory_core.training.names import diffusers_unet_config
 
@@ -37,6 +37,7 @@ COLOURS = {
     "yellow": (230, 220, 50),
 }
 SHAPES = ("square", "disc")
+KNOWN, NEW = ("red", "green"), ("blue", "yellow")  # what the base has seen; what subjects wear
 
 
 def config() -> AnyStoryConfig:
@@ -67,7 +68,7 @@ def config() -> AnyStoryConfig:
 
 
 def draw(
-    rng: np.random.Generator, count: int, ground: int = 30
+    rng: np.random.Generator, count: int, colours: tuple[str, ...] = NEW, ground: int = 30
 ) -> tuple[np.ndarray, list[np.ndarray], str]:
     """A picture of ``count`` shapes side by side: (uint8 picture, masks, caption)."""
     picture = np.full((SIZE, SIZE, 3), ground, np.uint8)
@@ -75,7 +76,7 @@ def draw(
     masks: list[np.ndarray] = []
     words: list[str] = []
     for place in range(count):
-        name = str(rng.choice(list(COLOURS)))
+        name = str(rng.choice(colours))
         shape = str(rng.choice(SHAPES))
         radius = int(rng.integers(18, 25) if count == 1 else rng.integers(10, 14))
         x = int(SIZE * (place + 0.5) / count + rng.integers(-3, 4))
@@ -149,7 +150,7 @@ def write_base(folder: Path, *, train_steps: int = 0) -> None:
     )
     _normalise_latents(vae)
     if train_steps:
-        _train_unet(unet, vae, train_steps)
+        _train_unet(unet, vae, text, train_steps)
     for name, module in (
         ("unet", unet),
         ("vae", vae),
@@ -160,9 +161,9 @@ def write_base(folder: Path, *, train_steps: int = 0) -> None:
     (folder / "config.json").write_text(model.to_json())
 
 
-def _pictures(count: int) -> torch.Tensor:
+def _pictures(count: int, colours: tuple[str, ...]) -> torch.Tensor:
     """(count,3,SIZE,SIZE) in [-1,1]."""
-    pictures = [draw(np.random.default_rng((2, i)), 1 + i % 2)[0] for i in range(count)]
+    pictures = [draw(np.random.default_rng((2, i)), 1 + i % 2, colours)[0] for i in range(count)]
     return torch.from_numpy(np.stack(pictures)).movedim(-1, 1).float() / 127.5 - 1
 
 
@@ -171,42 +172,51 @@ def _normalise_latents(vae: Any) -> None:
     """A random encoder tells colours and places apart, but its latents hardly vary: scale its last
     layer so that they have mean 0 and deviate by 0.7 between pictures."""
     last = vae.encoder.layers[-1]
-    latents = vae.encode(_pictures(64)).latents
+    latents = vae.encode(_pictures(64, KNOWN + NEW)).latents
     mean = latents.mean(dim=(0, 2, 3))
     spread = latents.std(dim=0).mean(dim=(1, 2)) / 0.7
     last.weight.div_(spread[:, None, None, None])
     last.bias.sub_(mean).div_(spread)
 
 
-def _train_unet(unet: Any, vae: Any, steps: int) -> None:
-    """Unconditional denoising of shapes: enough for the stages to have something to build on."""
+def _train_unet(unet: Any, vae: Any, text: Any, steps: int) -> None:
+    """Denoising of shapes: enough for the stages to have something to build on."""
+    encode = text_encoder([text])
+    captions = ("a shape", "a shape and a shape")
     with torch.no_grad():
-        latents = vae.encode(_pictures(256)).latents
+        latents = vae.encode(_pictures(256, KNOWN)).latents
+        states, pooled = encode(captions)
     optimiser = torch.optim.AdamW(unet.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, eta_min=1e-4)
     alphas = alphas_cumprod().float()
     generator = torch.Generator().manual_seed(0)
-    text, pooled = torch.zeros(16, 77, 32), torch.zeros(16, 32)
+    batch = 32
     for _ in range(steps):
-        clean = latents[torch.randint(len(latents), (16,), generator=generator)]
-        t = torch.randint(1000, (16,), generator=generator)
+        chosen = torch.randint(len(latents), (batch,), generator=generator)
+        clean, caption = latents[chosen], chosen % 2
+        t = torch.randint(1000, (batch,), generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
         a = alphas[t][:, None, None, None]
-        added = {"text_embeds": pooled, "time_ids": time_ids(SIZE, SIZE, 16, clean.device)}
+        added = {
+            "text_embeds": pooled[caption],
+            "time_ids": time_ids(SIZE, SIZE, batch, clean.device),
+        }
         noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
-        out = unet(noisy, t, text, added_cond_kwargs=added).sample
+        out = unet(noisy, t, states[caption], added_cond_kwargs=added).sample
         loss = torch.nn.functional.mse_loss(out, noise)
         loss.backward()
         optimiser.step()
+        schedule.step()
         optimiser.zero_grad()
 
 
 def run_toml(
-    folder: Path, base: Path, data: Path, stage: str, *, steps: int, **changes: dict[str, Any]
+    folder: Path, base: Path, samples: Path, stage: str, *, steps: int, **changes: dict[str, Any]
 ) -> Path:
     """Write a run's TOML; ``changes`` maps a table's name to values that replace or add to it."""
     tables: dict[str, dict[str, Any]] = {
         "base": {"path": str(base), "model": str(base / "config.json")},
-        "data": {"paths": [str(data)], "resolution": SIZE, "max_subjects": 2, "workers": 0},
+        "data": {"paths": [str(samples)], "resolution": SIZE, "max_subjects": 2, "workers": 0},
         "run": {
             "folder": str(folder),
             "steps": steps,

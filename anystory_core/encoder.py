@@ -45,6 +45,7 @@ def encode_subject(
     latents: Tensor | None,
     label: str,
     context: Tensor | None = None,
+    clip_fingerprint: str = "",
     store: torch.device | str = "cpu",
 ) -> Subject:
     """Encode V pictures of one subject.
@@ -52,8 +53,9 @@ def encode_subject(
     clip_states (V,S,W) and background_states (1,S,W): penultimate CLIP states of ``views.clip`` and
     of :func:`~.preprocess.zero_clip`; None when the model has no QFormer. latents (V,4,h,w): the
     VAE's of ``views.vae`` at U-Net scale; None without a ReferenceNet. context (V,S,C): text
-    states of the label, only for a ReferenceNet with cross-attention. The modules run where the
-    inputs are; the result is stored on ``store``.
+    states of the label, only for a ReferenceNet with cross-attention. ``clip_fingerprint`` names
+    the CLIP vision weights. The modules run where the inputs are; the result is stored on
+    ``store``.
     """
     tokens = routing = background_tokens = background_routing = None
     if clip_states is not None and background_states is not None:
@@ -85,4 +87,5 @@ def encode_subject(
         else keep(background_routing[0].float()),
         cutout=views.cutout,
         fingerprint=model.fingerprint,
+        clip_fingerprint=clip_fingerprint,
     )

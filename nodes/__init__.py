@@ -7,6 +7,9 @@ from .load import LoadAnyStory
 from .mini import LoadAnyStoryMini
 from .preview import RoutingMapPreview
 from .route import SubjectRouter
+from .segment import AnyStorySegment
+from .story import AnyStoryPanels
+from .subject_files import LoadAnyStorySubject, SaveAnyStorySubject
 
 NODES = (
     LoadAnyStoryMini,
@@ -16,5 +19,9 @@ NODES = (
     SubjectRouter,
     ApplyAnyStory,
     RoutingMapPreview,
+    AnyStorySegment,
+    SaveAnyStorySubject,
+    LoadAnyStorySubject,
+    AnyStoryPanels,
     BuildAnyStory,
 )

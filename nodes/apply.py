@@ -82,29 +82,40 @@ class ApplyAnyStory(io.ComfyNode):
         end: float = 1.0,
         references_in_uncond: bool = False,
     ) -> io.NodeOutput:
-        # The overall values obey the same rules as a subject's own.
-        SubjectOptions(
-            strength=strength, reference_strength=reference_strength, start=start, end=end
-        )
-        if model.get_wrappers(WrappersMP.OUTER_SAMPLE, ids.WRAPPER_KEY):
-            raise RoutingError(
-                "model: it already went through an ApplyAnyStory; connect all subjects to one "
-                "SubjectRouter and apply it once"
-            )
-        maps = RoutingMaps()
-        patched = model.clone()
-        if not routing.subjects:
-            return io.NodeOutput(patched, maps)
-        anystory = routing.anystory
-        check_model(model, anystory.model.config, anystory.model.sites)
-        check_latent_format(model, anystory.model.config)
         settings = Settings(
             strength=strength,
             reference_strength=reference_strength,
             keep_references_in_uncond=references_in_uncond,
         )
-        wrapper = SamplingWrapper(routing, settings, start, end, maps)
-        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, ids.WRAPPER_KEY, wrapper)
-        if routing.mode != "masks":
-            patched.set_additional_models(ids.WRAPPER_KEY, anystory.having("routers"))
-        return io.NodeOutput(patched, maps)
+        maps = RoutingMaps()
+        return io.NodeOutput(apply_routing(model, routing, settings, start, end, maps), maps)
+
+
+def apply_routing(
+    model: Any, routing: Routing, settings: Settings, start: float, end: float, maps: RoutingMaps
+) -> Any:
+    """A clone of ``model`` (a ModelPatcher) whose sampling runs are routed, and recorded in
+    ``maps``; a plain clone without subjects. Values as in :class:`ApplyAnyStory`."""
+    # The overall values obey the same rules as a subject's own.
+    SubjectOptions(
+        strength=settings.strength,
+        reference_strength=settings.reference_strength,
+        start=start,
+        end=end,
+    )
+    if model.get_wrappers(WrappersMP.OUTER_SAMPLE, ids.WRAPPER_KEY):
+        raise RoutingError(
+            "model: it already went through an ApplyAnyStory; connect all subjects to one "
+            "SubjectRouter and apply it once"
+        )
+    patched = model.clone()
+    if not routing.subjects:
+        return patched
+    anystory = routing.anystory
+    check_model(model, anystory.model.config, anystory.model.sites)
+    check_latent_format(model, anystory.model.config)
+    wrapper = SamplingWrapper(routing, settings, start, end, maps)
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, ids.WRAPPER_KEY, wrapper)
+    if routing.mode != "masks":
+        patched.set_additional_models(ids.WRAPPER_KEY, anystory.having("routers"))
+    return patched

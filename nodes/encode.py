@@ -138,6 +138,7 @@ class EncodeSubject(io.ComfyNode):
                     latents=latents,
                     label=clean_label(label),
                     context=context,
+                    clip_fingerprint=tensors.weights_fingerprint(clip_vision.model),
                     store=mm.unet_offload_device(),
                 )
             finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import folder_paths
@@ -32,6 +33,12 @@ PART_NAMES = {
 }
 
 
+def weights_files() -> list[str]:
+    """What lies in models/anystory, but for the saved subjects."""
+    names = folder_paths.get_filename_list(ids.FOLDER)
+    return [name for name in names if Path(name).parts[0] != ids.SUBJECTS]
+
+
 def describe(anystory: ManagedAnyStory) -> str:
     """One line on what a file holds and what it therefore cannot do."""
     model = anystory.model
@@ -59,7 +66,7 @@ class LoadAnyStory(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "anystory_name",
-                    options=folder_paths.get_filename_list(ids.FOLDER),
+                    options=weights_files(),
                     tooltip="A .safetensors file in models/anystory. It carries its own sizes.",
                 )
             ],

@@ -13,6 +13,7 @@ from ...anystory_core.errors import AnyStoryError
 
 CATEGORY = "AnyStory"
 FOLDER = "anystory"  # models/anystory
+SUBJECTS = "subjects"  # models/anystory/subjects
 
 AnyStory = io.Custom("ANYSTORY")
 Subject = io.Custom("ANYSTORY_SUBJECT")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.patcher_extension
+import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -262,8 +263,10 @@ class SamplingWrapper:
         texts = None
         if self.routing.mode.startswith("text"):
             texts = route_texts(self.routing.labels, empty_tokens(guider, roles), model, device)
+        progress = comfy.utils.ProgressBar(2)  # until the sampler begins its own
         patchers = anystory.having("projections", "routers")
         load(patchers)
+        progress.update(1)
         try:
             moved = [s.map(lambda x: x.to(device, dtype)) for s in subjects]
             source = build_source(
@@ -272,6 +275,7 @@ class SamplingWrapper:
             run = prepare_run(anystory.model, moved, source, self.settings)
         finally:
             release(anystory.having("projections"))
+        progress.update(1)
         names = [s.label for s in subjects]
         return RunState(
             run,

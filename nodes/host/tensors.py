@@ -35,6 +35,15 @@ def routing_mask(mask: Tensor, name: str) -> Tensor:
     return flat.clamp(0, 1)
 
 
+def weights_fingerprint(module: torch.nn.Module) -> str:
+    """Names weights by all shapes and the first values of every tensor; 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().flatten()[:64].to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def fingerprint(latent: Tensor) -> str:
     """Names a latent by its values in float32, wherever it lies."""
     data = latent.detach().to("cpu", torch.float32).contiguous()

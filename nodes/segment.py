@@ -1,0 +1,180 @@
+"""AnyStorySegment: where the subjects are in a picture that exists already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..anystory_core import segment
+from ..anystory_core.errors import ModelMismatchError, RoutingError
+from ..anystory_core.run import Settings
+from .apply import apply_routing
+from .host import ids
+from .host.records import RoutingMaps
+from .host.sampling import Routing
+
+PIXELS_PER_LATENT = 8
+_AT_ONCE = 4  # noises in one pass of the U-Net
+
+
+def empty_conditioning(model: Any, routing: Routing) -> list[Any]:
+    """Zero text states, which SDXL was trained to take for an empty prompt."""
+    unet = routing.anystory.model.config.unet
+    pooled = unet.adm_channels - 6 * 256
+    states = torch.zeros(1, 77, unet.context_dim)
+    return [[states, {"pooled_output": torch.zeros(1, pooled)}]]
+
+
+def encode_picture(vae: Any, picture: Tensor) -> Tensor:
+    """Latent (1,4,h,w) of a picture (H,W,3) in [0,1], scaled to whole latent pixels."""
+    height, width = (
+        max(1, round(n / PIXELS_PER_LATENT)) * PIXELS_PER_LATENT for n in picture.shape[:2]
+    )
+    pixels = picture[None, ..., :3].movedim(-1, 1).float()
+    if (height, width) != tuple(picture.shape[:2]):
+        pixels = torch.nn.functional.interpolate(pixels, (height, width), mode="bilinear")
+    try:
+        return vae.encode(pixels.movedim(1, -1))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ModelMismatchError(
+            f"vae: it cannot encode a picture of {width}x{height} ({error}); connect the VAE of "
+            "the model"
+        ) from error
+
+
+def soft_maps(
+    model: Any, routing: Routing, positive: Any, latent: Tensor, noise: Tensor, level: float
+) -> Tensor:
+    """Mean soft map (N+1,h,w) of one routed pass over ``latent`` (1,4,h,w) at a noise level in
+    (0,1], with every noise of ``noise`` (R,4,h,w) as a row."""
+    maps = RoutingMaps(keep_soft=True)
+    patched = apply_routing(model, routing, Settings(), 0.0, 1.0, maps)
+    sigma = patched.get_model_object("model_sampling").percent_to_sigma(1 - level)
+    comfy.sample.sample_custom(
+        patched,
+        noise,
+        1.0,
+        comfy.samplers.sampler_object("euler"),
+        torch.tensor([float(sigma), 0.0]),
+        positive,
+        positive,
+        latent.repeat(noise.shape[0], 1, 1, 1),
+        disable_pbar=True,
+    )
+    if not maps.runs:
+        raise RoutingError(
+            "routing: no subject acts (strength 0, or a time window that is empty); raise its "
+            "strength in AnyStory Subject Options"
+        )
+    (record,) = maps.runs.values()
+    return segment.mean_maps(record.steps[0], (latent.shape[-2], latent.shape[-1]))
+
+
+class AnyStorySegment(io.ComfyNode):
+    """See ``define_schema``."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return ids.schema(
+            node_id="AnyStorySegment",
+            display_name="AnyStory Segment",
+            category=ids.CATEGORY,
+            description="Finds the subjects in a picture that exists already: the picture is "
+            "noised, the model looks at it once, and the routes become masks.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model, before any Apply AnyStory."),
+                io.Vae.Input("vae", tooltip="The VAE of that model."),
+                io.Image.Input(
+                    "image", tooltip="The picture to look at; every picture of a batch in turn."
+                ),
+                ids.Routing.Input(
+                    "routing",
+                    tooltip="From Subject Router, in a mode that is learned or reads the text.",
+                ),
+                io.Float.Input(
+                    "noise",
+                    default=0.5,
+                    min=0.02,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How far the picture is noised, from 0 (clean) to 1 (noise only). "
+                    "Less keeps small subjects, more looks at the whole.",
+                ),
+                io.Int.Input(
+                    "noises",
+                    default=4,
+                    min=1,
+                    max=64,
+                    tooltip="Number of different noises whose maps are averaged. More is steadier "
+                    "and takes longer.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Seed of the first noise.",
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    optional=True,
+                    tooltip="A prompt that describes the picture. Without it an empty one is used.",
+                ),
+            ],
+            outputs=[io.Mask.Output(display_name="masks")],
+        )
+
+    @classmethod
+    @ids.named_errors
+    def execute(
+        cls,
+        model: Any,
+        vae: Any,
+        image: Tensor,
+        routing: Routing,
+        noise: float = 0.5,
+        noises: int = 4,
+        seed: int = 0,
+        positive: Any = None,
+    ) -> io.NodeOutput:
+        check_mode(routing)
+        if positive is None:
+            positive = empty_conditioning(model, routing)
+        passes = [min(_AT_ONCE, noises - i) for i in range(0, noises, _AT_ONCE)]
+        progress = comfy.utils.ProgressBar(image.shape[0] * (len(passes) + 1))
+        masks: list[Tensor] = []
+        for picture in image:
+            latent = encode_picture(vae, picture)
+            progress.update(1)
+            drawn = segment.noises(latent.shape[1:], noises, seed)
+            total: Tensor | None = None
+            for part in drawn.split(passes[0]):
+                maps = soft_maps(model, routing, positive, latent, part, noise) * part.shape[0]
+                total = maps if total is None else total + maps
+                progress.update(1)
+            assert total is not None  # noises >= 1
+            size = picture.shape[0], picture.shape[1]
+            masks.append(segment.masks_of(total / noises, size))
+        return io.NodeOutput(torch.cat(masks))
+
+
+def check_mode(routing: Routing) -> None:
+    """RoutingError unless the routes come from what the picture shows."""
+    if not routing.subjects:
+        raise RoutingError("routing: it has no subject; connect at least one to Subject Router")
+    if routing.mode == "masks":
+        raise RoutingError(
+            "routing: mode 'masks' would only give your own masks back; choose 'learned' or 'text'"
+        )
+    if not routing.mode.startswith("text") and routing.anystory.model.routers is None:
+        raise RoutingError(
+            "routing: these AnyStory weights hold no router; load weights with a router, or choose "
+            "the mode 'text' in Subject Router"
+        )

@@ -1,0 +1,117 @@
+"""Saved subjects and stories through the nodes."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def folders(scene: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Both places of saved subjects below a fresh folder."""
+    paths = importlib.import_module("folder_paths")
+    node = importlib.import_module("anystory_pack.nodes.subject_files")
+    monkeypatch.setattr(paths, "output_directory", str(tmp_path / "output"))
+    monkeypatch.setattr(paths, "models_dir", str(tmp_path / "models"))
+    places = [str(node.place_of(place)) for place in node.PLACES]
+    monkeypatch.setitem(paths.folder_names_and_paths, node.FOLDER, (places, {".safetensors"}))
+    paths.filename_list_cache.pop(node.FOLDER, None)
+    return tmp_path
+
+
+@pytest.mark.parametrize("place", ["output", "models"])
+def test_a_loaded_subject_draws_the_same_picture(scene: Any, folders: Path, place: str) -> None:
+    subject = scene.subjects[0]
+    saved = scene.pack.SaveAnyStorySubject.execute(subject, "a ball", place)
+    assert "a ball.safetensors" in saved.ui["text"][0] and saved.ui["images"]
+    (file,) = folders.rglob("*.safetensors")
+    wanted = {"output": "output/anystory_subjects", "models": "models/anystory/subjects"}[place]
+    assert file.parent == folders / wanted
+    node = scene.pack.LoadAnyStorySubject
+    assert "a ball.safetensors" in node.define_schema().inputs[1].options
+    loaded = node.execute(scene.mini.anystory, "a ball.safetensors", scene.mini.clip_vision).args[0]
+    one, two = (
+        scene.sample(scene.apply(routing=scene.route(s, scene.subjects[1])))
+        for s in (subject, loaded)
+    )
+    assert torch.equal(one, two)
+    before = node.fingerprint_inputs(subject_name="a ball.safetensors")
+    scene.pack.SaveAnyStorySubject.execute(scene.subjects[1], "a ball", place, overwrite=True)
+    assert node.fingerprint_inputs(subject_name="a ball.safetensors") != before
+
+
+def test_errors_name_the_node(scene: Any, folders: Path) -> None:
+    error = scene.errors.AnyStoryError
+    with pytest.raises(error, match="SaveAnyStorySubject: name: got '../x'"):
+        scene.pack.SaveAnyStorySubject.execute(scene.subjects[0], "../x")
+    with pytest.raises(error, match="LoadAnyStorySubject: subject_name: 'no.safetensors' is neith"):
+        scene.pack.LoadAnyStorySubject.execute(scene.mini.anystory, "no.safetensors")
+    with pytest.raises(error, match="LoadAnyStorySubject: name: got '../no"):
+        scene.pack.LoadAnyStorySubject.execute(scene.mini.anystory, "../no.safetensors")
+    assert not list(folders.rglob("*.safetensors"))
+
+
+def test_subjects_are_not_offered_as_weights(scene: Any) -> None:
+    paths = importlib.import_module("folder_paths")
+    load = importlib.import_module("anystory_pack.nodes.load")
+    folder = Path(paths.folder_names_and_paths["anystory"][0][0])
+    for name in ("weights.safetensors", "subjects/fox.safetensors", "mine/more.safetensors"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    try:
+        paths.filename_list_cache.pop("anystory", None)
+        listed = {Path(name).as_posix() for name in load.weights_files()}
+        assert {"weights.safetensors", "mine/more.safetensors"} <= listed
+        assert "subjects/fox.safetensors" not in listed
+    finally:
+        for name in ("weights.safetensors", "subjects/fox.safetensors", "mine/more.safetensors"):
+            (folder / name).unlink()
+        paths.filename_list_cache.pop("anystory", None)
+
+
+SCRIPT = """
+Style: bright
+Role Ball: a red ball
+Role Box: a blue box
+Panel: Ball on a beach.
+Panel: Ball and Box.
+Panel: nobody.
+"""
+
+
+def test_panels(scene: Any) -> None:
+    prompts, routings, seeds = scene.pack.AnyStoryPanels.execute(scene.route(), SCRIPT, 5).args
+    assert prompts == [
+        "a red ball on a beach, bright", "a red ball and a blue box, bright", "nobody, bright",
+    ]  # fmt: skip
+    assert seeds == [5, 6, 7]
+    labels = [[s.label for s in routing.subjects] for routing in routings]
+    assert labels == [["ball"], ["ball", "box"], []]
+    schema = scene.pack.AnyStoryPanels.define_schema()
+    assert all(output.is_output_list for output in schema.outputs)
+    plain = scene.sample(scene.mini.model)
+    assert torch.equal(plain, scene.sample(scene.apply(routing=routings[2])))
+    both = scene.sample(scene.apply())
+    assert torch.equal(both, scene.sample(scene.apply(routing=routings[1])))
+
+
+def test_masks_and_labels_follow_their_subject(scene: Any) -> None:
+    left, right = torch.zeros(1, 8, 8), torch.ones(1, 8, 8)
+    routing = scene.route(mode="masks", masks=[left, right])
+    script = "Role Ball: x\nRole Box: y\nPanel: Box"
+    (panel,) = scene.pack.AnyStoryPanels.execute(routing, script, 0).args[1]
+    assert torch.equal(panel.masks[0], right[0]) and panel.mode == "masks"
+
+
+def test_a_story_with_other_roles(scene: Any) -> None:
+    with pytest.raises(
+        scene.errors.AnyStoryError,
+        match=r"AnyStoryPanels: routing: it has 2 subjects \(ball, box\), the script has 1 roles",
+    ):
+        scene.pack.AnyStoryPanels.execute(scene.route(), "Role A: x\nPanel: A", 0)
+    with pytest.raises(scene.errors.AnyStoryError, match="AnyStoryPanels: line 1: got 'hello'"):
+        scene.pack.AnyStoryPanels.execute(scene.route(), "hello", 0)

@@ -1,0 +1,82 @@
+"""The story script: what it means, and what is said about one that cannot be read."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anystory_core.story import MOST_PANELS, SEEDS, StoryError, parse_story
+
+SCRIPT = """
+# a comment
+Style: soft light
+role Fox: a red fox
+Role Fox Cub: a small fox
+ROLE Ann: a girl in blue
+
+Panel: Fox meets the fox cub,
+   and Anna waves.
+Panel (ann, Fox): A quiet evening.
+Panel: An empty beach.
+"""
+
+
+def test_prompts_subjects_and_seeds() -> None:
+    story = parse_story(SCRIPT, seed=7)
+    assert [role.name for role in story.roles] == ["Fox", "Fox Cub", "Ann"]
+    first, second, third = story.panels
+    # The longer of overlapping names is meant, and Ann is not in Anna.
+    assert first.prompt == "a red fox meets the a small fox, and Anna waves, soft light"
+    assert first.subjects == (0, 1)
+    # Subjects keep the script's order; those that the text does not name are appended.
+    assert second.prompt == "A quiet evening, a red fox, a girl in blue, soft light"
+    assert second.subjects == (0, 2)
+    assert third.prompt == "An empty beach, soft light" and third.subjects == ()
+    assert [panel.seed for panel in story.panels] == [7, 8, 9]
+
+
+def test_a_description_is_never_read_again() -> None:
+    story = parse_story("Role Sun: the Moon\nRole Moon: the Sun\nPanel: Sun and Moon")
+    assert story.panels[0].prompt == "the Moon and the Sun"
+
+
+def test_seeds_wrap() -> None:
+    story = parse_story("Panel: a\nPanel: b", seed=SEEDS - 1)
+    assert [panel.seed for panel in story.panels] == [SEEDS - 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("", "it has no panel"),
+        ("Role A: x", "it has no panel"),
+        ("hello\nPanel: a", "line 1: got 'hello', expected a line that begins with"),
+        ("Role A:\nPanel: a", "line 1: role 'A' has no description"),
+        ("Role A: x\nrole a: y\nPanel: a", "line 2: role 'a' is defined twice"),
+        ("Panel: a\nRole A: x", "line 2: a role after the first panel"),
+        ("Role A: x\nPanel (B): a", "line 2: unknown role 'B', expected among: A"),
+        ("Panel (B): a", "line 1: unknown role 'B', expected among: none"),
+        ("Style: a\nStyle: b\nPanel: c", "line 2: expected one line 'Style: text'"),
+        ("Role A+B: x\nPanel: a", "line 1: got the role name 'A\\+B'"),
+        ("Panel B: a", "line 1: got 'Panel B', expected 'Panel:'"),
+        ("Panel:", "line 1: an empty panel"),
+        ("Panel: a\n" * (MOST_PANELS + 1), f"got {MOST_PANELS + 1} panels, expected at most"),
+    ],
+)
+def test_what_cannot_be_read(script: str, message: str) -> None:
+    with pytest.raises(StoryError, match=message):
+        parse_story(script)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.text(max_size=200))
+def test_any_text_is_read_or_refused_with_words(text: str) -> None:
+    for script in (text, f"Role A: x\nPanel: {text}"):
+        try:
+            story = parse_story(script)
+        except StoryError as error:
+            assert str(error)
+        else:
+            assert story.panels
+            assert all(0 <= i < len(story.roles) for p in story.panels for i in p.subjects)

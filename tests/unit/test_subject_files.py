@@ -1,0 +1,176 @@
+"""Saved subjects: round trip, names that are refused, damaged files."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from anystory_core.build import AnyStoryModel, build_model
+from anystory_core.config import (
+    AnyStoryConfig,
+    ClipVisionConfig,
+    QFormerConfig,
+    ReferenceConfig,
+    UNetConfig,
+)
+from anystory_core.encoder import encode_subject
+from anystory_core.errors import AnyStoryError, ModelMismatchError, SubjectError
+from anystory_core.preprocess import prepare_views
+from anystory_core.subject import Subject, SubjectOptions
+from anystory_core.subject_files import (
+    check_clip,
+    check_name,
+    load_subject,
+    save_subject,
+    subject_path,
+)
+
+CONFIG = AnyStoryConfig(
+    name="test",
+    unet=UNetConfig(
+        model_channels=32, channel_mult=(1, 1), transformer_depth=(0, 1), middle_depth=1,
+        num_res_blocks=1, head_dim=16, context_dim=8, adm_channels=8,
+    ),
+    clip=ClipVisionConfig(width=8, layers=1, heads=1, intermediate=8, image_size=28),
+    subject_qformer=QFormerConfig(queries=2, width=8, layers=1, heads=1, head_dim=8, output_dim=8),
+    routing_qformer=QFormerConfig(queries=1, width=8, layers=1, heads=1, head_dim=8, output_dim=8),
+    reference=ReferenceConfig(size=64, latent_scale=1.0),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> AnyStoryModel:
+    torch.manual_seed(0)
+    built = build_model(CONFIG)
+    built.fingerprint = "weights-a"
+    return built
+
+
+@pytest.fixture(scope="module")
+def subject(model: AnyStoryModel) -> Subject:
+    picture = torch.rand(2, 50, 40, 3, generator=torch.Generator().manual_seed(0))
+    views = prepare_views(picture, torch.ones(2, 50, 40), CONFIG)
+    tokens, width = CONFIG.clip.tokens, CONFIG.clip.width
+    generator = torch.Generator().manual_seed(1)
+    made = encode_subject(
+        model,
+        views,
+        clip_states=torch.randn(2, tokens, width, generator=generator),
+        background_states=torch.randn(1, tokens, width, generator=generator),
+        latents=torch.randn(2, 4, 8, 8, generator=generator),
+        label="red fox ☆",
+        clip_fingerprint="clip-a",
+    )
+    return made.with_options(SubjectOptions(strength=0.5, end=0.75))
+
+
+def test_round_trip(model: AnyStoryModel, subject: Subject, tmp_path: Path) -> None:
+    path = subject_path(tmp_path, "red fox")
+    save_subject(path, subject, overwrite=False)
+    loaded = load_subject(path, model)
+    for field in dataclasses.fields(Subject):
+        one, two = getattr(subject, field.name), getattr(loaded, field.name)
+        if isinstance(one, torch.Tensor):
+            assert torch.equal(one, two), field.name
+        elif field.name == "features":
+            assert len(one) == len(two) and all(map(torch.equal, one, two))
+        else:
+            assert one == two, field.name
+    with safe_open(path, "pt") as file:
+        head, data = file.metadata()["modelspec.thumbnail"].split(",")
+    assert head == "data:image/jpeg;base64"
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (96, 96)
+
+
+def test_nothing_is_replaced_unless_asked(
+    model: AnyStoryModel, subject: Subject, tmp_path: Path
+) -> None:
+    path = subject_path(tmp_path, "fox")
+    save_subject(path, subject, overwrite=False)
+    before = path.read_bytes()
+    with pytest.raises(SubjectError, match="'fox' is already there"):
+        save_subject(path, subject, overwrite=False)
+    assert path.read_bytes() == before
+    other = dataclasses.replace(subject, label="other")
+    save_subject(path, other, overwrite=True)
+    assert load_subject(path, model).label == "other"
+    assert [p.name for p in tmp_path.iterdir()] == ["fox.safetensors"]
+
+
+def test_other_weights_are_named(model: AnyStoryModel, subject: Subject, tmp_path: Path) -> None:
+    path = subject_path(tmp_path, "fox")
+    save_subject(path, dataclasses.replace(subject, fingerprint="weights-b"), overwrite=False)
+    with pytest.raises(ModelMismatchError, match="weights-b, loaded are weights-a"):
+        load_subject(path, model)
+    check_clip(subject, "fox", "clip-a")
+    with pytest.raises(ModelMismatchError, match="clip-a, connected are clip-b"):
+        check_clip(subject, "fox", "clip-b")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "", " ", ".", "..", "../x", "a/b", "a\\b", "/etc/x", "C:\\x", "c:x", "a..b", ".hidden",
+        "fox.", "fox ", " fox", "con", "NUL", "com1", "lpt9.txt", "aux.safetensors", "COM¹",
+        "a\nb", "a\0b", "a*b", "a?b", 'a"b', "a<b", "a|b", "x" * 121, "\u202efox",
+    ],
+)  # fmt: skip
+def test_refused_names(name: str, tmp_path: Path) -> None:
+    with pytest.raises(SubjectError, match="^name: got"):
+        subject_path(tmp_path, name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["red fox", "狐狸", "a-b_c.1", "fox.safetensors", "console"])
+def test_good_names(name: str, tmp_path: Path) -> None:
+    assert subject_path(tmp_path, name).parent == tmp_path
+    assert check_name(name) == name.removesuffix(".safetensors")
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "fox.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SubjectError, match="is a link"):
+        subject_path(tmp_path, "fox")
+
+
+def test_an_unwritable_place(subject: Subject, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SubjectError, match=r"fox\.safetensors cannot be written"):
+        save_subject(subject_path(tmp_path / "file", "fox"), subject, overwrite=False)
+
+
+def test_mutated_files(model: AnyStoryModel, subject: Subject, tmp_path: Path) -> None:
+    """200 files with damaged bytes, mostly in the header: read as they were, or refused with
+    words; nothing else in the folder appears or changes."""
+    path = subject_path(tmp_path, "fox")
+    save_subject(path, subject, overwrite=False)
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    rng = random.Random(0)
+    refused = 0
+    for number in range(200):
+        data = bytearray(whole)
+        if number % 5 == 0:
+            del data[rng.randrange(len(data)) :]
+        for _ in range(rng.choice((1, 2, 8))):
+            if data:
+                place = rng.randrange(min(header if rng.random() < 0.8 else len(data), len(data)))
+                data[place] = rng.randrange(256)
+        path.write_bytes(data)
+        try:
+            loaded = load_subject(path, model)
+        except AnyStoryError as error:
+            refused += 1
+            assert "fox.safetensors" in str(error) and len(str(error)) < 600
+        else:
+            assert loaded.tokens is not None and loaded.tokens.shape == subject.tokens.shape
+    assert refused > 100
+    assert [p.name for p in tmp_path.iterdir()] == ["fox.safetensors"]

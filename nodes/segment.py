@@ -119,7 +119,7 @@ class AnyStorySegment(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
+                    control_after_generate=True,
                     tooltip="Seed of the first noise.",
                 ),
                 io.Conditioning.Input(

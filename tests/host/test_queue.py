@@ -89,8 +89,12 @@ def test_every_graph_runs(client: Client, name: str) -> None:
     prompt = quick(graph(client, name))
     if name in SDXL:
         prompt = on_mini(prompt)
-    (picture,) = pictures(client, prompt)
-    assert picture.shape == (128, 128, 3) and picture.std() > 0
+    size = {"hires_fix": 192, "segmentation": 256}.get(name, 128)
+    kind = "PreviewImage" if name == "segmentation" else "SaveImage"
+    shown = pictures(client, prompt, kind)
+    assert len(shown) == {"story": 4, "segmentation": 2, "routes": 2}.get(name, 1)
+    assert all(picture.shape == (size, size, 3) for picture in shown)
+    assert kind == "PreviewImage" or all(picture.std() > 0 for picture in shown)
 
 
 @pytest.mark.parametrize("name", SDXL)

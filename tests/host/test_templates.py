@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from devkit.client import Client
+from devkit.host import Host
+
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 BOTH = sorted({p.stem for p in FOLDER.glob("*.json")} & {p.stem for p in FOLDER.glob("api/*.json")})
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 NOTES = {"Note", "MarkdownNote"}  # the editor's own, unknown to the queue
 
 
 @pytest.fixture(scope="module")
-def inputs(comfy: ModuleType, pack: ModuleType) -> Any:
+def inputs(host: Host) -> Any:
     """Node type -> [(input, is a widget, widgets that the editor adds behind it)], host's order."""
-    classes = dict(comfy.NODE_CLASS_MAPPINGS)
-    classes |= {node.define_schema().node_id: node for node in pack.NODES}
-    extra = importlib.import_module("comfy_extras.nodes_mask")
-    for name in ("SolidMask", "MaskComposite"):
-        classes[name] = getattr(extra, name)
+    known = Client(host.url).get("/object_info")
 
     def of(kind: str) -> list[tuple[str, bool, int]]:
-        types = classes[kind].INPUT_TYPES()
         found = []
         for group in ("required", "optional"):
-            for name, entry in types.get(group, {}).items():
+            for name, entry in known[kind]["input"].get(group, {}).items():
                 options = entry[1] if len(entry) > 1 else {}
-                widget = isinstance(entry[0], list) or entry[0] in (
-                    "INT", "FLOAT", "STRING", "BOOLEAN", "COMBO",
-                )  # fmt: skip
+                widget = isinstance(entry[0], list) or entry[0] in WIDGETS
                 added = int(name == "seed") + int(bool(options.get("image_upload")))
                 found.append((name, widget, added))
         return found
@@ -54,7 +49,7 @@ def to_prompt(graph: dict[str, Any], inputs: Any) -> dict[int, dict[str, Any]]:
             if widget:
                 given[name] = values.pop(0)
                 del values[:added]
-            elif name in connected:
+            if name in connected:
                 given[name] = links[connected[name]]
         assert not values, f"{node['type']}: {values} left over"
         prompt[node["id"]] = {"class_type": node["type"], "inputs": given}
@@ -86,6 +81,8 @@ def test_links_are_whole(path: Path) -> None:
         assert nodes[target]["inputs"][place]["link"] == link
 
 
-def test_the_six_graphs_are_there() -> None:
-    names = {"single_subject", "two_subjects", "two_subjects_masks"}
-    assert names | {f"{name}_sdxl" for name in names} <= set(BOTH)
+def test_the_graphs_are_there() -> None:
+    large = {"single_subject", "two_subjects", "two_subjects_masks"}
+    small = {"three_subjects", "routes", "segmentation", "hires_fix", "story"}
+    assert set(BOTH) == large | small | {f"{name}_sdxl" for name in large}
+    assert {path.stem for path in FOLDER.glob("*.json")} == set(BOTH)

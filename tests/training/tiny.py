@@ -119,20 +119,21 @@ def scenes(count: int, seed: int = 1) -> list[tuple[str, shards.Files]]:
     return out
 
 
-def write_base(folder: Path, *, train_steps: int = 0) -> None:
-    """A base folder in the layout of :mod:`anystory_core.training.bases`, and its config.json."""
+def write_base(folder: Path, *, train_steps: int = 0, model: AnyStoryConfig | None = None) -> None:
+    """A base folder in the layout of :mod:`anystory_core.training.bases`, and its config.json; at
+    toy widths, or at those of ``model``."""
     torch.manual_seed(0)
-    model = config()
-    clip = model.clip
+    model = model or config()
+    clip, width = model.clip, model.unet.context_dim
     unet = UNet2DConditionModel(**diffusers_unet_config(model.unet))
     vae = AutoencoderTiny()
     text = CLIPTextModel(
         CLIPTextConfig(
-            hidden_size=32,
-            intermediate_size=64,
+            hidden_size=width,
+            intermediate_size=2 * width,
             num_hidden_layers=2,
             num_attention_heads=2,
-            projection_dim=32,
+            projection_dim=width,
             eos_token_id=49407,
             pad_token_id=49407,
         )

@@ -1,0 +1,81 @@
+"""One core, two hosts: ComfyUI's U-Net and diffusers', with the same weights, predict the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from scene import module
+
+
+@pytest.fixture(scope="module")
+def twin(mini: Any) -> Any:
+    """The mini U-Net in diffusers, and the slot of our processors."""
+    names = module("anystory_pack.anystory_core.training.names")
+    hosts = module("anystory_pack.anystory_core.training.diffusers_unet")
+    config = mini.anystory.model.config
+    unet = module("diffusers").UNet2DConditionModel(**names.diffusers_unet_config(config.unet))
+    table = names.ldm_to_diffusers(config)
+    state = mini.model.model.diffusion_model.state_dict()
+    unet.load_state_dict({table[name]: x.float() for name, x in state.items()}, strict=True)
+    unet.eval().requires_grad_(False)
+    return unet, hosts.install(unet, mini.anystory.model.sites)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (13, 22)])
+@pytest.mark.parametrize("subjects", [0, 1, 3])
+def test_the_same_prediction(
+    scene: Any, mini: Any, twin: Any, subjects: int, size: tuple[int, int]
+) -> None:
+    core = "anystory_pack.anystory_core"
+    run, conditioner = module(f"{core}.run"), module(f"{core}.conditioner")
+    hosts, patcher = (
+        module(f"{core}.training.diffusers_unet"),
+        module("anystory_pack.nodes.host.patcher"),
+    )
+    model, config = mini.anystory.model, mini.anystory.model.config
+    generator = torch.Generator().manual_seed(subjects)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    latents, text = draw(3, 4, *size), draw(3, 77, config.unet.context_dim)
+    pooled = draw(3, config.unet.adm_channels - 6 * 256)
+    timesteps = torch.tensor([10.0, 500.0, 990.0])
+    time_ids = hosts.time_ids(256, 192, 3, latents.device)
+
+    def call(attention: Any) -> Any:
+        if not subjects:
+            return None
+        chosen = [s.map(lambda x: x.float()) for s in scene.subjects[:subjects]]
+        source = run.build_source("learned", model, chosen, [None] * subjects)
+        prepared = run.prepare_run(model, chosen, source, run.Settings())
+        rows = conditioner.Rows((0, 2), (1,))
+        return conditioner.Call(prepared, rows, (True,) * subjects, model.sites, attention)
+
+    unet, slot = twin
+    ours = hosts.predict(
+        unet, slot, call(hosts.dense_attention), latents, timesteps, text, pooled, time_ids
+    )
+    options: dict[str, Any] = {}
+    patcher.install(options, model.sites)
+    options[scene.ids.CALL_KEY] = call(patcher.HostAttention(options))
+    size_label = torch.cat(
+        [
+            module("comfy.ldm.modules.diffusionmodules.util").timestep_embedding(
+                time_ids[:, i], 256
+            )
+            for i in range(6)
+        ],
+        dim=1,
+    )
+    theirs = mini.model.model.diffusion_model(
+        latents, timesteps, context=text, y=torch.cat((pooled, size_label), dim=1),
+        transformer_options=options,
+    )  # fmt: skip
+    error = (ours - theirs).norm() / theirs.norm()
+    assert error < 1e-4, float(error)
+    if subjects:
+        plain = hosts.predict(unet, slot, None, latents, timesteps, text, pooled, time_ids)
+        assert (ours - plain).norm() / plain.norm() > 1e-3  # else nothing was compared

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anystory_core.config import (
@@ -19,6 +19,7 @@ from anystory_core.config import (
     ReferenceConfig,
     UNetConfig,
 )
+from anystory_core.convert import convert
 from anystory_core.reference_net import ReferenceNet
 
 
@@ -123,3 +124,12 @@ def save(path: Path, state: Mapping[str, Tensor], **metadata: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().contiguous() for k, v in state.items()}, path, metadata or None)
     return path
+
+
+def run(tmp_path: Path, unet: dict[str, Tensor], adapter: dict[str, Tensor], **options):
+    """Convert from freshly written files; returns the result and the loaded tensors."""
+    checkpoint = save(tmp_path / "base.safetensors", unet)
+    ip = save(tmp_path / "plus.safetensors", adapter)
+    options = {"config": small_config(), "dtype": torch.float32, **options}
+    done = convert(checkpoint, ip, tmp_path / "out" / "a.safetensors", **options)
+    return done, load_file(done.path)

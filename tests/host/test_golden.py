@@ -1,0 +1,48 @@
+"""Saved graphs must stay readable: ids, inputs and outputs never change or move; new inputs come
+last."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+
+PAIRS = [f"{kind}_{n}" for n in range(1, 9) for kind in ("subject", "mask")]
+OPTIONS = ["strength", "reference_strength", "start", "end"]
+GOLDEN: dict[str, tuple[list[str], list[str]]] = {
+    "LoadAnyStoryMini": ([], ["MODEL", "CLIP", "VAE", "CLIP_VISION", "ANYSTORY"]),
+    "LoadAnyStory": (["anystory_name"], ["ANYSTORY"]),
+    "EncodeSubject": (
+        ["anystory", "clip_vision", "vae", "image", "mask", "invert_mask", "label", "clip"],
+        ["ANYSTORY_SUBJECT"],
+    ),
+    "AnyStorySubjectOptions": (["subject", *OPTIONS], ["ANYSTORY_SUBJECT"]),
+    "SubjectRouter": (["anystory", "mode", *PAIRS, "clip"], ["ANYSTORY_ROUTING"]),
+    "ApplyAnyStory": (
+        ["model", "routing", *OPTIONS, "references_in_uncond"], ["MODEL", "ANYSTORY_MAPS"],
+    ),
+    "RoutingMapPreview": (
+        ["maps", "latent", "steps", "batch_index", "show_background", "image"], ["IMAGE", "MASK"],
+    ),
+    "AnyStorySegment": (
+        ["model", "vae", "image", "routing", "noise", "noises", "seed", "positive"], ["MASK"],
+    ),
+    "SaveAnyStorySubject": (["subject", "name", "place", "overwrite"], ["ANYSTORY_SUBJECT"]),
+    "LoadAnyStorySubject": (["anystory", "subject_name", "clip_vision"], ["ANYSTORY_SUBJECT"]),
+    "AnyStoryPanels": (["routing", "script", "seed"], ["STRING", "ANYSTORY_ROUTING", "INT"]),
+    "BuildAnyStory": (
+        ["checkpoint", "ip_adapter", "name", "reference_net", "precision"], ["STRING"],
+    ),
+}  # fmt: skip
+
+
+def test_every_node_is_listed(pack: ModuleType) -> None:
+    assert [node.define_schema().node_id for node in pack.NODES] == list(GOLDEN)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_ids_and_order(pack: ModuleType, name: str) -> None:
+    schema = next(n for n in pack.NODES if n.__name__ == name).define_schema()
+    inputs, outputs = GOLDEN[name]
+    assert [entry.id for entry in schema.inputs] == inputs
+    assert [entry.get_io_type() for entry in schema.outputs] == outputs

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+from typing import Any
+
+import folder_paths
 import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..anystory_core import routing_figure
 from ..anystory_core.errors import RoutingError
+from ..anystory_core.routing_atlas import build_atlas
 from ..anystory_core.routing_maps import RoutingRecord
 from .host import ids
 from .host.records import RoutingMaps
@@ -47,6 +53,22 @@ def warnings_for(record: RoutingRecord, row: int) -> list[str]:
         for label, share in zip(record.labels, record.shares(row), strict=False)
         if share < LEAST_SHARE
     ]
+
+
+def viewer_data(record: RoutingRecord, row: int) -> dict[str, Any]:
+    """What web/viewer.js shows for one batch row: ``file``, the atlas as a PNG in the host's temp
+    folder, and ``layout``, how to read it (see :func:`~..anystory_core.routing_atlas.build_atlas`).
+    """
+    atlas = build_atlas(record, row)
+    prefix = f"anystory_routes_{secrets.token_hex(4)}"  # a browser may keep an old file's name
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+        prefix, folder_paths.get_temp_directory()
+    )
+    filename = f"{name}_{counter:05}_.png"
+    with open(os.path.join(folder, filename), "wb") as file:
+        file.write(atlas.png)
+    place = {"filename": filename, "subfolder": subfolder, "type": "temp"}
+    return {"file": place, "layout": atlas.layout}
 
 
 class RoutingMapPreview(io.ComfyNode):
@@ -113,6 +135,7 @@ class RoutingMapPreview(io.ComfyNode):
             record, row=batch_index, steps=chosen, background=show_background
         )
         shown = ui.PreviewImage(picture[None], cls=cls).as_dict()
+        viewer = viewer_data(record, batch_index)
         size = tuple(PIXELS_PER_LATENT * n for n in latent["samples"].shape[-2:])
         if image is not None:
             if not batch_index < image.shape[0]:
@@ -120,10 +143,12 @@ class RoutingMapPreview(io.ComfyNode):
                     f"batch_index: got {batch_index}, the picture batch has {image.shape[0]}"
                 )
             size = tuple(image.shape[1:3])
-            over = routing_figure.overlay(record, image[batch_index].cpu().float(), row=batch_index)
+            plain = image[batch_index, ..., :3].cpu().float()
+            over = routing_figure.overlay(record, plain, row=batch_index)
             shown["images"] += ui.PreviewImage(over[None], cls=cls).as_dict()["images"]
-        notes = warnings_for(record, batch_index)
-        if notes:
-            shown["text"] = tuple(notes)
+            viewer["picture"] = ui.PreviewImage(plain[None], cls=cls).as_dict()["images"][0]
+        # Every key every time: the host joins the outputs of a list by the keys of the first.
+        shown["anystory_routes"] = [viewer]
+        shown["text"] = tuple(warnings_for(record, batch_index))
         masks = record.masks(batch_index, (size[0], size[1]))
         return io.NodeOutput(picture[None], masks.to(torch.float32), ui=shown)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config import AnyStoryConfig
+from ..config import AnyStoryConfig, UNetConfig
 
 CONFIG = AnyStoryConfig.mini()
 
@@ -53,9 +53,8 @@ LATENT_RGB_BIAS = (0.0304, 0.0960, 0.1239)
 PICTURE_SIZE = 256
 
 
-def unet_arguments() -> dict[str, Any]:
+def unet_arguments(unet: UNetConfig = CONFIG.unet) -> dict[str, Any]:
     """Keyword arguments of the ``UNetModel`` that SDXL checkpoints are loaded into."""
-    unet = CONFIG.unet
     levels = zip(unet.channel_mult, unet.transformer_depth, strict=True)
     depth = [d for _, d in levels for _ in range(unet.num_res_blocks)]
     up = [d for d in reversed(unet.transformer_depth) for _ in range(unet.num_res_blocks + 1)]

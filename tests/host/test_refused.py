@@ -57,7 +57,11 @@ def host_model(kind: str, **sizes: Any) -> Callable[[Scene], Any]:
 
     def act(scene: Scene) -> Any:
         supported = module("comfy.supported_models")
-        settings = getattr(supported, kind)({**getattr(supported, kind).unet_config, **sizes})
+        given = {**getattr(supported, kind).unet_config, **sizes}
+        if kind == "Flux":  # newer hosts ask for one thing more
+            known = module("comfy.ldm.flux.model").FluxParams.__dataclass_fields__
+            given |= {name: [] for name in ("txt_ids_dims",) if name in known}
+        settings = getattr(supported, kind)(given)
         settings.set_inference_dtype(torch.float32, None)
         model = settings.get_model({}, "", device="meta")
         patcher = module("comfy.model_patcher").ModelPatcher(

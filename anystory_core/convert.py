@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .build import PARTS, build_model
+from .build import PARTS, AnyStoryModel, build_model
 from .checkpoint import FORMAT
 from .config import AnyStoryConfig, QFormerConfig
 from .convert_keys import (
@@ -157,6 +157,19 @@ def convert(
         )
     parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
     return Converted(out, size, parameters, parts, unet.notes if unet else ())
+
+
+def load_ip_adapter(model: AnyStoryModel, path: str | os.PathLike[str]) -> None:
+    """Start a model's K and V maps for CLIP tokens from an IP-Adapter Plus file, as training may.
+    CheckpointError as in :func:`convert`; the model is then unchanged."""
+    adapter = open_adapter(Path(path), model.config)
+    with adapter.source:
+        pieces = _plan(model.config, ("clip_projections",), adapter, None)
+        ready = {name: piece.make() for name, piece in pieces.items()}
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in ready.items():
+            state[name].copy_(tensor)
 
 
 class _Maker:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from anystory_core import convert as conversion
 from anystory_core import convert_sources, convert_write
+from anystory_core.build import build_model
 from anystory_core.checkpoint import load_model, read_header
 from anystory_core.config import AnyStoryConfig
 from anystory_core.convert import convert
@@ -248,6 +249,23 @@ def test_streamed_bytes_equal_the_librarys(tmp_path) -> None:
             dtype=torch.float32,
             metadata={},
         )
+
+
+def test_training_may_start_from_the_adapters_keys_and_values(tmp_path, unet, adapter) -> None:
+    """The same tensors as in a converted file, and nothing else of the model is touched."""
+    _, converted = run(tmp_path, unet, adapter)
+    torch.manual_seed(0)
+    model = build_model(CONFIG)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    conversion.load_ip_adapter(model, tmp_path / "plus.safetensors")
+    for name, tensor in model.state_dict().items():
+        wanted = converted if name.startswith("projections.clip.") else before
+        assert torch.equal(tensor, wanted[name]), name
+    broken = save(tmp_path / "broken.safetensors", dict(list(adapter.items())[:-1]))
+    after = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"broken\.safetensors"):
+        conversion.load_ip_adapter(model, broken)
+    assert all(torch.equal(x, after[name]) for name, x in model.state_dict().items())
 
 
 def test_sdxl_names_are_the_public_ones() -> None:

@@ -1,0 +1,76 @@
+// What AnyStory adds to the editor: a viewer of the routes on RoutingMapPreview, and as many inputs
+// on SubjectRouter as are needed. Every node works without this file.
+
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { manageInputs } from "./router_inputs.js";
+import { textsFor } from "./texts.js";
+import { RouteViewer } from "./viewer.js";
+
+const LEAST_WIDTH = 340;
+const viewers = new WeakMap(); // node -> RouteViewer
+
+function addStyle() {
+  const link = document.createElement("link");
+  link.rel = "stylesheet";
+  link.href = new URL("./viewer.css", import.meta.url).href;
+  document.head.append(link);
+}
+
+/** A file that a node's output names. */
+async function load({ filename, subfolder, type }) {
+  const reply = await api.fetchApi(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
+  if (!reply.ok) throw new Error(`${filename}: ${reply.status} ${reply.statusText}`);
+  return reply.blob();
+}
+
+/** The node's viewer, made when there is something to see for the first time. */
+function viewerOf(node) {
+  const known = viewers.get(node);
+  if (known) return known;
+  const texts = textsFor(app.extensionManager?.setting?.get("Comfy.Locale"));
+  const viewer = new RouteViewer(load, texts);
+  const widget = node.addDOMWidget("anystory_routes", "anystory_routes", viewer.element, {
+    serialize: false,
+    hideOnZoom: false,
+    getMinHeight: () => viewer.height,
+    getValue: () => "",
+    setValue: () => {},
+  });
+  widget.serialize = false; // looking around does not change a graph
+  viewer.element.addEventListener("wheel", (event) => {
+    // Over nodes on the canvas the wheel zooms; Vue nodes pass it on by themselves.
+    if (!viewer.element.closest("[data-node-id]")) app.canvas?.processMouseWheel?.(event);
+  });
+  viewers.set(node, viewer);
+  return viewer;
+}
+
+function show(node, output) {
+  if (!output?.anystory_routes?.length) return;
+  const viewer = viewerOf(node);
+  viewer.show(output.anystory_routes, output.text);
+  const [width, height] = node.computeSize();
+  node.setSize([
+    Math.max(node.size[0], width, LEAST_WIDTH),
+    Math.max(node.size[1], height),
+  ]);
+  node.setDirtyCanvas?.(true, true);
+}
+
+function watchOutputs(node) {
+  const before = node.onExecuted;
+  node.onExecuted = function (output) {
+    before?.apply(this, arguments);
+    show(this, output);
+  };
+}
+
+app.registerExtension({
+  name: "AnyStory",
+  setup: addStyle,
+  nodeCreated(node) {
+    if (node.comfyClass === "RoutingMapPreview") watchOutputs(node);
+    if (node.comfyClass === "SubjectRouter") manageInputs(node);
+  },
+});

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .environment import SetupError
+from .environment import STATE, SetupError, run, say
 
 WINDOW = (1600, 1100)
 # What each program is called, most likely name first.
@@ -25,6 +25,20 @@ def _program(names: tuple[str, ...], what: str) -> str:
         f"{what}: none of {', '.join(names)} is on the PATH; install a browser and its driver of "
         "the same version, on Debian and Ubuntu: apt-get install chromium chromium-driver"
     )
+
+
+def prepare_front_end(version: str, interpreter: Path) -> Path:
+    """Folder of the editor's files for the host's `--front-end-root`, from its Python package."""
+    folder = STATE / "front_ends" / version
+    if not folder.exists():
+        say(f"getting the editor {version}")
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        package = f"comfyui-frontend-package=={version}"
+        pip = [str(interpreter), "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
+        run([*pip, "--quiet", "--target", str(partial), package], f"installation of {package}")
+        partial.rename(folder)
+    return folder / "comfyui_frontend_package" / "static"
 
 
 @contextlib.contextmanager

@@ -28,7 +28,8 @@ def _package(name: str, folder: Path) -> ModuleType:
 
 
 sys.path = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
-sys.path += [str(ROOT / "tests" / folder) for folder in ("unit", "host")]  # their helper modules
+_HELPERS = ("unit", "host", "browser")  # folders with helper modules
+sys.path += [str(ROOT / "tests" / folder) for folder in _HELPERS]
 _package("anystory_pack", ROOT)
 _package("anystory_core", ROOT / "anystory_core")
 _package("devkit", ROOT / "devkit")

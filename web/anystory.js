@@ -8,6 +8,7 @@ import { textsFor } from "./texts.js";
 import { RouteViewer } from "./viewer.js";
 
 const LEAST_WIDTH = 340;
+const RESTORE_DELAY = 200; // milliseconds: the editor restores outputs after it has built the graph
 const viewers = new WeakMap(); // node -> RouteViewer
 
 function addStyle() {
@@ -64,6 +65,10 @@ function watchOutputs(node) {
     before?.apply(this, arguments);
     show(this, output);
   };
+  // A graph that is opened again gets its outputs back without being run.
+  setTimeout(() => {
+    if (node.graph && !viewers.has(node)) show(node, app.nodeOutputs?.[node.id]);
+  }, RESTORE_DELAY);
 }
 
 app.registerExtension({

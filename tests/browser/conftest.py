@@ -1,0 +1,45 @@
+"""A real browser on a real host, with the oldest and the newest editor that we promise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from editor import Editor
+
+from devkit import environment
+from devkit.browser import chromium, prepare_front_end
+from devkit.client import Client
+from devkit.host import running
+
+INPUTS = environment.ROOT / "workflows" / "inputs"
+
+
+@pytest.fixture(scope="session", params=["1.32.9", "1.49.6"])
+def browser(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Editor]:
+    """A browser on a host that serves one version of the editor; nothing is open yet."""
+    version: str = request.param
+    interpreter = environment.python()
+    files = prepare_front_end(version, interpreter)
+    base = tmp_path_factory.mktemp("browser")
+    arguments = ("--front-end-root", str(files))
+    with (
+        chromium(base / "profile") as driver,
+        running(environment.prepare_host(), interpreter, base, arguments=arguments) as host,
+    ):
+        client = Client(host.url)
+        for picture in INPUTS.iterdir():
+            client.upload(picture)
+        yield Editor(driver, client, version)
+
+
+@pytest.fixture(params=[False, True], ids=["canvas", "vue"])
+def editor(browser: Editor, request: pytest.FixtureRequest) -> Iterator[Editor]:
+    """The editor freshly loaded, with nodes on the canvas or drawn by Vue; no errors of ours in its
+    console afterwards."""
+    browser.open(vue=request.param)
+    browser.errors()
+    yield browser
+    assert browser.errors() == []

@@ -1,0 +1,196 @@
+"""The editor as tests use it: open, load a graph, queue, look, and complain of errors."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from selenium.webdriver import ActionChains
+from selenium.webdriver.common.by import By
+
+from devkit.client import Client
+
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATES = {path.stem: path for path in sorted((ROOT / "workflows").glob("*.json"))}
+PACK = "comfyui-anystory"
+SCREENSHOTS = ROOT / ".dev" / "screenshots"
+
+READY = (
+    "return Boolean(window.app?.graph && app.canvas && app.extensionManager?.setting && "
+    "window.LiteGraph?.registered_node_types?.KSampler)"
+)
+# The first node of a type in the open graph.
+NODE = "const node = app.graph._nodes.find((n) => n.type === arguments[0]);"
+
+
+class Editor:
+    """One browser on one host."""
+
+    def __init__(self, driver: Any, client: Client, name: str) -> None:
+        self.driver, self.client, self.name = driver, client, name
+
+    def open(self, *, vue: bool = False, script: bool = True) -> None:
+        """Load the page anew, with canvas or Vue nodes, with or without our script."""
+        self.client.post(
+            "/settings", {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": vue}
+        )
+        blocked = [] if script else [f"*/extensions/{PACK}/*"]
+        self.driver.execute_cdp_cmd("Network.enable", {})
+        self.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": blocked})
+        self.driver.execute_cdp_cmd("Network.setCacheDisabled", {"cacheDisabled": not script})
+        self.driver.get("about:blank")
+        self.driver.get(self.client.url)
+        self.wait(READY, seconds=60)
+        loaded = "return app.extensions.some((extension) => extension.name === 'AnyStory')"
+        if script:
+            self.wait(loaded)
+        else:
+            assert not self.js(loaded)
+        self.js("app.canvas.read_only = false")
+
+    def js(self, script: str, *arguments: Any) -> Any:
+        """Run a function body; what it returns."""
+        return self.driver.execute_script(script, *arguments)
+
+    def finish(self, expression: str, *arguments: Any) -> Any:
+        """What a promise gives."""
+        return self.driver.execute_async_script(
+            "const done = arguments[arguments.length - 1];"
+            f"({expression}).then((value) => done([value ?? null]), (e) => done(String(e)))",
+            *arguments,
+        )[0]
+
+    def wait(self, script: str, *arguments: Any, seconds: float = 30) -> Any:
+        """Poll a function body until it returns something true."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            value = self.js(script, *arguments)
+            if value:
+                return value
+            time.sleep(0.1)
+        self.screenshot("timeout")
+        raise AssertionError(f"not true within {seconds:.0f} s: {script}")
+
+    def load(self, graph: dict[str, Any]) -> None:
+        """Open a graph."""
+        self.finish("app.loadGraphData(arguments[0])", graph)
+
+    def load_template(self, name: str) -> None:
+        """Open one of the pack's templates as a person does, in the template browser."""
+        self.js("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        leaf = "return [...document.querySelectorAll('[role=dialog] *')].find((element) => "
+        self.wait(leaf + "!element.children.length && element.textContent.trim() === arguments[0])",
+                  PACK).click()  # fmt: skip
+        card = f'[data-testid="template-workflow-{name}"]'
+        self.wait("return document.querySelector(arguments[0])", card)
+        before = self.js("return app.graph.id")
+        self.driver.find_element(By.CSS_SELECTOR, card).click()
+        self.wait("return app.graph.id !== arguments[0] && app.graph._nodes.length", before)
+        self.wait("return !document.querySelector('[role=dialog]')")
+
+    def template(self, name: str, *, steps: int = 3, size: int = 128) -> None:
+        """Open a template's graph, made quick."""
+        graph = json.loads(TEMPLATES[name].read_text())
+        for node in graph["nodes"]:
+            if node["type"] == "KSampler":
+                node["widgets_values"][2] = steps
+            elif node["type"] == "EmptyLatentImage":
+                node["widgets_values"][:2] = [size, size]
+        self.load(graph)
+
+    def prompt(self) -> dict[str, Any]:
+        """The API prompt of the open graph."""
+        return self.finish("app.graphToPrompt().then((prompt) => prompt.output)")
+
+    def saved(self) -> dict[str, Any]:
+        """The open graph as it would be saved."""
+        return json.loads(self.js("return JSON.stringify(app.graph.serialize())"))
+
+    def inputs(self, kind: str) -> list[str]:
+        """Names of a node's sockets, widgets' own sockets left out."""
+        return self.js(
+            NODE + "return node.inputs.filter((input) => !input.widget).map((input) => input.name)",
+            kind,
+        )
+
+    def set(self, kind: str, name: str, value: Any) -> None:
+        """Give a widget a value."""
+        self.js(
+            NODE + "node.widgets.find((w) => w.name === arguments[1]).value = arguments[2]",
+            kind, name, value,
+        )  # fmt: skip
+
+    def queue(self) -> dict[str, Any]:
+        """Run the open graph; the outputs of its nodes by id."""
+        before = set(self.client.get("/history"))
+        self.js("app.queuePrompt(0)")
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            for number, entry in self.client.get("/history").items():
+                if number not in before:
+                    assert entry["status"]["status_str"] == "success", entry["status"]
+                    return entry["outputs"]
+            time.sleep(0.1)
+        raise AssertionError("the queue gave nothing within 120 s")
+
+    def look_at(self, kind: str, scale: float = 1.0) -> None:
+        """Bring a node to the upper left of the window."""
+        self.js(
+            NODE + "app.canvas.ds.scale = arguments[1];"
+            "app.canvas.ds.offset = [160 / arguments[1] - node.pos[0],"
+            " 140 / arguments[1] - node.pos[1]]; app.canvas.setDirty(true, true)",
+            kind, scale,
+        )  # fmt: skip
+        self.frames()
+
+    def frames(self) -> None:
+        """Let the page draw a few times."""
+        self.finish(
+            "new Promise((done) => { let n = 6; const next = () => (n-- ? "
+            "requestAnimationFrame(next) : done()); next(); })"
+        )
+
+    def slot(self, kind: str, name: str, *, output: bool) -> tuple[int, int]:
+        """Where a socket is in the window."""
+        x, y = self.js(
+            NODE + "const slots = arguments[2] ? node.outputs : node.inputs;"
+            "const index = slots.findIndex((slot) => slot.name === arguments[1]);"
+            # Vue draws sockets as elements.
+            "const key = `${node.id}-${arguments[2] ? 'out' : 'in'}-${index}`;"
+            "const dot = document.querySelector(`[data-slot-key='${key}']`);"
+            "if (dot) { const box = dot.getBoundingClientRect();"
+            " return [box.x + box.width / 2, box.y + box.height / 2]; }"
+            "const place = arguments[2] ? node.getOutputPos(index) : node.getInputPos(index);"
+            "const { scale, offset } = app.canvas.ds;"
+            "const box = app.canvas.canvas.getBoundingClientRect();"
+            "return [0, 1].map((i) => (place[i] + offset[i]) * scale + [box.left, box.top][i])",
+            kind, name, output,
+        )  # fmt: skip
+        return round(x), round(y)
+
+    def drag(self, start: tuple[int, int], end: tuple[int, int]) -> None:
+        """Press, move in two strides, let go."""
+        actions = ActionChains(self.driver, duration=80)
+        pointer = actions.w3c_actions.pointer_action
+        pointer.move_to_location(*start)
+        pointer.pointer_down()
+        pointer.move_to_location((start[0] + end[0]) // 2, (start[1] + end[1]) // 2)
+        pointer.move_to_location(*end)
+        pointer.pointer_up()
+        actions.perform()
+        self.frames()
+
+    def screenshot(self, name: str) -> Path:
+        """Keep a picture of the window."""
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        path = SCREENSHOTS / f"{self.name}_{name}.png"
+        self.driver.save_screenshot(str(path))
+        return path
+
+    def errors(self) -> list[str]:
+        """Errors in the console since the last call that name the pack or its files. The editor's
+        own are left out: on a host without the internet it has many."""
+        severe = [e["message"] for e in self.driver.get_log("browser") if e["level"] == "SEVERE"]
+        return [m for m in severe if "anystory" in m.lower() and "api.comfy.org" not in m]

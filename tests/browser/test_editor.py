@@ -1,0 +1,195 @@
+"""What a person sees in the editor: templates, the viewer of the routes, the router's inputs."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from editor import TEMPLATES, Editor
+from PIL import Image
+from selenium.webdriver import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+VIEWER = ".anystory-viewer"
+PREVIEW = "RoutingMapPreview"
+
+
+def element(editor: Editor, selector: str) -> Any:
+    """One element of the viewer."""
+    return editor.driver.find_element(By.CSS_SELECTOR, f"{VIEWER} {selector}")
+
+
+def drawn(editor: Editor) -> str:
+    """The viewer's canvas as a file."""
+    return editor.js("return document.querySelector(arguments[0]).toDataURL()", f"{VIEWER} canvas")
+
+
+def run_two_subjects(editor: Editor) -> dict[str, Any]:
+    """Queue the two-subject graph; the preview's outputs, once the viewer shows them."""
+    editor.template("two_subjects")
+    outputs = editor.queue()
+    editor.wait("return document.querySelector(arguments[0])?.checkVisibility()", VIEWER)
+    editor.look_at(PREVIEW)
+    editor.wait("return document.querySelector(arguments[0])", f"{VIEWER} fieldset input")
+    (shown,) = [out for out in outputs.values() if "anystory_routes" in out]
+    assert len(shown["images"]) == 2
+    return shown
+
+
+def recorded(editor: Editor, entry: dict[str, Any]) -> list[dict[int, np.ndarray]]:
+    """Region ids by step and block, from the atlas file."""
+    layout = entry["layout"]
+    picture = Image.open(io.BytesIO(editor.client.fetch(entry["file"]))).convert("L")
+    ids = np.round(np.array(picture).reshape(-1) / layout["level"]).astype(int)
+    place, steps = 0, []
+    for step in layout["steps"]:
+        blocks = {}
+        for block, height, width in layout["grids"][step["grid"]]:
+            blocks[block] = ids[place : place + height * width].reshape(height, width)
+            place += height * width
+        steps.append(blocks)
+    return steps
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_open_from_the_template_browser(opened: Editor, name: str) -> None:
+    opened.load_template(name)
+    unknown = opened.js(
+        "return app.graph._nodes.filter((n) => n.has_errors || "
+        "!LiteGraph.registered_node_types[n.type]).map((n) => n.type)"
+    )
+    assert unknown == []
+    opened.frames()
+    assert [e for e in opened.errors() if ".jpg" not in e] == []
+
+
+@pytest.fixture(scope="module")
+def opened(browser: Editor) -> Editor:
+    """The editor, loaded once for tests that only open graphs."""
+    browser.open()
+    browser.errors()
+    return browser
+
+
+def test_picture_and_viewer_appear(editor: Editor) -> None:
+    shown = run_two_subjects(editor)
+    (entry,) = shown["anystory_routes"]
+    steps = recorded(editor, entry)
+    blocks = sorted(steps[0])
+    labels = entry["layout"]["labels"]
+    pictures = {drawn(editor)}
+    where = element(editor, ".where")
+    step, block = (element(editor, f"input[name={name}]") for name in ("step", "block"))
+    canvas = element(editor, "canvas")
+    for number, index in ((0, blocks[0]), (2, blocks[0]), (2, blocks[-1])):
+        # The keyboard alone: Home is "all blocks", the first arrow is the first block.
+        step.send_keys(Keys.HOME, *[Keys.ARROW_RIGHT] * number)
+        block.send_keys(Keys.HOME, *[Keys.ARROW_RIGHT] * (blocks.index(index) + 1))
+        assert step.get_attribute("aria-valuetext").startswith(f"{number + 1} of 3")
+        ids = steps[number][index]
+        height, width = ids.shape
+        canvas.send_keys(Keys.ARROW_UP)  # the marker appears in the middle
+        y, x = height // 2, width // 2
+        for key, dy, dx in ((None, 0, 0), (Keys.ARROW_LEFT, 0, -1), (Keys.ARROW_UP, -1, 0)):
+            if key:
+                canvas.send_keys(key)
+            y, x = y + dy, x + dx
+            name = entry["layout"]["blocks"][str(index)]
+            assert where.text == f"{labels[ids[y, x]]} · {name} · {width}×{height}"
+        block.send_keys(Keys.NULL)  # the marker leaves with the focus
+        pictures.add(drawn(editor))
+    assert len(pictures) == 4  # every move of a slider showed another map
+    editor.screenshot(f"viewer_{'vue' if vue_nodes(editor) else 'canvas'}")
+
+
+def vue_nodes(editor: Editor) -> bool:
+    return editor.js("return app.extensionManager.setting.get('Comfy.VueNodes.Enabled')")
+
+
+def test_pointer_and_switches(editor: Editor) -> None:
+    shown = run_two_subjects(editor)
+    (entry,) = shown["anystory_routes"]
+    labels = entry["layout"]["labels"]
+    canvas, where = element(editor, "canvas"), element(editor, ".where")
+    element(editor, "input[name=block]").send_keys(Keys.END)
+    ids = recorded(editor, entry)[0][max(int(n) for n in entry["layout"]["blocks"])]
+    # A square picture lies in the middle of the canvas' box; its upper left token:
+    side = min(canvas.size["width"], canvas.size["height"])
+    corner = -side // 2 + side // (2 * ids.shape[0])
+    ActionChains(editor.driver).move_to_element_with_offset(canvas, corner, corner).perform()
+    assert where.text.startswith(f"{labels[ids[0, 0]]} · ")
+    ActionChains(editor.driver).move_to_element(element(editor, "fieldset")).perform()
+    boxes = editor.driver.find_elements(By.CSS_SELECTOR, f"{VIEWER} fieldset input")
+    assert [box.is_selected() for box in boxes] == [True, True, False]
+    named = [box.accessible_name for box in boxes]
+    assert all(label in name for label, name in zip(labels, named, strict=True))
+    shares = [float(np.mean(ids == i)) for i in range(3)]
+    for name, share in zip(named, shares, strict=True):
+        assert name.endswith(f"{100 * share:.{0 if share >= 0.1 or share == 0 else 1}f} %")
+    for box, share in zip(boxes, shares, strict=True):
+        before = drawn(editor)
+        box.click()
+        assert (drawn(editor) != before) == (share > 0)
+    assert [box.is_selected() for box in boxes] == [False, False, True]
+
+
+def test_a_saved_graph_comes_back_the_same(editor: Editor) -> None:
+    run_two_subjects(editor)
+    editor.set("KSampler", "seed", 12345)
+    editor.set(PREVIEW, "steps", "2, last")
+    editor.set("SubjectRouter", "mode", "masks")
+    saved, prompt = editor.saved(), editor.prompt()
+    router = next(node for node in saved["nodes"] if node["type"] == "SubjectRouter")
+    inputs = {entry["name"]: entry.get("link") for entry in router["inputs"]}
+    linked = {name for name, link in inputs.items() if link is not None}
+    assert linked == {"anystory", "subject_1", "subject_2"}
+    for link in saved["links"]:  # a link names its socket by place
+        if link[3] == router["id"]:
+            assert router["inputs"][link[4]]["link"] == link[0]
+    vue = vue_nodes(editor)
+    for script in (True, False):
+        editor.open(vue=vue, script=script)
+        editor.load(saved)
+        editor.frames()
+        assert editor.prompt() == prompt
+        again = {node["id"]: node for node in editor.saved()["nodes"]}
+        for node in saved["nodes"]:
+            assert again[node["id"]].get("widgets_values") == node.get("widgets_values")
+        assert len(editor.inputs("SubjectRouter")) == (8 if script else 18)
+    editor.errors()  # without the script, the console complains of the file that we blocked
+
+
+def test_one_more_input_than_is_used(editor: Editor) -> None:
+    editor.template("two_subjects")
+    editor.frames()
+    pairs = [f"{kind}_{n}" for n in (1, 2, 3) for kind in ("subject", "mask")]
+    assert editor.inputs("SubjectRouter") == ["anystory", *pairs, "clip"]
+    editor.look_at("EncodeSubject", 0.8)
+    start = editor.slot("EncodeSubject", "subject", output=True)
+    editor.drag(start, editor.slot("SubjectRouter", "subject_3", output=False))
+    more = [*pairs, "subject_4", "mask_4"]
+    assert editor.inputs("SubjectRouter") == ["anystory", *more, "clip"]
+    editor.screenshot(f"router_{'vue' if vue_nodes(editor) else 'canvas'}")
+    (given,) = [n["inputs"] for n in editor.prompt().values() if n["class_type"] == "SubjectRouter"]
+    assert set(given) == {"anystory", "mode", "subject_1", "subject_2", "subject_3"}
+    assert given["subject_3"] == given["subject_1"] != given["subject_2"]
+    editor.js(
+        "const node = app.graph._nodes.find((n) => n.type === 'SubjectRouter');"
+        "node.disconnectInput(node.inputs.findIndex((input) => input.name === 'subject_3'))"
+    )
+    editor.frames()
+    assert editor.inputs("SubjectRouter") == ["anystory", *pairs, "clip"]
+
+
+def test_without_the_script_the_pictures_are_there(browser: Editor) -> None:
+    browser.open(script=False)
+    browser.template("two_subjects")
+    browser.queue()
+    browser.look_at(PREVIEW)
+    browser.wait(
+        "return app.graph._nodes.find((n) => n.type === arguments[0]).imgs?.length === 2", PREVIEW
+    )
+    browser.errors()

@@ -13,6 +13,7 @@ the base trains.
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -90,13 +91,24 @@ def run_phase(name: str, options: Options) -> None:
         run_shared(partial(train_identity, options.training_emoji(), work), options.processes)
     elif name == "stage1":
         write_data(options.training_emoji(), work, "pairs", options.sample_shards)
-        Trainer(stage1(work, options.stage1_steps)).run()
+        run_shared(partial(train_stage, work, 1, options.stage1_steps), options.processes)
     elif name == "stage2":
         write_data(options.training_emoji(), work, "scenes", options.sample_shards)
-        Trainer(stage2(work, options.stage2_steps, work / SUBJECT_FILE)).run()
+        run_shared(partial(train_stage, work, 2, options.stage2_steps), options.processes)
     else:
         for part, size in export(work).items():
             print(f"export: {part} {size / 2**20:.2f} MiB", flush=True)
+
+
+def train_stage(work: Path, stage: int, steps: int) -> None:
+    """Train or resume a stage with the project's trainer; every process that shares it calls this."""
+    part, parts = shares()
+    if parts > 1:  # what accelerate looks for
+        rank = {"RANK": part, "LOCAL_RANK": part, "WORLD_SIZE": parts, "LOCAL_WORLD_SIZE": parts}
+        os.environ.update({name: str(value) for name, value in rank.items()})
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    config = stage1(work, steps) if stage == 1 else stage2(work, steps, work / SUBJECT_FILE)
+    Trainer(config).run()
 
 
 def cache_scenes(work: Path) -> None:

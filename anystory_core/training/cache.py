@@ -1,7 +1,9 @@
-"""Text states and target latents on disk: computed at the first epoch, read at the others.
+"""What the frozen base makes of a batch, on disk: computed at the first epoch, read at the others.
 
-One small safetensors file per caption and per target, named by what it was made from, so another
-base, resolution or caption never reads a stale one. Processes may share the folder.
+Text states by caption, target latents by sample; where references are not augmented, their latents
+and CLIP states too, by their pixels. One small safetensors file each, named by what it was made
+from, so another base, resolution, caption or picture never reads a stale one. Processes may share
+the folder.
 """
 
 from __future__ import annotations
@@ -22,15 +24,18 @@ from torch import Tensor
 
 from .bases import Base
 from .batches import Batch
+from .config import TrainingConfig
 
 
 class Encodings:
     """Encodes a batch's captions and targets with the base, through a folder when there is one."""
 
-    def __init__(self, base: Base, folder: str, resolution: int) -> None:
+    def __init__(self, base: Base, config: TrainingConfig) -> None:
         self.base = base
+        folder, augmented = config.data.cache, config.augment.changes
         self.folder = Path(folder) / base.fingerprint if folder else None
-        self.resolution = resolution
+        self.keeps_references = self.folder is not None and not augmented
+        self.resolution = config.data.resolution
 
     def text(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
         """States (B,77,C) and pooled (B,P) of the captions."""
@@ -51,6 +56,25 @@ class Encodings:
 
         rows = self._rows([f"target|{self.resolution}|{key}" for key in batch.keys], compute)
         return _stack(rows, "latents", device)
+
+    def reference_latents(self, pixels: Tensor) -> Tensor:
+        """References (M,3,R,R) in [-1,1] as latents (M,4,h,w) at U-Net scale."""
+        return self._of_pixels("reference", pixels, self.base.encode_picture)
+
+    def clip_states(self, pixels: Tensor) -> Tensor:
+        """Penultimate CLIP states (M,S,W) of normalised pixels (M,3,S,S)."""
+        return self._of_pixels("clip", pixels, self.base.clip_states)
+
+    def _of_pixels(self, kind: str, pixels: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        if not self.keeps_references:
+            return encode(pixels)
+
+        def compute(missing: Sequence[int]) -> list[dict[str, Tensor]]:
+            return [{kind: x} for x in encode(pixels[list(missing)])]
+
+        data = pixels.detach().float().cpu().numpy()
+        names = [f"{kind}|{hashlib.sha256(row.tobytes()).hexdigest()}" for row in data]
+        return _stack(self._rows(names, compute), kind, pixels.device)
 
     def _rows(
         self,

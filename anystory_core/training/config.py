@@ -41,7 +41,9 @@ class DataSettings:
     resolution: int = 1024  # pictures are scaled and centre-cropped to this square
     max_subjects: int = 3  # scene samples keep the largest ones
     workers: int = 4
-    cache: str = ""  # folder for text states and target latents; "" computes them every time
+    # Folder for text states and target latents, and without augmentation for what the references
+    # are encoded to as well; "" computes them every time.
+    cache: str = ""
     mirror: bool = False  # flip half of the targets, with their masks; not with `cache`
 
 
@@ -63,6 +65,11 @@ class AugmentSettings:
         for name in ("rotate", "crop", "pad", "flip", "colour", "least_kept"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"augment.{name}: got {getattr(self, name)}, expected 0 to 1")
+
+    @property
+    def changes(self) -> bool:
+        """Whether a reference may ever be changed."""
+        return any((self.rotate, self.crop, self.pad, self.flip, self.colour))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from ..run import Run, project
 from . import diffusers_unet
 from .bases import Base
 from .batches import Batch, sample_seed
+from .cache import Encodings
 from .config import TrainingConfig
 from .losses import diffusion_loss, routing_loss
 
@@ -59,12 +60,13 @@ def add_noise(
 class Stage(nn.Module):
     """Common to both stages. ``parts`` are the AnyStory modules, frozen ones included."""
 
-    def __init__(self, model: AnyStoryModel, base: Base, config: TrainingConfig) -> None:
+    def __init__(self, model: AnyStoryModel, encodings: Encodings, config: TrainingConfig) -> None:
         super().__init__()
         self.config = config
         self.model = model
         # Out of reach of nn.Module: never trained, saved or sharded.
-        self._frozen: list[Any] = [base]
+        self._frozen: list[Any] = [encodings]
+        base = encodings.base
         self._slot = diffusers_unet.install(base.unet, model.sites)
         for name, module in model.modules():
             self.add_module(name, module)
@@ -73,8 +75,12 @@ class Stage(nn.Module):
             base.unet.enable_gradient_checkpointing()
 
     @property
-    def base(self) -> Base:
+    def encodings(self) -> Encodings:
         return self._frozen[0]
+
+    @property
+    def base(self) -> Base:
+        return self.encodings.base
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name in a weights file, parameter) of all that this stage trains."""
@@ -109,7 +115,7 @@ class Stage(nn.Module):
 
     def clip_states(self, pixels: Tensor) -> Tensor:
         """(B,3,S,S) -> (B,S,W) in the dtype of the trained modules."""
-        return self.base.clip_states(pixels).to(self.dtype)
+        return self.encodings.clip_states(pixels).to(self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -134,7 +140,7 @@ class Stage(nn.Module):
         net = self.model.reference_net
         if net is None:
             return ()
-        latents = self.base.encode_picture(vae).to(self.dtype)
+        latents = self.encodings.reference_latents(vae).to(self.dtype)
         channel = latent_mask(mask, (latents.shape[-2], latents.shape[-1])).to(latents)
         return net(torch.cat((latents, channel), dim=1))
 
@@ -142,8 +148,8 @@ class Stage(nn.Module):
 class SubjectStage(Stage):
     """Stage 1: subject QFormer, ReferenceNet and all K, V maps. One subject, routed everywhere."""
 
-    def __init__(self, model: AnyStoryModel, base: Base, config: TrainingConfig) -> None:
-        super().__init__(model, base, config)
+    def __init__(self, model: AnyStoryModel, encodings: Encodings, config: TrainingConfig) -> None:
+        super().__init__(model, encodings, config)
         self.requires_grad_(True)
         if model.reference_net is not None:
             model.reference_net.recompute = config.run.checkpointing
@@ -166,8 +172,8 @@ class SubjectStage(Stage):
 class RouterStage(Stage):
     """Stage 2: the routing QFormer and the routers, on a frozen subject encoder."""
 
-    def __init__(self, model: AnyStoryModel, base: Base, config: TrainingConfig) -> None:
-        super().__init__(model, base, config)
+    def __init__(self, model: AnyStoryModel, encodings: Encodings, config: TrainingConfig) -> None:
+        super().__init__(model, encodings, config)
         self.requires_grad_(False)
         for module in (model.encoder.routing, model.routers):
             if module is not None:
@@ -213,6 +219,6 @@ class RouterStage(Stage):
         return {**losses, "route": refined, "coarse": coarse, "loss": loss}
 
 
-def build_stage(model: AnyStoryModel, base: Base, config: TrainingConfig) -> Stage:
+def build_stage(model: AnyStoryModel, encodings: Encodings, config: TrainingConfig) -> Stage:
     """The stage that the configuration asks for."""
-    return (SubjectStage if config.stage == "subject" else RouterStage)(model, base, config)
+    return (SubjectStage if config.stage == "subject" else RouterStage)(model, encodings, config)

@@ -82,12 +82,12 @@ class Trainer:
         dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         self.base.to(self.accelerator.device, dtypes[run.precision])
         self.dataset = SampleDataset(Index.of(config.data.paths), config, self.base.config)
-        self.encodings = Encodings(self.base, config.data.cache, config.data.resolution)
+        self.encodings = Encodings(self.base, config)
         self.alphas = alphas_cumprod()
         self.bad = BadSamples()
 
         model = build_trained_model(config, self.base)
-        stage = build_stage(model, self.base, config)
+        stage = build_stage(model, self.encodings, config)
         if run.compile:
             self.base.unet.compile()
         settings = config.optimiser

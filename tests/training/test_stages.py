@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from anystory_core.build import PARTS
 from anystory_core.checkpoint import load_model
@@ -116,7 +117,11 @@ def test_ema_and_accumulation(world: Any, tmp_path: Path) -> None:
     assert torch.equal(exported[name], run.average[name]) and not torch.equal(exported[name], live)
 
 
-def test_the_cache_changes_nothing(world: Any, tmp_path: Path) -> None:
+PLAIN = {"rotate": 0.0, "crop": 0.0, "pad": 0.0, "flip": 0.0}
+
+
+@pytest.mark.parametrize("changes", [{}, PLAIN], ids=["augmented", "plain"])
+def test_the_cache_changes_nothing(world: Any, tmp_path: Path, changes: Any) -> None:
     losses = []
     for folder, cache in (
         ("a", ""),
@@ -124,11 +129,16 @@ def test_the_cache_changes_nothing(world: Any, tmp_path: Path) -> None:
         ("c", str(tmp_path / "cache")),
     ):
         path = tiny.run_toml(
-            tmp_path / folder, world.base, world.pairs, "subject", steps=2, data={"cache": cache}
-        )
+            tmp_path / folder, world.base, world.pairs, "subject", steps=2, data={"cache": cache},
+            augment=changes,
+        )  # fmt: skip
         Trainer(load_config(path)).run()
         losses.append(
             (tmp_path / folder / "losses.jsonl").read_text().splitlines()[-1].split("samples")[0]
         )
     assert losses[0] == losses[1] == losses[2]
-    assert any((tmp_path / "cache").rglob("*.safetensors"))
+    kept = [set(load_file(p)) for p in (tmp_path / "cache").rglob("*.safetensors")]
+    kinds = set().union(*kept)
+    # Augmented references differ every time: keeping them would only fill the disk.
+    assert {"states", "pooled", "latents"} <= kinds
+    assert ({"reference", "clip"} <= kinds) == bool(changes)

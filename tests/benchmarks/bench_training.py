@@ -1,0 +1,164 @@
+"""Training steps: samples per second and peak memory.
+
+``bench_training.py`` measures both stages at the mini sizes. ``--sdxl`` runs one forward and
+backward pass of stage 2 at SDXL's widths instead, in bfloat16 on random weights (512 x 512, one
+subject, activation checkpointing); it needs about 15 GiB and some minutes on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+from torch import nn
+
+from anystory_core.build import build_model
+from anystory_core.config import AnyStoryConfig
+from anystory_core.training.bases import Base, alphas_cumprod
+from anystory_core.training.batches import Batch
+from anystory_core.training.cache import Encodings
+from anystory_core.training.config import (
+    BaseSettings,
+    DataSettings,
+    RouterSettings,
+    RunSettings,
+    SubjectSettings,
+    TrainingConfig,
+)
+from anystory_core.training.diffusers_unet import time_ids
+from anystory_core.training.names import diffusers_unet_config
+from anystory_core.training.stages import Noised, add_noise, build_stage
+
+
+class RandomVision(nn.Module):
+    """Stands for the frozen CLIP vision encoder: states of its shape, at no cost."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.states = nn.Parameter(torch.randn(1, tokens, width) * 0.02, requires_grad=False)
+
+    def forward(self, pixels: torch.Tensor, **_: Any) -> Any:
+        states = self.states.expand(pixels.shape[0], -1, -1)
+        return type("Out", (), {"hidden_states": (states, states)})
+
+
+def random_base(config: AnyStoryConfig, dtype: torch.dtype) -> Base:
+    """A base of the config's sizes with random weights."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        unet: Any = UNet2DConditionModel(**diffusers_unet_config(config.unet))
+    finally:
+        torch.set_default_dtype(before)
+    vae: Any = AutoencoderTiny()
+    vision: Any = RandomVision(config.clip.tokens, config.clip.width).to(dtype)
+    modules = (unet, vae, vision)
+    for module in modules:
+        module.eval().requires_grad_(False)
+    return Base(config, unet, vae, lambda captions: None, vision, modules, "random")  # type: ignore
+
+
+def batch_of(config: AnyStoryConfig, rows: int, side: int) -> Batch:
+    """Random samples with one subject each; its mask is the left half."""
+    generator = torch.Generator().manual_seed(0)
+    clip, reference = config.clip.image_size, config.reference.size
+    mask = torch.zeros(rows, 1, side, side)
+    mask[..., : side // 2] = 1
+    return Batch(
+        tuple(range(rows)), ("",) * rows, ("",) * rows,
+        torch.rand(rows, 3, side, side, generator=generator) * 2 - 1,
+        mask,
+        torch.randn(rows, 1, 3, clip, clip, generator=generator),
+        torch.rand(rows, 1, 3, reference, reference, generator=generator) * 2 - 1,
+        torch.ones(rows, 1, 1, reference, reference),
+        torch.ones(rows, 1, dtype=torch.bool),
+        torch.zeros(rows, dtype=torch.bool),
+        (),
+    )  # fmt: skip
+
+
+def measure(
+    config: AnyStoryConfig, stage: str, *, rows: int, side: int, steps: int, checkpointing: bool
+) -> dict[str, float]:
+    """Optimiser steps of one stage: seconds, samples per second, operations apart."""
+    sdxl = config.name == "sdxl"
+    dtype = torch.bfloat16 if sdxl else torch.float32
+    base = random_base(config, dtype)
+    run = RunSettings(folder="unused", steps=1, checkpointing=checkpointing)
+    settings: dict[str, Any] = {
+        "base": BaseSettings(path="random"), "data": DataSettings(paths=("random",)), "run": run,
+    }  # fmt: skip
+    if stage == "subject":
+        settings["subject"] = SubjectSettings()
+    else:
+        settings["router"] = RouterSettings(subject_file="random")
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = build_model(config)
+    finally:
+        torch.set_default_dtype(before)
+    config_of_run = TrainingConfig(**settings)
+    trained = build_stage(model, Encodings(base, config_of_run), config_of_run)
+    optimiser = torch.optim.AdamW([p for _, p in trained.trained()], lr=1e-4)
+    batch = batch_of(config, rows, side)
+    width = config.unet.adm_channels - 6 * 256
+    text, pooled = torch.zeros(rows, 77, config.unet.context_dim), torch.zeros(rows, width)
+    with torch.no_grad():
+        clean = base.encode_picture(batch.target)
+    seconds: list[float] = []
+    for step in range(steps):
+        latents, noise, t = add_noise(clean, range(rows), step, alphas_cumprod())
+        ids = time_ids(side, side, rows, latents.device)
+        noised = Noised(latents, noise, t, text, pooled, ids, tuple(range(rows)))
+        start = time.monotonic()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = trained(batch, noised)["loss"]
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        seconds.append(time.monotonic() - start)
+    middle = sorted(seconds[1:] or seconds)[len(seconds[1:]) // 2]
+    return {
+        "seconds per step": round(middle, 3),
+        "samples per second": round(rows / middle, 3),
+        "trained parameters (M)": round(sum(p.numel() for _, p in trained.trained()) / 1e6, 2),
+        "peak memory (GiB)": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    }
+
+
+def main() -> None:
+    """Print a line for each measurement, then all as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sdxl", action="store_true", help="stage 2 at SDXL's widths instead")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=16, help="mini only; SDXL takes 1")
+    given = parser.parse_args()
+    rows: dict[str, dict[str, float]] = {}
+    if given.sdxl:
+        rows["sdxl router, 512x512, batch 1"] = measure(
+            AnyStoryConfig.sdxl(), "router", rows=1, side=512, steps=1, checkpointing=True
+        )
+    else:
+        for stage in ("subject", "router"):
+            rows[f"mini {stage}, 256x256, batch {given.batch}"] = measure(
+                AnyStoryConfig.mini(), stage, rows=given.batch, side=256, steps=given.steps,
+                checkpointing=False,
+            )  # fmt: skip
+    for name, row in rows.items():
+        print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in row.items()))
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -101,7 +101,7 @@ def run_phase(name: str, options: Options) -> None:
 
 
 def train_stage(work: Path, stage: int, steps: int) -> None:
-    """Train or resume a stage with the project's trainer; every process that shares it calls this."""
+    """Train or resume a stage with the project's trainer; all processes that share it call this."""
     part, parts = shares()
     if parts > 1:  # what accelerate looks for
         rank = {"RANK": part, "LOCAL_RANK": part, "WORLD_SIZE": parts, "LOCAL_WORLD_SIZE": parts}

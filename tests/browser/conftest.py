@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from editor import Editor
+from editor import FIRST_VERSION, NEWEST_VERSION, Editor
 
 from devkit import environment
 from devkit.browser import chromium, prepare_front_end
@@ -15,7 +15,7 @@ from devkit.host import running
 INPUTS = environment.ROOT / "workflows" / "inputs"
 
 
-@pytest.fixture(scope="session", params=["1.32.9", "1.49.6"])
+@pytest.fixture(scope="session", params=[FIRST_VERSION, NEWEST_VERSION])
 def browser(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Editor]:

@@ -7,14 +7,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from selenium.common.exceptions import (
+    ElementClickInterceptedException,
+    StaleElementReferenceException,
+)
 from selenium.webdriver import ActionChains
-from selenium.webdriver.common.by import By
 
 from devkit.client import Client
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = {path.stem: path for path in sorted((ROOT / "workflows").glob("*.json"))}
 PACK = "comfyui-anystory"
+FIRST_VERSION = "1.32.9"  # of the editor; what the host that the tests use asks for
+NEWEST_VERSION = "1.49.6"
 SCREENSHOTS = ROOT / ".dev" / "screenshots"
 
 READY = (
@@ -77,16 +82,28 @@ class Editor:
         """Open a graph."""
         self.finish("app.loadGraphData(arguments[0])", graph)
 
+    def press(self, script: str, *arguments: Any) -> None:
+        """Click the element that a function body finds, once it is there and stands still."""
+        end = time.monotonic() + 30
+        while True:
+            try:
+                return self.wait(script, *arguments).click()
+            except (ElementClickInterceptedException, StaleElementReferenceException):
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
+
     def load_template(self, name: str) -> None:
         """Open one of the pack's templates as a person does, in the template browser."""
         self.js("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-        leaf = "return [...document.querySelectorAll('[role=dialog] *')].find((element) => "
-        self.wait(leaf + "!element.children.length && element.textContent.trim() === arguments[0])",
-                  PACK).click()  # fmt: skip
-        card = f'[data-testid="template-workflow-{name}"]'
-        self.wait("return document.querySelector(arguments[0])", card)
+        self.press(
+            "return [...document.querySelectorAll('[role=dialog] *')].find((element) => "
+            "!element.children.length && element.textContent.trim() === arguments[0])",
+            PACK,
+        )
         before = self.js("return app.graph.id")
-        self.driver.find_element(By.CSS_SELECTOR, card).click()
+        card = f'[data-testid="template-workflow-{name}"]'
+        self.press("return document.querySelector(arguments[0])", card)
         self.wait("return app.graph.id !== arguments[0] && app.graph._nodes.length", before)
         self.wait("return !document.querySelector('[role=dialog]')")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 from typing import Any
 
 import numpy as np
 import pytest
-from editor import TEMPLATES, Editor
+from editor import FIRST_VERSION, TEMPLATES, Editor
 from PIL import Image
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
@@ -15,6 +16,7 @@ from selenium.webdriver.common.keys import Keys
 
 VIEWER = ".anystory-viewer"
 PREVIEW = "RoutingMapPreview"
+KNOWN = "return arguments[0] in LiteGraph.registered_node_types"
 
 
 def element(editor: Editor, selector: str) -> Any:
@@ -55,15 +57,17 @@ def recorded(editor: Editor, entry: dict[str, Any]) -> list[dict[int, np.ndarray
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_templates_open_from_the_template_browser(opened: Editor, name: str) -> None:
-    opened.load_template(name)
-    unknown = opened.js(
-        "return app.graph._nodes.filter((n) => n.has_errors || "
-        "!LiteGraph.registered_node_types[n.type]).map((n) => n.type)"
-    )
-    assert unknown == []
+def test_templates_open(opened: Editor, name: str) -> None:
+    if opened.name == FIRST_VERSION or name == "two_subjects":
+        opened.load_template(name)
+    else:  # the newer browser of templates is slow: once is enough
+        opened.load(json.loads(TEMPLATES[name].read_text()))
+    kinds = opened.js("return app.graph._nodes.map((node) => node.type)")
+    saved = json.loads(TEMPLATES[name].read_text())
+    assert sorted(kinds) == sorted(node["type"] for node in saved["nodes"])
+    assert [kind for kind in kinds if not opened.js(KNOWN, kind)] == []
     opened.frames()
-    assert [e for e in opened.errors() if ".jpg" not in e] == []
+    assert opened.errors() == []
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def spread_timesteps(batch: int, generator: torch.Generator) -> Tensor:
 def pick(
     shards: list[Cached], count: int, empty: tuple[Tensor, Tensor], rng: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random cached scenes: latents (B,4,32,32), states (B,77,D), pooled (B,D), float32."""
+    """Random cached scenes: latents (B,4,16,16), states (B,77,D), pooled (B,D), float32."""
     latents: list[Tensor] = []
     states: list[Tensor] = []
     pooled: list[Tensor] = []

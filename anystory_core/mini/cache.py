@@ -1,6 +1,6 @@
 """Latents and text states of the rendered scenes, encoded once and mapped from disk.
 
-Of each shard: latents (S,4,32,32), states (S,2,77,D) and pooled (S,2,D) in float16; the second axis
+Of each shard: latents (S,4,16,16), states (S,2,77,D) and pooled (S,2,D) in float16; the second axis
 is the caption with names and the one that says "an object".
 """
 
@@ -39,7 +39,7 @@ def _file(folder: Path, number: int, kind: str) -> Path:
 
 @torch.no_grad()
 def encode_pictures(vae: Any, pictures: NDArray[np.uint8], batch: int = 25) -> Half:
-    """uint8 (S,256,256,3) -> latents (S,4,32,32)."""
+    """uint8 (S,H,W,3) -> latents (S,4,H/8,W/8)."""
     out: list[Tensor] = []
     for start in range(0, len(pictures), batch):
         pixels = to_signed(torch.from_numpy(pictures[start : start + batch].copy()))

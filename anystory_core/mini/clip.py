@@ -105,7 +105,7 @@ def _phase(folder: Path) -> Phase:
     return Phase(
         name="clip",
         folder=folder,
-        steps=700,
+        steps=500,
         learning_rate=1e-3,
         seed=2,
         weight_decay=0.05,

@@ -49,8 +49,9 @@ LATENT_RGB_FACTORS = (
 )
 LATENT_RGB_BIAS = (0.0304, 0.0960, 0.1239)
 
-# SDXL's size conditioning is a constant for a model of one picture size.
-PICTURE_SIZE = 256
+# Measured on one thread, milliseconds per sample of a training step of the U-Net: 72 at 256, 20 at
+# 128. With hours, not weeks, of two cores the number of samples decides.
+PICTURE_SIZE = 128
 
 
 def unet_arguments(unet: UNetConfig = CONFIG.unet) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def unet_arguments(unet: UNetConfig = CONFIG.unet) -> dict[str, Any]:
     depth = [d for _, d in levels for _ in range(unet.num_res_blocks)]
     up = [d for d in reversed(unet.transformer_depth) for _ in range(unet.num_res_blocks + 1)]
     return {
-        "image_size": 32,
+        "image_size": PICTURE_SIZE // 8,
         "in_channels": unet.in_channels,
         "out_channels": unet.in_channels,
         "model_channels": unet.model_channels,

@@ -23,7 +23,7 @@ from torch.nn import functional
 from .emoji import Emoji
 from .phase import Phase, shares
 from .scenes import SHARD, read_shard, shard_numbers
-from .world import UInt8, transformed
+from .world import UInt8, solid_box, transformed
 
 SIZE = 64  # side of the crops that the network sees
 WIDTH = 128
@@ -43,9 +43,10 @@ class Identity(nn.Module):
             conv = nn.Conv2d(wide, out, 3, stride, 1, bias=False)
             return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU())
 
+        # Measured, one thread, 64 crops forth and back: 0.07 s; with a first layer at full size 0.23.
         self.trunk = nn.Sequential(
-            unit(3, 32, 1), unit(32, 48, 2), unit(48, 48, 1), unit(48, 96, 2), unit(96, 96, 1),
-            unit(96, 192, 2), unit(192, 192, 1), unit(192, 256, 2),
+            unit(3, 32, 2), unit(32, 64, 2), unit(64, 64, 1), unit(64, 128, 2), unit(128, 128, 1),
+            unit(128, 256, 2), unit(256, 256, 1),
         )  # fmt: skip
         self.head = nn.Linear(256 * 4, WIDTH)
 
@@ -66,13 +67,14 @@ class _Trained(nn.Module):
 def render_cut(emoji: Emoji, rng: random.Random) -> UInt8:
     """RGBA (80,80,4): the subject turned, flipped, relit, of varied sharpness, its box centred."""
     sprite, _, _ = transformed(emoji, rng, round(rng.uniform(60, 180)))
-    sprite = sprite.crop(sprite.getchannel("A").point(lambda a: 255 * (a > 127)).getbbox())
+    sprite = sprite.crop(solid_box(sprite))
     side = max(sprite.size)
     canvas = Image.new("RGBA", (side, side))
     canvas.paste(sprite, ((side - sprite.width) // 2, (side - sprite.height) // 2))
     inner = round(SIZE * rng.uniform(0.86, 1.0))
     out = Image.new("RGBA", (_ROOM, _ROOM))
-    out.paste(canvas.resize((inner, inner), Image.Resampling.BILINEAR), ((_ROOM - inner) // 2,) * 2)
+    corner = (_ROOM - inner) // 2
+    out.paste(canvas.resize((inner, inner), Image.Resampling.BILINEAR), (corner, corner))
     return np.asarray(out)
 
 
@@ -140,6 +142,7 @@ def train_identity(emoji: list[Emoji], folder: Path) -> None:
             ground = rng.choice(shards).pictures[rng.randrange(SHARD)]
             pictures.append(place_cut(cuts[index, rng.randrange(CUTS)], ground, rng))
         pixels = torch.from_numpy(np.stack(pictures)).movedim(-1, 1).float() / 127.5 - 1
+        pixels[::2] = pixels[::2].flip(-1)  # a flipped subject is the same one
         pixels = soften(pixels, generator)
         with torch.autocast("cpu", torch.bfloat16):
             seen = trained.network(pixels)

@@ -50,7 +50,8 @@ def _share(number: int, task: Callable[[], None], processes: int, meet: str) -> 
     try:
         task()
     finally:
-        distributed.destroy_process_group()
+        if distributed.is_initialized():  # the trainer ends it itself
+            distributed.destroy_process_group()
 
 
 def _average_gradients(parameters: list[nn.Parameter]) -> None:
@@ -152,7 +153,10 @@ class Phase:
                 decay = min(self.ema, (1 + step) / (10 + step))
                 with torch.no_grad():
                     for name, value in modules.state_dict().items():
-                        average[name].lerp_(value.to(average[name].dtype), 1 - decay)
+                        if value.is_floating_point():
+                            average[name].lerp_(value.to(average[name].dtype), 1 - decay)
+                        else:  # batch norm's counter
+                            average[name].copy_(value)
             if step % self.log_every == 0 or step == self.steps:
                 self._log(step, total / counted, spent + time.monotonic() - start)
                 total, counted = 0.0, 0

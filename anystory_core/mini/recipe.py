@@ -2,8 +2,8 @@
 
 Phases, in order: ``world`` (render scenes), ``vae``, ``decoder``, ``clip``, ``cache`` (encode the
 scenes), ``base`` (the U-Net), ``folder`` (all that as the trainer reads it), ``stage1`` and
-``stage2`` (:mod:`anystory_core.training`), ``export`` (files that ship), ``identity`` (the network
-that :mod:`.identity` measures with).
+``stage2`` (:mod:`anystory_core.training`), ``export`` (files that ship), ``identity`` and
+``finder`` (the networks that :mod:`.evaluate` measures with).
 
 Each resumes where it stopped when the same command is given again, has its own seed, and
 writes its curve to ``DIR/NAME.csv``. More shards may be rendered and cached at any time, also while
@@ -27,6 +27,7 @@ from .cache import missing
 from .cache import write_shard as cache_shard
 from .clip import load_clip, train_clip
 from .export import export
+from .finder import train_finder
 from .folder import write_base_folder
 from .identity import train_identity
 from .phase import run_shared, shares
@@ -46,6 +47,7 @@ PHASES = (
     "stage2",
     "export",
     "identity",
+    "finder",
 )
 
 
@@ -89,6 +91,8 @@ def run_phase(name: str, options: Options) -> None:
         write_base_folder(work)
     elif name == "identity":
         run_shared(partial(train_identity, options.training_emoji(), work), options.processes)
+    elif name == "finder":
+        run_shared(partial(train_finder, options.training_emoji(), work), options.processes)
     elif name == "stage1":
         write_data(options.training_emoji(), work, "pairs", options.sample_shards)
         run_shared(partial(train_stage, work, 1, options.stage1_steps), options.processes)

@@ -23,7 +23,7 @@ FIRST_SEED = 50_000_000
 
 @dataclass(frozen=True)
 class Shard:
-    """``SHARD`` scenes: pictures uint8 (SHARD,256,256,3) mapped from disk, two captions each."""
+    """``SHARD`` scenes: pictures uint8 (SHARD,H,W,3) mapped from disk, two captions each."""
 
     number: int
     pictures: UInt8

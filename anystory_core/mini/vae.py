@@ -22,9 +22,9 @@ from torch.nn import functional
 from .emoji import Emoji
 from .phase import Phase, shares
 from .scenes import read_shard
-from .world import UInt8, pool_of, render_reference, render_scene
+from .world import SIZE, UInt8, pool_of, render_reference, render_scene
 
-CROP = 64
+CROP = 48
 SCENES, CROPS_EACH = 4, 3  # one batch
 _ON_SUBJECT = 0.75  # share of crops that are centred on a subject's pixel
 _SPREAD_WEIGHT = 0.05
@@ -81,14 +81,14 @@ def _crops(pool: list[list[Emoji]], step: int) -> Tensor:
             picture, mask = render_reference(rng.choice(rng.choice(pool)), seed)
             masks = [mask]
         for _ in range(CROPS_EACH):
-            y, x = rng.randrange(256), rng.randrange(256)
+            y, x = rng.randrange(SIZE), rng.randrange(SIZE)
             if masks and rng.random() < _ON_SUBJECT:
                 ys, xs = np.nonzero(rng.choice(masks))
                 if len(ys):
                     at = rng.randrange(len(ys))
                     y, x = int(ys[at]), int(xs[at])
-            y = min(max(y - CROP // 2, 0), 256 - CROP)
-            x = min(max(x - CROP // 2, 0), 256 - CROP)
+            y = min(max(y - CROP // 2, 0), SIZE - CROP)
+            x = min(max(x - CROP // 2, 0), SIZE - CROP)
             out.append(picture[y : y + CROP, x : x + CROP])
     return to_signed(torch.from_numpy(np.stack(out)))
 

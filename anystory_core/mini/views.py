@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..preprocess import BOX_SCALE, CLIP_MEAN, CLIP_STD
 from .emoji import Emoji
-from .world import UInt8, transformed
+from .world import UInt8, solid_box, transformed
 
 SIZE = 224
 VIEWS = 6
@@ -27,7 +27,7 @@ _GROUND = tuple(round(255 * c) for c in CLIP_MEAN)
 def render_view(emoji: Emoji, rng: random.Random) -> UInt8:
     """(224,224,3) uint8."""
     sprite, _, _ = transformed(emoji, rng, round(rng.uniform(70, 180)))
-    sprite = sprite.crop(sprite.getchannel("A").point(lambda a: 255 * (a > 127)).getbbox())
+    sprite = sprite.crop(solid_box(sprite))
     side = round(max(sprite.size) * BOX_SCALE)
     canvas = Image.new("RGBA", (side, side), (*_GROUND, 255))
     x, y = (side - sprite.width) // 2, (side - sprite.height) // 2

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
 from .backgrounds import PLACES, draw_place
+from .config import PICTURE_SIZE
 from .emoji import Emoji
 
-SIZE = 256
+SIZE = PICTURE_SIZE
 UInt8 = NDArray[np.uint8]
 Bool = NDArray[np.bool_]
 # Side of a subject relative to the picture, by the number of subjects in it.
@@ -65,6 +66,11 @@ def transformed(
     return colour, angle, flipped
 
 
+def solid_box(sprite: Image.Image) -> tuple[int, int, int, int] | None:
+    """Box of what is more than half opaque in an RGBA picture; None when nothing is."""
+    return Image.fromarray(np.asarray(sprite.getchannel("A")) > 127).getbbox()
+
+
 def render_scene(
     pool: Sequence[Sequence[Emoji]], seed: int, *, subjects: int | None = None, size: int = SIZE
 ) -> Scene:
@@ -79,10 +85,11 @@ def render_scene(
     slots = _slots(count, rng)
     order = list(range(count))
     rng.shuffle(order)
-    for attempt in range(12):
-        picture, masks, poses = _compose(canvas, chosen, slots, order, rng, size, attempt)
+    picture, masks, poses = _compose(canvas, chosen, slots, order, rng, size, 0)
+    for attempt in range(1, 12):
         if _visible_enough(masks):
             break
+        picture, masks, poses = _compose(canvas, chosen, slots, order, rng, size, attempt)
     instances = tuple(
         Instance(emoji, visible, *pose)
         for emoji, (visible, _), pose in zip(chosen, masks, poses, strict=True)

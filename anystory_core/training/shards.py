@@ -61,7 +61,7 @@ def write_shards(
     samples: Iterable[tuple[str, Files]], folder: Path, *, per_shard: int = 1000
 ) -> None:
     """``shard-000000.tar`` and so on, with webdataset's own writer."""
-    from webdataset import ShardWriter
+    from webdataset.writer import ShardWriter
 
     folder.mkdir(parents=True, exist_ok=True)
     pattern = str(folder / "shard-%06d.tar")

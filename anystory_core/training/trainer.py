@@ -206,12 +206,11 @@ class Trainer:
 
     def _move(self, batch: Batch) -> Batch:
         device = self.accelerator.device
-        return Batch(
-            **{
-                name: value.to(device) if isinstance(value, Tensor) else value
-                for name, value in vars(batch).items()
-            }
-        )
+        moved: dict[str, Any] = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in vars(batch).items()
+        }
+        return Batch(**moved)
 
     def _set_rate(self) -> None:
         settings = self.config.optimiser

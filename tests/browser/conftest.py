@@ -35,11 +35,16 @@ def browser(
         yield Editor(driver, client, version)
 
 
-@pytest.fixture(params=[False, True], ids=["canvas", "vue"])
-def editor(browser: Editor, request: pytest.FixtureRequest) -> Iterator[Editor]:
-    """The editor freshly loaded, with nodes on the canvas or drawn by Vue; no errors of ours in its
-    console afterwards."""
+@pytest.fixture(scope="module", params=[False, True], ids=["canvas", "vue"])
+def loaded(browser: Editor, request: pytest.FixtureRequest) -> Editor:
+    """The editor's page, with nodes on the canvas or drawn by Vue."""
     browser.open(vue=request.param)
-    browser.errors()
-    yield browser
-    assert browser.errors() == []
+    return browser
+
+
+@pytest.fixture
+def editor(loaded: Editor) -> Iterator[Editor]:
+    """The page, and no errors of ours in its console afterwards."""
+    loaded.errors()
+    yield loaded
+    assert loaded.errors() == []

@@ -35,9 +35,11 @@ class Editor:
 
     def __init__(self, driver: Any, client: Client, name: str) -> None:
         self.driver, self.client, self.name = driver, client, name
+        self.vue = False  # nodes drawn by Vue
 
     def open(self, *, vue: bool = False, script: bool = True) -> None:
         """Load the page anew, with canvas or Vue nodes, with or without our script."""
+        self.vue = vue
         self.client.post(
             "/settings", {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": vue}
         )

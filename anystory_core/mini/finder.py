@@ -57,7 +57,9 @@ class Finder(nn.Module):
             conv = nn.Conv2d(wide, out, 3, stride, dilation, dilation=dilation, bias=False)
             return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU())
 
-        self.trunk = nn.Sequential(unit(3, 24, 2), unit(24, 48, 2), unit(48, 96, 2), unit(96, 96, 1))
+        self.trunk = nn.Sequential(
+            unit(3, 24, 2), unit(24, 48, 2), unit(48, 96, 2), unit(96, 96, 1)
+        )
         self.wide = nn.Sequential(unit(96, 96, 1, 2), unit(96, 96, 1, 3), unit(96, 96, 1))
         self.heat = nn.Conv2d(96, 1, 1)
         self.box = nn.Conv2d(96, 4, 1)
@@ -144,7 +146,8 @@ def _changed(pixels: Tensor, labels: Tensor, generator: torch.Generator) -> tupl
         pixels = pixels.flip(-1)
         boxes = labels[:, 1:].reshape(len(labels), -1, 4)
         there = (boxes[..., :1] >= 0).float()
-        turned = torch.stack((1 - boxes[..., 2], boxes[..., 1], 1 - boxes[..., 0], boxes[..., 3]), -1)
+        left, top, right, bottom = boxes.unbind(-1)
+        turned = torch.stack((1 - right, top, 1 - left, bottom), -1)
         boxes = turned * there - (1 - there)
         labels = torch.cat((labels[:, :1], boxes.flatten(1)), dim=1)
     count = len(pixels) // 2

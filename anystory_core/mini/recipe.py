@@ -3,7 +3,8 @@
 Phases, in order: ``world`` (render scenes), ``vae``, ``decoder``, ``clip``, ``cache`` (encode the
 scenes), ``base`` (the U-Net), ``folder`` (all that as the trainer reads it), ``stage1`` and
 ``stage2`` (:mod:`anystory_core.training`), ``export`` (files that ship), ``identity`` and
-``finder`` (the networks that :mod:`.evaluate` measures with).
+``finder`` (the networks that :mod:`.evaluate` measures with). Only when asked for by name:
+``no_clip``, ``no_reference`` and ``no_refinement``, the stages of its ablations.
 
 Each resumes where it stopped when the same command is given again, has its own seed, and
 writes its curve to ``DIR/NAME.csv``. More shards may be rendered and cached at any time, also while
@@ -49,6 +50,12 @@ PHASES = (
     "identity",
     "finder",
 )
+# Stage, and what its configuration leaves out.
+ABLATIONS: dict[str, tuple[int, dict[str, bool]]] = {
+    "no_clip": (1, {"clip": False}),
+    "no_reference": (1, {"reference": False}),
+    "no_refinement": (2, {"refine": False}),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +100,10 @@ def run_phase(name: str, options: Options) -> None:
         run_shared(partial(train_identity, options.training_emoji(), work), options.processes)
     elif name == "finder":
         run_shared(partial(train_finder, options.training_emoji(), work), options.processes)
+    elif name in ABLATIONS:
+        stage = ABLATIONS[name][0]
+        steps = options.stage1_steps if stage == 1 else options.stage2_steps
+        run_shared(partial(train_stage, work, stage, steps, name), options.processes)
     elif name == "stage1":
         write_data(options.training_emoji(), work, "pairs", options.sample_shards)
         run_shared(partial(train_stage, work, 1, options.stage1_steps), options.processes)
@@ -104,14 +115,18 @@ def run_phase(name: str, options: Options) -> None:
             print(f"export: {part} {size / 2**20:.2f} MiB", flush=True)
 
 
-def train_stage(work: Path, stage: int, steps: int) -> None:
+def train_stage(work: Path, stage: int, steps: int, ablation: str = "") -> None:
     """Train or resume a stage with the project's trainer; all processes that share it call this."""
     part, parts = shares()
     if parts > 1:  # what accelerate looks for
         rank = {"RANK": part, "LOCAL_RANK": part, "WORLD_SIZE": parts, "LOCAL_WORLD_SIZE": parts}
         os.environ.update({name: str(value) for name, value in rank.items()})
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    config = stage1(work, steps) if stage == 1 else stage2(work, steps, work / SUBJECT_FILE)
+    name, without = ablation or f"stage{stage}", ABLATIONS[ablation][1] if ablation else {}
+    if stage == 1:
+        config = stage1(work, steps, name=name, **without)
+    else:
+        config = stage2(work, steps, work / SUBJECT_FILE, name=name, **without)
     Trainer(config).run()
 
 
@@ -128,7 +143,7 @@ def main() -> None:
     """Run one phase, or all of them in order."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for sources and states")
-    parser.add_argument("--phase", choices=PHASES, help="only this phase")
+    parser.add_argument("--phase", choices=(*PHASES, *ABLATIONS), help="only this phase")
     parser.add_argument("--shards", type=int, default=24, help="shards of 500 scenes to render")
     parser.add_argument("--base-steps", type=int, default=60_000, help="length of the base phase")
     parser.add_argument("--processes", type=int, default=2, help="training processes of one thread")

@@ -69,10 +69,12 @@ def stage1(
     )
 
 
-def stage2(work: Path, steps: int, subject_file: Path, name: str = "stage2") -> TrainingConfig:
-    """The router on scenes."""
+def stage2(
+    work: Path, steps: int, subject_file: Path, *, refine: bool = True, name: str = "stage2"
+) -> TrainingConfig:
+    """The router on scenes; without refinement for the ablation."""
     return TrainingConfig(
         **_shared(work, "scenes", steps, 12, name),
-        router=RouterSettings(subject_file=str(subject_file)),
+        router=RouterSettings(subject_file=str(subject_file), refine=refine),
         optimiser=OptimiserSettings(learning_rate=3e-4, warmup_steps=100, ema=0.999),
     )

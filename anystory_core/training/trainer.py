@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -51,6 +52,8 @@ def build_trained_model(config: TrainingConfig, base: Base) -> AnyStoryModel:
         )
     if "routers" in model.parts:
         raise ConfigError("router.subject_file: it holds a router already; give the stage 1 file")
+    router = dataclasses.replace(model.config.router, refine=config.router.refine)
+    model.config = dataclasses.replace(model.config, router=router)
     fresh = build_model(model.config, _ROUTER_PARTS)
     model.encoder.routing, model.routers = fresh.encoder.routing, fresh.routers
     return model

@@ -1,0 +1,131 @@
+"""The paper's claims as numbers on the mini model: ``python -m anystory_core.mini.evaluate``.
+
+Draws held-out subjects in held-out scenes, row by row, and writes ``evaluation.json``,
+``evaluation.md`` and a sheet of pictures per row to ``--out``. Needs the recipe's folder for the
+sources and the measuring networks (phases ``identity`` and ``finder``). What the rows are:
+:mod:`.evaluation.rows`. A row that is done with the same weights and number of samples is not drawn
+again; a row whose weights were never trained is left out, and the table says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..build import AnyStoryModel
+from .emoji import load_emoji, split
+from .evaluation import report, rows
+from .evaluation.judge import Judge
+from .evaluation.stack import Stack, load_anystory, stack_of_files, stack_of_work
+from .evaluation.tasks import held_out_subjects
+from .stages import WHOLE_FILE
+from .weights import FOLDER
+from .weights import path as weights_path
+
+ROUTING_SAMPLES = 500
+
+
+def find_models(work: Path, *, shipped: bool) -> dict[str, AnyStoryModel]:
+    """The trained models that are there: "full" and the ablations."""
+    files = {
+        "full": weights_path("anystory") if shipped else work / WHOLE_FILE,
+        "no clip": work / "no_clip" / "anystory_subject.safetensors",
+        "no reference": work / "no_reference" / "anystory_subject.safetensors",
+        "no refinement": work / "no_refinement" / WHOLE_FILE.name,
+    }
+    return {name: load_anystory(file) for name, file in files.items() if file.exists()}
+
+
+class Table:
+    """``evaluation.json``: finished rows by name."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.file = folder, folder / "evaluation.json"
+        self.rows: dict[str, Any] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.file.exists():
+            saved = json.loads(self.file.read_text())
+            if saved["weights"] == key:
+                self.rows = saved["rows"]
+        self.key = key
+
+    def add(self, name: str, samples: int, measure: Callable[[], rows.Result]) -> None:
+        """Measure a row unless it is there with as many samples; write all rows anew."""
+        if self.rows.get(name, {}).get("samples") == samples:
+            return
+        start = time.monotonic()
+        result = {key: dataclasses.asdict(value) for key, value in measure().items()}
+        self.rows[name] = {
+            "samples": samples, "seconds": round(time.monotonic() - start), "figures": result,
+        }  # fmt: skip
+        temporary = self.file.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"weights": self.key, "rows": self.rows}, indent=1) + "\n")
+        os.replace(temporary, self.file)
+        (self.folder / "evaluation.md").write_text(report.markdown(self.rows))
+        print(report.line(name, self.rows[name]), flush=True)
+
+
+def measure_all(
+    stack: Stack,
+    models: dict[str, AnyStoryModel],
+    judge: Judge,
+    table: Table,
+    samples: int,
+    wanted: Sequence[str],
+) -> None:
+    """Every row that ``wanted`` names, or all; those of models that are not there are left out."""
+    for row in rows.DRAWN:
+        name = f"{row.subjects} subject{'s' * (row.subjects > 1)}: {row.title}"
+        if (row.model != "base" and row.model not in models) or not report.asked(name, wanted):
+            continue
+        sheet = report.Sheet(table.folder / f"{report.slug(name)}.jpg")
+
+        def draw(row: rows.Drawn = row, sheet: report.Sheet = sheet) -> rows.Result:
+            return rows.measure_drawn(row, models, stack, judge, samples, sheet.keep)
+
+        table.add(name, samples, draw)
+    for kind in ("full", "no refinement"):
+        for level in rows.LEVELS:
+            name = f"routing at {level}: {'' if kind == 'full' else 'trained '}{kind}"
+            if kind not in models or not report.asked(name, wanted):
+                continue
+            if models[kind].routers is None:
+                continue
+
+            def route(kind: str = kind, level: int = level) -> rows.Result:
+                count = min(samples, ROUTING_SAMPLES)
+                return rows.measure_routing(models[kind], stack, judge.subjects, count, level)
+
+            table.add(name, min(samples, ROUTING_SAMPLES), route)
+
+
+def main() -> None:
+    """Parse the command line, load everything, measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="the recipe's folder")
+    parser.add_argument("--out", type=Path, required=True, help="where table and sheets go")
+    parser.add_argument("--samples", type=int, default=500, help="of each row")
+    parser.add_argument("--rows", nargs="*", default=(), help="only rows whose names contain one")
+    parser.add_argument("--shipped", action="store_true", help="the pack's files, not the folder's")
+    given = parser.parse_args()
+    torch.set_flush_denormal(True)
+    training = split(load_emoji(given.work / "sources"))[0]
+    subjects = held_out_subjects(given.work / "sources")
+    stack = stack_of_files(FOLDER) if given.shipped else stack_of_work(given.work)
+    models = find_models(given.work, shipped=given.shipped)
+    judge = Judge.load(given.work, len(training), subjects)
+    key = "-".join((stack.fingerprint, *(m.fingerprint for m in models.values())))
+    table = Table(given.out, key)
+    measure_all(stack, models, judge, table, given.samples, given.rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Pictures of tasks, several at once: references encoded as in the nodes, then deterministic DDIM
+with classifier-free guidance.
+
+A :class:`Variant` says which parts of the method take part. Tasks of one batch have equally many
+subjects; every row has its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from ...build import AnyStoryModel
+from ...conditioner import Call, Rows
+from ...encoder import encode_subject
+from ...preprocess import prepare_views, zero_clip
+from ...routes import LearnedRoutes, MaskRoutes, RouteSource, SingleRoute
+from ...run import Run, project
+from ...subject import Subject
+from ...training import diffusers_unet
+from ...training.bases import alphas_cumprod
+from ..base import size_ids
+from ..config import CONFIG, PICTURE_SIZE
+from .stack import Stack
+from .tasks import Task
+
+STEPS = 25
+GUIDANCE = 5.0
+SIDE = PICTURE_SIZE // 8
+
+Routes = Literal["router", "masks", "merged", "single"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is drawn with. ``model`` None: the base alone. ``routes``: "merged" is the method
+    without a router, where every token attends to the tokens of all subjects."""
+
+    model: AnyStoryModel | None
+    routes: Routes = "single"
+    clip: bool = True
+    reference: bool = True
+
+
+@dataclass
+class Encoder:
+    """Encodes references with one model; remembers them while tasks are gone through in order."""
+
+    stack: Stack
+    model: AnyStoryModel
+    _background: Tensor | None = field(default=None, repr=False)
+
+    @torch.no_grad()
+    def subjects(self, task: Task) -> list[Subject]:
+        """One per reference of the task."""
+        if self._background is None:
+            self._background = self.stack.clip_states(zero_clip(CONFIG))
+        out: list[Subject] = []
+        for number, (picture, mask) in enumerate(task.references):
+            image = torch.from_numpy(picture.copy()).float()[None] / 255
+            views = prepare_views(image, torch.from_numpy(mask)[None].float(), CONFIG)
+            model = self.model
+            latents = None if model.reference_net is None else self.stack.encode_pictures(views.vae)
+            states = None if model.encoder.subject is None else self.stack.clip_states(views.clip)
+            out.append(
+                encode_subject(
+                    model,
+                    views,
+                    clip_states=states,
+                    background_states=None if states is None else self._background,
+                    latents=latents,
+                    label=str(number),
+                )
+            )
+        return out
+
+
+def make_run(variant: Variant, encoder: Encoder, tasks: Sequence[Task]) -> Run:
+    """Keys and values of a batch, a row per task."""
+    model = encoder.model
+    encoded = [encoder.subjects(task) for task in tasks]
+    places = range(len(encoded[0]))
+    tokens: list[Tensor | None] = [
+        _stack([row[i].tokens for row in encoded]) if variant.clip else None for i in places
+    ]
+    features: list[tuple[Tensor, ...] | None] = [
+        _layers([row[i].features for row in encoded]) if variant.reference else None for i in places
+    ]
+    if variant.routes == "merged":
+        tokens, features = [_joined(tokens)], [_joined_layers(features)]
+    ground = encoded[0][0].background_tokens if variant.clip else None
+    tokens.append(None if ground is None else ground[None])
+    conditions = project(model.projections, model.sites, tokens, [*features, None])
+    count = len(features)
+    biases = tuple(0.0 if f else -math.inf for f in features)
+    return Run(
+        conditions,
+        _source(variant, model, encoded, tasks),
+        (1.0,) * (count + 1),
+        (*biases, -math.inf),
+    )
+
+
+def _stack(rows: Sequence[Tensor | None]) -> Tensor | None:
+    return torch.stack([r for r in rows if r is not None]) if rows[0] is not None else None
+
+
+def _layers(rows: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...] | None:
+    return tuple(torch.stack(layer) for layer in zip(*rows, strict=True)) or None
+
+
+def _joined(tokens: Sequence[Tensor | None]) -> Tensor | None:
+    there = [t for t in tokens if t is not None]
+    return torch.cat(there, dim=1) if there else None
+
+
+def _joined_layers(features: Sequence[tuple[Tensor, ...] | None]) -> tuple[Tensor, ...] | None:
+    there = [f for f in features if f]
+    return tuple(torch.cat(layer, dim=1) for layer in zip(*there, strict=True)) or None
+
+
+def _source(
+    variant: Variant,
+    model: AnyStoryModel,
+    encoded: Sequence[Sequence[Subject]],
+    tasks: Sequence[Task],
+) -> RouteSource:
+    if variant.routes == "masks":
+        return BoxRoutes.of(tasks)
+    if variant.routes != "router":
+        return SingleRoute()
+    if model.routers is None:
+        raise ValueError("routes 'router': the model holds no router")
+    rows: list[Tensor] = []
+    for row in encoded:
+        features = [*(s.routing for s in row), row[0].background_routing]
+        rows.append(torch.stack([f for f in features if f is not None]))
+    return LearnedRoutes.prepare(model.routers, torch.stack(rows))
+
+
+@dataclass(frozen=True)
+class BoxRoutes:
+    """User masks that differ by row: the boxes of the tasks' layouts."""
+
+    rows: tuple[MaskRoutes, ...]
+
+    @classmethod
+    def of(cls, tasks: Sequence[Task]) -> BoxRoutes:
+        return cls(tuple(MaskRoutes(tuple(task.boxes())) for task in tasks))
+
+    @property
+    def candidates(self) -> int:
+        return self.rows[0].candidates
+
+    def maps(self, site: Any, z: Tensor, grid: Any, crops: Any) -> Any:
+        return self._joined([row.maps(site, z[:1], grid, ()) for row in self.rows])
+
+    def resize(self, soft: Any, grid: Any, crops: Any) -> Any:
+        first = type(soft)(soft.maps[:1], soft.grid)
+        return self._joined([row.resize(first, grid, ()) for row in self.rows])
+
+    def _joined(self, parts: Sequence[Any]) -> Any:
+        return type(parts[0])(torch.cat([p.maps for p in parts]), parts[0].grid)
+
+
+def make_call(run: Run, model: AnyStoryModel, cond: int, uncond: int = 0) -> Call:
+    """A forward pass over ``cond`` conditional rows, then ``uncond`` unconditional ones."""
+    rows = Rows(tuple(range(cond)), tuple(range(cond, cond + uncond)))
+    active = (True,) * run.subjects
+    return Call(run, rows, active, model.sites, diffusers_unet.dense_attention)
+
+
+@torch.no_grad()
+def draw(
+    stack: Stack,
+    tasks: Sequence[Task],
+    captions: Sequence[str],
+    variant: Variant,
+    *,
+    steps: int = STEPS,
+    watch: Callable[[Call], None] | None = None,
+) -> Tensor:
+    """(B,3,H,W) in [-1,1]. ``watch`` sees the conditional pass of every step."""
+    count = len(tasks)
+    text, pooled = stack.encode_text(captions)
+    empty, empty_pooled = stack.encode_text([""])
+    run = None
+    if variant.model is not None:
+        run = make_run(variant, Encoder(stack, variant.model), tasks)
+    z = torch.stack([task.noise((4, SIDE, SIDE)) for task in tasks])
+    alphas = alphas_cumprod().float()
+    times = torch.linspace(len(alphas) - 1, 0, steps).round().long()
+    states = torch.cat((text, empty.expand(count, -1, -1)))
+    labels = torch.cat((pooled, empty_pooled.expand(count, -1)))
+    for place, t in enumerate(times):
+        now = alphas[t]
+        later = alphas[times[place + 1]] if place + 1 < steps else now.new_ones(())
+        call = None if run is None else make_call(run, cast(Any, variant.model), count, count)
+        with torch.autocast("cpu", torch.bfloat16):
+            both = diffusers_unet.predict(
+                stack.unet, stack.slot, call, torch.cat((z, z)), t.expand(2 * count), states,
+                labels, size_ids(2 * count),
+            ).float()  # fmt: skip
+        if watch is not None and call is not None:
+            watch(call)
+        eps, plain = both.chunk(2)
+        eps = plain + GUIDANCE * (eps - plain)
+        clean = (z - (1 - now).sqrt() * eps) / now.sqrt()
+        z = later.sqrt() * clean + (1 - later).sqrt() * eps
+    return stack.decode_pictures(z)

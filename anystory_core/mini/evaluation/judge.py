@@ -1,0 +1,152 @@
+"""What the measuring networks say of a drawn picture: who is where, in which place, in what pose.
+
+They see generated pixels and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from ..emoji import Emoji
+from ..finder import Finder, Found, load_finder, look
+from ..identity import SIZE, Identity, gallery, load_identity
+from ..world import render_scene, solid_box
+from . import measures
+from .tasks import Task
+
+_ROOM = 1.12  # side of a crop over the longer side of the found box
+_RENDERS = 24
+_ANGLES = range(-24, 25, 6)
+_POSE_SIDE = 32
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One picture's answers."""
+
+    names: tuple[int, ...]  # nearest held-out subject of each found place, warmest first
+    all_right: bool  # each wanted subject is the name of exactly one place
+    best_right: bool  # the warmest place is named after the first wanted subject
+    blended: bool
+    place_right: bool
+    same_pose: bool | None  # one subject only, and only when it is named right
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The networks and the gallery of held-out subjects."""
+
+    finder: Finder
+    identity: Identity
+    subjects: tuple[Emoji, ...]
+    gallery: Tensor
+
+    @classmethod
+    def load(cls, work: Path, training: int, subjects: Sequence[Emoji]) -> Judge:
+        """From the ``identity`` and ``finder`` phases. FileNotFoundError when they never ran."""
+        identity = load_identity(work, training)
+        pool = [[s] for s in subjects]
+        grounds = [render_scene(pool, 940_000_000 + i, subjects=0).picture for i in range(40)]
+        table = gallery(identity, subjects, grounds, _RENDERS, 950_000_000)
+        return cls(load_finder(work), identity, tuple(subjects), table)
+
+    @torch.no_grad()
+    def embed(self, picture: Tensor, found: Sequence[Found]) -> Tensor:
+        """Unit vectors (P,128) of the found places of a picture (3,H,W)."""
+        crops = [cut(picture, one.box) for one in found]
+        return cast(Any, self.identity)(torch.stack(crops))
+
+    def judge(self, pictures: Tensor, tasks: Sequence[Task]) -> list[Verdict]:
+        """Pictures (B,3,H,W) in [-1,1] of as many tasks."""
+        out: list[Verdict] = []
+        for picture, task, (found, place) in zip(
+            pictures, tasks, look(self.finder, pictures), strict=True
+        ):
+            names: list[int] = []
+            mixed, pose = False, None
+            if found:
+                seen = self.embed(picture, found)
+                names = measures.top1(seen, self.gallery)
+                mixed = measures.blended(seen, self.gallery[list(task.subjects)])
+            right = bool(names) and names[0] == task.subjects[0]
+            if right and len(task.subjects) == 1:
+                pose = self.same_pose(cut(picture, found[0].box), task)
+            out.append(
+                Verdict(
+                    tuple(names),
+                    measures.all_found(names, task.subjects),
+                    right,
+                    mixed,
+                    place == task.scene.place,
+                    pose,
+                )
+            )
+        return out
+
+    def same_pose(self, crop: Tensor, task: Task) -> bool:
+        """The subject stands as it does in the reference, by the same estimate of both."""
+        emoji = self.subjects[task.subjects[0]]
+        picture, mask = task.references[0]
+        ys, xs = np.nonzero(mask)
+        height, width = mask.shape
+        box = (
+            float(xs.min() / width), float(ys.min() / height),
+            float((xs.max() + 1) / width), float((ys.max() + 1) / height),
+        )  # fmt: skip
+        pixels = torch.from_numpy(picture.copy()).movedim(-1, 0).float() / 127.5 - 1
+        return measures.pose_matches(*pose_of(crop, emoji), *pose_of(cut(pixels, box), emoji))
+
+
+def cut(picture: Tensor, box: tuple[float, float, float, float]) -> Tensor:
+    """The square around a box of a picture (3,H,W), at the identity network's size; what lies
+    outside the picture repeats its border."""
+    left, top, right, bottom = box
+    side = max(right - left, bottom - top) * _ROOM
+    x, y = (left + right) / 2, (top + bottom) / 2
+    at = (torch.arange(SIZE) + 0.5) / SIZE - 0.5
+    ys, xs = torch.meshgrid(2 * (y + at * side) - 1, 2 * (x + at * side) - 1, indexing="ij")
+    grid = torch.stack((xs, ys), dim=-1)[None]
+    return functional.grid_sample(
+        picture[None], grid, mode="bilinear", padding_mode="border", align_corners=False
+    )[0]
+
+
+@lru_cache(maxsize=256)
+def _poses(emoji: Emoji) -> tuple[list[tuple[float, bool]], Tensor]:
+    """Poses and their renders: RGBA (K,4,32,32), colours in [-1,1]."""
+    poses: list[tuple[float, bool]] = []
+    renders: list[Tensor] = []
+    for flipped in (False, True):
+        for angle in _ANGLES:
+            sprite = emoji.sprite()
+            if flipped:
+                sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            sprite = sprite.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+            sprite = sprite.crop(solid_box(sprite))
+            side = round(max(sprite.size) * _ROOM)
+            canvas = Image.new("RGBA", (side, side))
+            canvas.paste(sprite, ((side - sprite.width) // 2, (side - sprite.height) // 2))
+            small = canvas.resize((_POSE_SIDE, _POSE_SIDE), Image.Resampling.BOX)
+            pixels = torch.from_numpy(np.asarray(small).copy()).movedim(-1, 0).float()
+            renders.append(torch.cat((pixels[:3] / 127.5 - 1, pixels[3:] / 255)))
+            poses.append((float(angle), flipped))
+    return poses, torch.stack(renders)
+
+
+def pose_of(crop: Tensor, emoji: Emoji) -> tuple[float, bool]:
+    """(angle in degrees, flipped): the render that a crop (3,S,S) is nearest to inside its
+    outline."""
+    poses, renders = _poses(emoji)
+    small = functional.interpolate(crop[None], size=(_POSE_SIDE, _POSE_SIDE), mode="area")
+    inside = renders[:, 3:]
+    error = ((renders[:, :3] - small).square() * inside).sum(dim=(1, 2, 3))
+    return poses[int((error / inside.sum(dim=(1, 2, 3))).argmin())]

@@ -23,7 +23,7 @@ from .clip import load_clip
 from .config import CONFIG, PICTURE_SIZE
 from .phase import Phase, shares
 
-BATCH = 16
+BATCH = 32
 _DROP = 0.1
 _PLAIN = 0.3  # share of captions that say only "an object"
 _MOST_SNR = 5.0
@@ -68,7 +68,7 @@ def pick(
 
 
 def _phase(folder: Path, steps: int) -> Phase:
-    return Phase(name="base", folder=folder, steps=steps, learning_rate=5e-4, seed=3, ema=0.9995)
+    return Phase(name="base", folder=folder, steps=steps, learning_rate=8e-4, seed=3, ema=0.9995)
 
 
 def load_unet(folder: Path) -> Any:

@@ -65,7 +65,7 @@ def stage1(
     return TrainingConfig(
         **_shared(work, "pairs", steps, 11, name),
         subject=SubjectSettings(clip=clip, reference=reference),
-        optimiser=OptimiserSettings(learning_rate=3e-4, warmup_steps=200, ema=0.999),
+        optimiser=OptimiserSettings(learning_rate=4e-4, warmup_steps=100, ema=0.999),
     )
 
 

@@ -1,0 +1,1 @@
+"""What `bench_speed.py` and `bench_full_size.py` measure for docs/performance.md."""

@@ -1,0 +1,260 @@
+"""The host in this process, a full-size SDXL U-Net of random weights, and steps of a real run.
+
+A step is one evaluation of the guided model (positive and negative row in one call), taken from
+inside the host's own sampling: a sampler hands out the function instead of looping over it. Runs
+are nested, so several variants of one model are ready at once and can be timed in turn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.machinery
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[3]
+BACKGROUND = 0.4  # share of the tokens; the subjects have equal parts of the rest
+DTYPE = torch.bfloat16
+
+Step = Callable[[], Tensor]
+
+
+def start_host(*flags: str) -> None:
+    """Import the host's code on the CPU, and register the pack as ``anystory_pack``."""
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    options = importlib.import_module("comfy.options")
+    options.args_parsing = False
+    args = importlib.import_module("comfy.cli_args").args
+    args.cpu = True
+    for flag in flags:
+        setattr(args, flag, True)
+    spec = importlib.machinery.ModuleSpec("anystory_pack", None, is_package=True)
+    spec.submodule_search_locations = [str(ROOT)]
+    sys.modules["anystory_pack"] = importlib.util.module_from_spec(spec)
+    logging.getLogger().setLevel(logging.WARNING)
+
+
+def core(name: str) -> Any:
+    """A module of the pack's core."""
+    return importlib.import_module(f"anystory_pack.anystory_core.{name}")
+
+
+def host(name: str) -> Any:
+    """A module of the host, or of the pack's glue to it (``nodes.host...``)."""
+    prefix = "anystory_pack." if name.startswith("nodes.") else ""
+    return importlib.import_module(prefix + name)
+
+
+def fill(module: torch.nn.Module, seed: int) -> None:
+    """Random weights that keep activations near unit size: norms 1, biases 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if p.ndim > 1:
+                bound = (3 / p[0].numel()) ** 0.5
+                p.uniform_(-bound, bound, generator=generator)
+            else:
+                p.fill_(1.0 if name.endswith("weight") else 0.0)
+    module.eval().requires_grad_(False)
+
+
+def make_unet(config: Any) -> Any:
+    """ModelPatcher of the host's SDXL in bfloat16."""
+    arguments = core("mini.config").unet_arguments(config.unet)
+    settings = host("comfy.supported_models").SDXL(arguments)
+    settings.set_inference_dtype(DTYPE, None)
+    model = settings.get_model({}, "", device="cpu")
+    fill(model.diffusion_model, 0)
+    patcher = host("comfy.model_patcher")
+    kind = getattr(patcher, "CoreModelPatcher", patcher.ModelPatcher)
+    cpu = torch.device("cpu")
+    return kind(model, load_device=cpu, offload_device=cpu)
+
+
+def make_anystory(
+    config: Any, parts: Sequence[str] = ("clip_projections", "reference_projections", "routers")
+) -> Any:
+    """ManagedAnyStory with the named parts."""
+    managed = host("nodes.host.managed")
+    model = core("build").build_model(config, parts, operations=managed.OPERATIONS, dtype=DTYPE)
+    for number, (_, module) in enumerate(model.modules(), 1):
+        fill(module, number)
+    return managed.ManagedAnyStory(model, "random")
+
+
+def make_subject(config: Any, number: int) -> Any:
+    """A subject of one picture, as EncodeSubject leaves it, with random contents."""
+    make = torch.Generator().manual_seed(100 + number)
+    side = config.reference.size // config.reference.latent_stride
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=make).to(DTYPE)
+
+    width, tokens = config.subject_qformer.output_dim, config.subject_qformer.queries
+    features = tuple(
+        normal((side // site.stride) ** 2, site.channels)
+        for site in core("sites").build_sites(config.unet)[1:]
+    )
+    shared = torch.Generator().manual_seed(99)
+    return core("subject").Subject(
+        label=f"subject {number}",
+        tokens=normal(tokens, width),
+        features=features,
+        routing=normal(config.routing_dim),
+        background_tokens=torch.randn((tokens, width), generator=shared).to(DTYPE),
+        background_routing=torch.randn(config.routing_dim, generator=shared).to(DTYPE),
+        cutout=torch.zeros(1, 8, 8, 3, dtype=torch.uint8),
+        fingerprint="",
+    )
+
+
+class FixedRoutes:
+    """The router does all its work; then its answer gives way to regions of known sizes.
+
+    Regions are stripes, column by column; the last candidate is the background.
+    """
+
+    def __init__(self, router: Any) -> None:
+        self.router = router
+        self.candidates = router.candidates
+        self.ready: dict[tuple[int, int], Tensor] = {}
+
+    def fixed(self, grid: tuple[int, int]) -> Tensor:
+        """One-hot maps (1,C,Q)."""
+        if grid not in self.ready:
+            rows, columns = grid
+            count = rows * columns
+            edges = [0.0, BACKGROUND]
+            subjects = self.candidates - 1
+            edges += [BACKGROUND + (1 - BACKGROUND) * (i + 1) / subjects for i in range(subjects)]
+            rank = torch.arange(count).reshape(columns, rows).T.flatten()
+            maps = torch.zeros(1, self.candidates, count)
+            for place in range(self.candidates):
+                inside = (rank >= round(edges[place] * count)) & (
+                    rank < round(edges[place + 1] * count)
+                )
+                maps[0, place - 1] = inside.float()
+            self.ready[grid] = maps
+        return self.ready[grid]
+
+    def maps(self, site: Any, z: Tensor, grid: Any, crops: Any) -> Any:
+        soft = self.router.maps(site, z, grid, crops)
+        return dataclasses.replace(soft, maps=self.fixed(grid).expand(z.shape[0], -1, -1))
+
+    def resize(self, soft: Any, grid: Any, crops: Any) -> Any:
+        resized = self.router.resize(soft, grid, crops)
+        return dataclasses.replace(resized, maps=self.fixed(grid).expand_as(resized.maps))
+
+
+@dataclasses.dataclass
+class Bench:
+    """A U-Net, AnyStory weights and subjects, and ways to run steps with them."""
+
+    unet: Any
+    anystory: Any
+    subjects: list[Any]
+    prepared: dict[int, Any] = dataclasses.field(default_factory=dict)  # N -> RunState
+    seconds: dict[int, list[float]] = dataclasses.field(default_factory=dict)  # of preparation
+
+    @classmethod
+    def full_size(cls, subjects: int) -> Bench:
+        config = core("config").AnyStoryConfig.sdxl()
+        return cls(
+            make_unet(config),
+            make_anystory(config),
+            [make_subject(config, i) for i in range(subjects)],
+        )
+
+    def patched(self, count: int, *, fixed: bool = True) -> Any:
+        """The model with the pack's wrapper for the first ``count`` subjects."""
+        sampling = host("nodes.host.sampling")
+        records = host("nodes.host.records")
+        bench = self
+
+        class Wrapper(sampling.SamplingWrapper):
+            def _prepare(self, guider: Any, windows: Any) -> Any:
+                import time
+
+                start = time.perf_counter()
+                state = super()._prepare(guider, windows)
+                bench.seconds.setdefault(count, []).append(time.perf_counter() - start)
+                if fixed:
+                    source = FixedRoutes(state.run.source)
+                    state.run = dataclasses.replace(state.run, source=source)
+                bench.prepared[count] = state
+                return state
+
+        routing = sampling.Routing(
+            self.anystory, tuple(self.subjects[:count]), (None,) * count, "learned"
+        )
+        settings = core("run").Settings()
+        wrapper = Wrapper(routing, settings, 0.0, 1.0, records.RoutingMaps())
+        extension = host("comfy.patcher_extension")
+        clone = self.unet.clone()
+        clone.add_wrapper_with_key(extension.WrappersMP.OUTER_SAMPLE, "bench", wrapper)
+        return clone
+
+    def with_steps(
+        self,
+        models: dict[str, Any],
+        size: tuple[int, int],
+        use: Callable[[dict[str, Step]], None],
+        steps: dict[str, Step] | None = None,
+    ) -> None:
+        """Start a run of every model at (width, height) pixels and call ``use`` inside all."""
+        steps = {} if steps is None else steps
+        if len(steps) == len(models):
+            with torch.no_grad():
+                use(steps)
+            return
+        name = list(models)[len(steps)]
+
+        def inside() -> None:
+            self.with_steps(models, size, use, steps)
+
+        self._enter(models[name], size, steps, name, inside)
+
+    def _enter(
+        self,
+        model: Any,
+        size: tuple[int, int],
+        steps: dict[str, Step],
+        name: str,
+        inside: Callable[[], None],
+    ) -> None:
+        class Sampler:
+            """Makes the step, goes on to the next run, and ends with the noise."""
+
+            def sample(
+                self, wrapped: Any, sigmas: Tensor, extra: Any, callback: Any, noise: Tensor,
+                latent: Any = None, mask: Any = None, disable_pbar: bool = False,
+            ) -> Tensor:  # fmt: skip
+                sigma = sigmas[:1]
+                steps[name] = lambda: wrapped(noise * sigma, sigma, **extra)
+                inside()
+                return noise
+
+        config = self.anystory.model.config.unet
+        make = torch.Generator().manual_seed(5)
+
+        def words() -> list[Any]:
+            states = torch.randn(1, 77, config.context_dim, generator=make)
+            pooled = torch.randn(1, config.adm_channels - 6 * 256, generator=make)
+            return [[states, {"pooled_output": pooled}]]
+
+        noise = torch.randn(1, config.in_channels, size[1] // 8, size[0] // 8, generator=make)
+        guider = host("comfy.samplers").CFGGuider(model)
+        guider.set_conds(words(), words())
+        guider.set_cfg(7.0)
+        sigmas = torch.tensor([7.0, 0.0])
+        with torch.no_grad():
+            guider.sample(noise, torch.zeros_like(noise), Sampler(), sigmas, disable_pbar=True)

@@ -67,14 +67,15 @@ def pick(
     return torch.stack(latents), torch.stack(states), torch.stack(pooled)
 
 
-def _phase(folder: Path, steps: int) -> Phase:
+def phase(folder: Path, steps: int) -> Phase:
+    """Its rate and seed."""
     return Phase(name="base", folder=folder, steps=steps, learning_rate=8e-4, seed=3, ema=0.9995)
 
 
 def load_unet(folder: Path) -> Any:
     """The U-Net with averaged weights, as far as the phase has come."""
     unet = build_unet()
-    _phase(folder, 1).load(unet)
+    phase(folder, 1).load(unet)
     return unet.requires_grad_(False)
 
 
@@ -114,4 +115,4 @@ def train_base(folder: Path, *, steps: int) -> None:
         errors = functional.mse_loss(predicted.float(), noise, reduction="none").mean((1, 2, 3))
         return (weight * errors).mean()
 
-    _phase(folder, steps).run(unet, loss_of)
+    phase(folder, steps).run(unet, loss_of)

@@ -101,7 +101,8 @@ def _contrast(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     return (forth + functional.cross_entropy(logits.t(), target)) / 2
 
 
-def _phase(folder: Path) -> Phase:
+def phase(folder: Path) -> Phase:
+    """Its length, rate and seed."""
     return Phase(
         name="clip",
         folder=folder,
@@ -117,7 +118,7 @@ def load_clip(folder: Path) -> tuple[Clip, Tensor]:
     """Both towers as the phase left them, and the row of each token."""
     ids = load_vocabulary(folder)
     clip = Clip(ids)
-    _phase(folder).load(clip)
+    phase(folder).load(clip)
     return clip.requires_grad_(False), row_of_token(ids)
 
 
@@ -163,4 +164,4 @@ def train_clip(emoji: list[Emoji], folder: Path) -> None:
         named = _contrast(torch.cat((first, whole)), said, scale)
         return named + _contrast(first, second, scale)
 
-    _phase(folder).run(clip, loss_of)
+    phase(folder).run(clip, loss_of)

@@ -114,7 +114,8 @@ class Phase:
         if self.state_file.exists():
             state = torch.load(self.state_file, weights_only=True)
             modules.load_state_dict(state["weights"])
-            optimiser.load_state_dict(state["optimiser"])
+            if "optimiser" in state:  # not there when restored from shipped weights
+                optimiser.load_state_dict(state["optimiser"])
             average, step, spent = state["average"], state["step"], state["seconds"]
         start = last = time.monotonic()
 

@@ -4,7 +4,9 @@ Phases, in order: ``world`` (render scenes), ``vae``, ``decoder``, ``clip``, ``c
 scenes), ``base`` (the U-Net), ``folder`` (all that as the trainer reads it), ``stage1`` and
 ``stage2`` (:mod:`anystory_core.training`), ``export`` (files that ship), ``identity`` and
 ``finder`` (the networks that :mod:`.evaluate` measures with). Only when asked for by name:
-``no_clip``, ``no_reference`` and ``no_refinement``, the stages of its ablations.
+``no_clip``, ``no_reference`` and ``no_refinement``, the stages of its ablations; and ``restore``,
+which begins a folder from the shipped weights, so that ``base`` (then ``cache`` and ``folder``) and
+the stages (``--start-file``) go on from them.
 
 Each resumes where it stopped when the same command is given again, has its own seed, and
 writes its curve to ``DIR/NAME.csv``. More shards may be rendered and cached at any time, also while
@@ -18,6 +20,7 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +36,7 @@ from .folder import write_base_folder
 from .identity import train_identity
 from .phase import run_shared, shares
 from .scenes import write_shard
+from .shipped import restore
 from .stages import SUBJECT_FILE, stage1, stage2, write_data
 from .vae import load_vae, train_decoder, train_vae
 
@@ -69,6 +73,7 @@ class Options:
     stage1_steps: int
     stage2_steps: int
     processes: int
+    start_file: str
 
     def training_emoji(self) -> list[emoji.Emoji]:
         """All subjects but the held-out families; fetched first when missing."""
@@ -100,33 +105,38 @@ def run_phase(name: str, options: Options) -> None:
         run_shared(partial(train_identity, options.training_emoji(), work), options.processes)
     elif name == "finder":
         run_shared(partial(train_finder, options.training_emoji(), work), options.processes)
+    elif name == "restore":
+        restore(work)
     elif name in ABLATIONS:
-        stage = ABLATIONS[name][0]
+        stage, without = ABLATIONS[name]
         steps = options.stage1_steps if stage == 1 else options.stage2_steps
-        run_shared(partial(train_stage, work, stage, steps, name), options.processes)
+        task = partial(train_stage, work, stage, steps, name=name, **without)
+        run_shared(task, options.processes)
     elif name == "stage1":
         write_data(options.training_emoji(), work, "pairs", options.sample_shards)
-        run_shared(partial(train_stage, work, 1, options.stage1_steps), options.processes)
+        start = {"name": name, "start_file": options.start_file}
+        run_shared(partial(train_stage, work, 1, options.stage1_steps, **start), options.processes)
     elif name == "stage2":
         write_data(options.training_emoji(), work, "scenes", options.sample_shards)
-        run_shared(partial(train_stage, work, 2, options.stage2_steps), options.processes)
+        start = {"name": name, "start_file": options.start_file}
+        run_shared(partial(train_stage, work, 2, options.stage2_steps, **start), options.processes)
     else:
         for part, size in export(work).items():
             print(f"export: {part} {size / 2**20:.2f} MiB", flush=True)
 
 
-def train_stage(work: Path, stage: int, steps: int, ablation: str = "") -> None:
-    """Train or resume a stage with the project's trainer; all processes that share it call this."""
+def train_stage(work: Path, stage: int, steps: int, **settings: Any) -> None:
+    """Train or resume a stage with the project's trainer; all processes that share it call this.
+    ``settings`` are those of :func:`.stages.stage1` or :func:`.stages.stage2`."""
     part, parts = shares()
     if parts > 1:  # what accelerate looks for
         rank = {"RANK": part, "LOCAL_RANK": part, "WORLD_SIZE": parts, "LOCAL_WORLD_SIZE": parts}
         os.environ.update({name: str(value) for name, value in rank.items()})
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    name, without = ablation or f"stage{stage}", ABLATIONS[ablation][1] if ablation else {}
     if stage == 1:
-        config = stage1(work, steps, name=name, **without)
+        config = stage1(work, steps, **settings)
     else:
-        config = stage2(work, steps, work / SUBJECT_FILE, name=name, **without)
+        config = stage2(work, steps, work / SUBJECT_FILE, **settings)
     Trainer(config).run()
 
 
@@ -143,13 +153,14 @@ def main() -> None:
     """Run one phase, or all of them in order."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for sources and states")
-    parser.add_argument("--phase", choices=(*PHASES, *ABLATIONS), help="only this phase")
+    parser.add_argument("--phase", choices=(*PHASES, *ABLATIONS, "restore"), help="only this phase")
     parser.add_argument("--shards", type=int, default=24, help="shards of 500 scenes to render")
     parser.add_argument("--base-steps", type=int, default=60_000, help="length of the base phase")
     parser.add_argument("--processes", type=int, default=2, help="training processes of one thread")
     parser.add_argument("--sample-shards", type=int, default=20, help="500 samples of each stage")
     parser.add_argument("--stage1-steps", type=int, default=20_000)
     parser.add_argument("--stage2-steps", type=int, default=8_000)
+    parser.add_argument("--start-file", default="", help="AnyStory weights a stage goes on from")
     given = vars(parser.parse_args())
     phase = given.pop("phase")
     options = Options(**given)

@@ -59,22 +59,34 @@ def _shared(work: Path, kind: Kind, steps: int, seed: int, name: str) -> dict[st
 
 
 def stage1(
-    work: Path, steps: int, *, clip: bool = True, reference: bool = True, name: str = "stage1"
+    work: Path,
+    steps: int,
+    *,
+    clip: bool = True,
+    reference: bool = True,
+    name: str = "stage1",
+    start_file: str = "",
 ) -> TrainingConfig:
     """The subject encoder on pairs; without a branch for the ablations."""
     return TrainingConfig(
         **_shared(work, "pairs", steps, 11, name),
-        subject=SubjectSettings(clip=clip, reference=reference),
+        subject=SubjectSettings(clip=clip, reference=reference, start_file=start_file),
         optimiser=OptimiserSettings(learning_rate=4e-4, warmup_steps=100, ema=0.999),
     )
 
 
 def stage2(
-    work: Path, steps: int, subject_file: Path, *, refine: bool = True, name: str = "stage2"
+    work: Path,
+    steps: int,
+    subject_file: Path,
+    *,
+    refine: bool = True,
+    name: str = "stage2",
+    start_file: str = "",
 ) -> TrainingConfig:
     """The router on scenes; without refinement for the ablation."""
     return TrainingConfig(
         **_shared(work, "scenes", steps, 12, name),
-        router=RouterSettings(subject_file=str(subject_file), refine=refine),
+        router=RouterSettings(subject_file=str(subject_file), refine=refine, start_file=start_file),
         optimiser=OptimiserSettings(learning_rate=3e-4, warmup_steps=100, ema=0.999),
     )

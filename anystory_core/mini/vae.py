@@ -105,7 +105,7 @@ def reconstruction_loss(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _phase(folder: Path) -> Phase:
-    return Phase(name="vae", folder=folder, steps=2400, learning_rate=1e-3, seed=1, ema=0.995)
+    return Phase(name="vae", folder=folder, steps=3600, learning_rate=1e-3, seed=1, ema=0.995)
 
 
 def _decoder_phase(folder: Path) -> Phase:

@@ -120,6 +120,7 @@ class SubjectSettings:
     drop_clip: float = 0.1  # share of samples whose CLIP condition becomes the background's
     drop_text: float = 0.1  # share of samples whose caption becomes empty
     ip_adapter: str = ""  # K and V for the CLIP tokens from this file instead of the U-Net's own
+    start_file: str = ""  # go on from these AnyStory weights instead of the U-Net's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +138,7 @@ class RouterSettings:
     tokens: Literal["mean", "sum"] = "mean"
     drop_text: float = 0.1
     refine: bool = True
+    start_file: str = ""  # go on from the router in these AnyStory weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +206,11 @@ def load_config(path: Path) -> TrainingConfig:
         run=replace(config.run, folder=absolute(config.run.folder)),
     )
     if config.subject is not None:
-        ip_adapter = absolute(config.subject.ip_adapter)
-        return replace(config, subject=replace(config.subject, ip_adapter=ip_adapter))
+        subject = config.subject
+        files = absolute(subject.ip_adapter), absolute(subject.start_file)
+        changed = replace(subject, ip_adapter=files[0], start_file=files[1])
+        return replace(config, subject=changed)
     assert config.router is not None
-    subject_file = absolute(config.router.subject_file)
-    return replace(config, router=replace(config.router, subject_file=subject_file))
+    router = config.router
+    files = absolute(router.subject_file), absolute(router.start_file)
+    return replace(config, router=replace(router, subject_file=files[0], start_file=files[1]))

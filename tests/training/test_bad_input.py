@@ -6,14 +6,17 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 
+from anystory_core.build import build_model
+from anystory_core.config import AnyStoryConfig
 from anystory_core.errors import AnyStoryError, ConfigError
-from anystory_core.training import shards
+from anystory_core.training import shards, trainer
 from anystory_core.training.bases import load_base
 from anystory_core.training.check import check
 from anystory_core.training.config import BaseSettings, load_config, seconds
@@ -85,6 +88,21 @@ def test_the_papers_configurations_are_valid(name: str) -> None:
     path = ROOT / "anystory_core" / "training" / "configs" / f"{name}.toml"
     config = load_config(path)
     assert config.optimiser.learning_rate == 1e-4 and config.run.batch * 8 == 64
+
+
+def test_files_to_go_on_from(subject_run: Any, world: Any, tmp_path: Path) -> None:
+    """A file without the parts, or of other sizes, is refused by the name of the field."""
+    model = build_model(tiny.config(), ("subject_encoder", "clip_projections"))
+    with pytest.raises(ConfigError, match=r"router\.start_file: .* lacks \['routers'"):
+        trainer.copy_parts(
+            build_model(tiny.config(), ("routers",)), str(subject_run.file), "router.start_file"
+        )
+    larger = replace(tiny.config(), subject_qformer=AnyStoryConfig.mini().subject_qformer)
+    with pytest.raises(ConfigError, match="in other sizes"):
+        trainer.copy_parts(
+            build_model(larger, ("subject_encoder",)), str(subject_run.file), "subject.start_file"
+        )
+    trainer.copy_parts(model, str(subject_run.file), "subject.start_file")
 
 
 def test_bases(world: Any, tmp_path: Path) -> None:

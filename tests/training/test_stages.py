@@ -105,6 +105,24 @@ def test_a_branch_can_be_switched_off(off: str, world: Any, tmp_path: Path) -> N
     assert set(kept) == set(reference if off == "clip" else clip)
 
 
+@pytest.mark.parametrize("stage", ["subject", "router"])
+def test_training_goes_on_from_a_file(
+    stage: str, subject_run: Any, router_run: Any, world: Any, tmp_path: Path
+) -> None:
+    """Before its first step a run from a file holds that file's weights, not the U-Net's."""
+    file = (subject_run if stage == "subject" else router_run).file
+    tables: dict[str, Any] = {stage: {"start_file": str(file)}}
+    data = world.pairs
+    if stage == "router":
+        tables["router"]["subject_file"] = str(subject_run.file)
+        data = world.scenes
+    path = tiny.run_toml(tmp_path, world.base, data, stage, steps=1, **tables)
+    run = Trainer(load_config(path))
+    wanted = load_model(file, dtype=torch.float32).state_dict()
+    for name, parameter in run.stage.trained():
+        assert torch.equal(parameter, wanted[name]), name
+
+
 def test_ema_and_accumulation(world: Any, tmp_path: Path) -> None:
     path = tiny.run_toml(
         tmp_path, world.base, world.pairs, "subject", steps=2,

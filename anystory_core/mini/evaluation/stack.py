@@ -6,22 +6,19 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ...build import AnyStoryModel
 from ...checkpoint import load_model
 from ...training import diffusers_unet
-from ...training.names import ldm_to_diffusers
 from .. import cache, vae
-from ..base import build_unet, load_unet
+from ..base import load_unet
 from ..clip import load_clip
-from ..config import CONFIG, VISION
-from ..text import build_text
+from ..config import CONFIG
+from ..shipped import read_modules
 from ..weights import row_of_token
 
 
@@ -81,27 +78,8 @@ def stack_of_work(work: Path) -> Stack:
 def stack_of_files(folder: Path) -> Stack:
     """From the files that :mod:`..export` writes, as hosts load them (half precision, widened)."""
 
-    def read(part: str) -> dict[str, Tensor]:
-        state = load_file(folder / f"{part}.safetensors")
-        return {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
-
-    unet, host = build_unet(), read("unet")
-    names = ldm_to_diffusers(CONFIG)
-    unet.load_state_dict({name: host[key] for key, name in names.items()})
-    network, host = vae.build_vae(), read("vae")
-    fixed = set(vae.host_state({}))
-    state: dict[str, Tensor] = {}
-    for name, tensor in network.state_dict().items():
-        (key,) = set(vae.host_state({name: tensor})) - fixed
-        state[name] = host[key]
-    network.load_state_dict(state)
-    packed = read("clip_text")
-    ids = [int(i) for i in packed.pop("token_ids")]
-    text = build_text(ids)
-    text.load_state_dict(packed)
-    vision: Any = cast(Any, CLIPVisionModelWithProjection)(CLIPVisionConfig(**VISION))
-    vision.load_state_dict(read("clip_vision"))
-    return make_stack(unet, network, text, row_of_token(ids), vision)
+    parts = read_modules(folder)
+    return make_stack(parts.unet, parts.vae, parts.text, row_of_token(parts.ids), parts.vision)
 
 
 def load_anystory(file: Path) -> AnyStoryModel:

@@ -19,6 +19,7 @@ IMPORT = """
 import importlib.machinery, importlib.util, os, sys, asyncio, time
 sys.path.insert(0, os.environ["COMFYUI_PATH"])
 import comfy.options
+import utils.extra_config  # first, as in the host's main: comfy/ joins the path and has a utils.py
 from comfy.cli_args import args
 args.cpu = True
 import nodes, server, execution

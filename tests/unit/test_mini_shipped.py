@@ -1,0 +1,80 @@
+"""From the recipe's folder to shipped files, and from them to a folder that training goes on in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+pytest.importorskip("diffusers")
+pytest.importorskip("open_clip")
+
+from anystory_core.mini import base, clip, export, shipped, vae
+from anystory_core.mini.phase import Phase
+from anystory_core.mini.text import END, START
+
+IDS = [320, 537, START, END]
+
+
+def save(phase: Phase, module: torch.nn.Module) -> None:
+    state = module.state_dict()
+    phase.folder.mkdir(exist_ok=True)
+    torch.save({"weights": state, "average": state, "step": 3, "seconds": 0.0}, phase.state_file)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A recipe's folder after the base, with random weights."""
+    torch.manual_seed(0)
+    folder = tmp_path / "work"
+    save(clip.phase(folder), clip.Clip(IDS))
+    (folder / "vocabulary.json").write_text(json.dumps(IDS))
+    save(base.phase(folder, 9), base.build_unet())
+    torch.save(vae.build_vae().state_dict(), folder / "vae.whitened.pt")
+    return folder
+
+
+def test_shipped_files_come_back_as_modules_and_as_a_folder(work: Path, tmp_path: Path) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    for part, state in export.host_states(work).items():
+        half = {n: t.half() if t.is_floating_point() else t for n, t in state.items()}
+        save_file({n: t.contiguous() for n, t in half.items()}, files / f"{part}.safetensors")
+    modules = shipped.read_modules(files)
+    assert modules.ids == IDS
+    again = tmp_path / "again"
+    shipped.restore(again, files)
+    first, _ = clip.load_clip(work)
+    second, rows = clip.load_clip(again)
+    assert int(rows[537]) == 2 and int(rows[1]) == 0
+    for name, wanted, restored in (
+        ("unet", base.load_unet(work), base.load_unet(again)),
+        ("vae", vae.load_vae(work), vae.load_vae(again)),
+        ("text", first.text, second.text),
+        ("vision", first.vision, second.vision),
+    ):
+        state = restored.state_dict()
+        for key, tensor in wanted.state_dict().items():
+            kept = tensor.half().float() if tensor.is_floating_point() else tensor
+            assert torch.equal(kept, state[key]), (name, key)
+    with pytest.raises(ValueError, match="holds a trained base already"):
+        shipped.restore(again, files)
+
+
+def test_a_restored_phase_trains_on(work: Path) -> None:
+    """A state without an optimiser, as :func:`restore` writes it, begins a new schedule."""
+    module = torch.nn.Linear(2, 1)
+    phase = Phase(name="line", folder=work, steps=2, learning_rate=0.1, seed=1)
+    state = {k: torch.full_like(v, 0.5) for k, v in module.state_dict().items()}
+    torch.save({"weights": state, "average": state, "step": 0, "seconds": 0.0}, phase.state_file)
+    seen: list[float] = []
+
+    def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
+        seen.append(float(module.bias.detach()))
+        return module(torch.ones(1, 2)).square().sum()
+
+    phase.run(module, loss_of)
+    assert seen[0] == 0.5 and len(seen) == 2 and float(module.bias.detach()) < 0.5

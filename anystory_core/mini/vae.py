@@ -9,6 +9,7 @@ latents behind TAESD's soft clamp at +-3, and may be trained on at any time: lat
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any, cast
@@ -136,7 +137,10 @@ def finish_encoder(folder: Path) -> None:
     _phase(folder).load(vae)
     pictures = read_shard(folder / "scenes", 0).pictures[:100]
     whiten(vae, to_signed(torch.from_numpy(pictures.copy())))
-    torch.save(vae.state_dict(), folder / "vae.whitened.pt")
+    # Processes that share a phase may all get here; each writes the same, and none reads a part.
+    temporary = folder / f"vae.whitened.{os.getpid()}.tmp"
+    torch.save(vae.state_dict(), temporary)
+    os.replace(temporary, folder / "vae.whitened.pt")
 
 
 def load_vae(folder: Path) -> Any:

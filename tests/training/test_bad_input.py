@@ -14,7 +14,6 @@ import pytest
 import tiny
 
 from anystory_core.build import build_model
-from anystory_core.config import AnyStoryConfig
 from anystory_core.errors import AnyStoryError, ConfigError
 from anystory_core.training import shards, trainer
 from anystory_core.training.bases import load_base
@@ -97,7 +96,8 @@ def test_files_to_go_on_from(subject_run: Any, world: Any, tmp_path: Path) -> No
         trainer.copy_parts(
             build_model(tiny.config(), ("routers",)), str(subject_run.file), "router.start_file"
         )
-    larger = replace(tiny.config(), subject_qformer=AnyStoryConfig.mini().subject_qformer)
+    deeper = replace(tiny.config().subject_qformer, layers=5)
+    larger = replace(tiny.config(), subject_qformer=deeper)
     with pytest.raises(ConfigError, match="in other sizes"):
         trainer.copy_parts(
             build_model(larger, ("subject_encoder",)), str(subject_run.file), "subject.start_file"

@@ -63,7 +63,12 @@ class BuildAnyStory(io.ComfyNode):
                     tooltip="simplified: the paper's, without cross-attention. original: with it; "
                     "Encode Subject then needs the clip. none: IP-Adapter alone, 0.85 GB.",
                 ),
-                io.Combo.Input("precision", options=list(PRECISIONS), default=PRECISIONS[0]),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default=PRECISIONS[0],
+                    tooltip="How numbers are stored. Choose bf16 for a checkpoint in bf16.",
+                ),
             ],
             outputs=[io.String.Output(display_name="anystory_name")],
         )

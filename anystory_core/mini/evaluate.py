@@ -2,9 +2,10 @@
 
 Draws held-out subjects in held-out scenes, row by row, and writes ``evaluation.json``,
 ``evaluation.md`` and a sheet of pictures per row to ``--out``. Needs the recipe's folder for the
-sources and the measuring networks (phases ``identity`` and ``finder``). What the rows are:
-:mod:`.evaluation.rows`. A row that is done with the same weights and number of samples is not drawn
-again; a row whose weights were never trained is left out, and the table says so.
+sources and, for drawn rows, the measuring networks (phases ``identity`` and ``finder``); without
+them only the routing is measured. What the rows are: :mod:`.evaluation.rows`. A row that is done
+with the same weights and number of samples is not drawn again; a row whose weights were never
+trained is left out of the table.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from ..build import AnyStoryModel
-from .emoji import load_emoji, split
+from .emoji import Emoji, load_emoji, split
 from .evaluation import report, rows
 from .evaluation.judge import Judge
 from .evaluation.stack import Stack, load_anystory, stack_of_files, stack_of_work
@@ -76,19 +77,21 @@ class Table:
 def measure_all(
     stack: Stack,
     models: dict[str, AnyStoryModel],
-    judge: Judge,
+    subjects: Sequence[Emoji],
+    judge: Judge | None,
     table: Table,
     samples: int,
     wanted: Sequence[str],
 ) -> None:
     """Every row that ``wanted`` names, or all; those of models that are not there are left out."""
-    for row in rows.DRAWN:
+    for row in rows.DRAWN if judge is not None else ():
         name = f"{row.subjects} subject{'s' * (row.subjects > 1)}: {row.title}"
         if (row.model != "base" and row.model not in models) or not report.asked(name, wanted):
             continue
         sheet = report.Sheet(table.folder / f"{report.slug(name)}.jpg")
 
         def draw(row: rows.Drawn = row, sheet: report.Sheet = sheet) -> rows.Result:
+            assert judge is not None
             return rows.measure_drawn(row, models, stack, judge, samples, sheet.keep)
 
         table.add(name, samples, draw)
@@ -102,7 +105,7 @@ def measure_all(
 
             def route(kind: str = kind, level: int = level) -> rows.Result:
                 count = min(samples, ROUTING_SAMPLES)
-                return rows.measure_routing(models[kind], stack, judge.subjects, count, level)
+                return rows.measure_routing(models[kind], stack, subjects, count, level)
 
             table.add(name, min(samples, ROUTING_SAMPLES), route)
 
@@ -121,10 +124,14 @@ def main() -> None:
     subjects = held_out_subjects(given.work / "sources")
     stack = stack_of_files(FOLDER) if given.shipped else stack_of_work(given.work)
     models = find_models(given.work, shipped=given.shipped)
-    judge = Judge.load(given.work, len(training), subjects)
+    judge = None
+    try:
+        judge = Judge.load(given.work, len(training), subjects)
+    except FileNotFoundError as error:
+        print(f"no measuring networks ({error}): routing only", flush=True)
     key = "-".join((stack.fingerprint, *(m.fingerprint for m in models.values())))
     table = Table(given.out, key)
-    measure_all(stack, models, judge, table, given.samples, given.rows)
+    measure_all(stack, models, subjects, judge, table, given.samples, given.rows)
 
 
 if __name__ == "__main__":

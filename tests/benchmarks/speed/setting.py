@@ -67,11 +67,11 @@ def fill(module: torch.nn.Module, seed: int) -> None:
     module.eval().requires_grad_(False)
 
 
-def make_unet(config: Any) -> Any:
-    """ModelPatcher of the host's SDXL in bfloat16."""
+def make_unet(config: Any, dtype: torch.dtype = DTYPE) -> Any:
+    """ModelPatcher of the host's SDXL."""
     arguments = core("mini.config").unet_arguments(config.unet)
     settings = host("comfy.supported_models").SDXL(arguments)
-    settings.set_inference_dtype(DTYPE, None)
+    settings.set_inference_dtype(dtype, None)
     model = settings.get_model({}, "", device="cpu")
     fill(model.diffusion_model, 0)
     patcher = host("comfy.model_patcher")
@@ -81,11 +81,13 @@ def make_unet(config: Any) -> Any:
 
 
 def make_anystory(
-    config: Any, parts: Sequence[str] = ("clip_projections", "reference_projections", "routers")
+    config: Any,
+    parts: Sequence[str] = ("clip_projections", "reference_projections", "routers"),
+    dtype: torch.dtype = DTYPE,
 ) -> Any:
     """ManagedAnyStory with the named parts."""
     managed = host("nodes.host.managed")
-    model = core("build").build_model(config, parts, operations=managed.OPERATIONS, dtype=DTYPE)
+    model = core("build").build_model(config, parts, operations=managed.OPERATIONS, dtype=dtype)
     for number, (_, module) in enumerate(model.modules(), 1):
         fill(module, number)
     return managed.ManagedAnyStory(model, "random")

@@ -34,7 +34,8 @@ class SubjectRouter(io.ComfyNode):
                     f"mask_{number}",
                     optional=True,
                     tooltip=f"Where subject {number} goes (1 = subject, of the whole picture, any "
-                    "size). Used by the modes 'masks' and 'learned within masks'.",
+                    "size). Used by the modes 'masks', 'learned within masks' and 'text within "
+                    "masks'.",
                 )
             )
         return ids.schema(

@@ -21,9 +21,7 @@ class WithoutProducts(TorchDispatchMode):
     whole run, in a fraction of the time; :func:`measure` holds the two together at 512².
     """
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket
         if name is aten.mm:
             return args[0].new_zeros(args[0].shape[0], args[1].shape[1])
@@ -36,9 +34,7 @@ class WithoutProducts(TorchDispatchMode):
             x, weight, _, stride, padding = args[:5]
             sides = [
                 (s + 2 * p - k) // t + 1
-                for s, p, k, t in zip(
-                    x.shape[2:], padding, weight.shape[2:], stride, strict=True
-                )
+                for s, p, k, t in zip(x.shape[2:], padding, weight.shape[2:], stride, strict=True)
             ]
             return x.new_zeros(x.shape[0], weight.shape[0], *sides)
         return func(*args, **(kwargs or {}))

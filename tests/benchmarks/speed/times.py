@@ -101,9 +101,7 @@ def adapter(bench: Bench, subjects: int, maps: Any) -> Any:
     attention = host("comfy.ldm.modules.attention").optimized_attention
     make = torch.Generator().manual_seed(18)
     width = bench.anystory.model.config.unet.context_dim
-    tokens = [
-        torch.randn(2, PEER_TOKENS, width, generator=make).to(DTYPE) for _ in range(subjects)
-    ]
+    tokens = [torch.randn(2, PEER_TOKENS, width, generator=make).to(DTYPE) for _ in range(subjects)]
     masks: dict[tuple[int, int], list[Tensor]] = {}
 
     def mask(place: int, height: int, columns: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -275,9 +276,8 @@ class Trainer:
     def _make_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / ".writable"
-            probe.write_bytes(b"")
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=self.folder):  # each process has its own
+                pass
         except OSError as error:
             raise checkpoints.CheckpointFolderError(
                 f"run.folder: {self.folder} cannot be written ({error.strerror}); name another"

@@ -16,6 +16,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,19 +96,22 @@ def measure_all(
             return rows.measure_drawn(row, models, stack, judge, samples, sheet.keep)
 
         table.add(name, samples, draw)
-    for kind in ("full", "no refinement"):
+    count = min(samples, ROUTING_SAMPLES)
+    measures = {
+        "full": rows.measure_routing,
+        "trained without refinement": rows.measure_routing,
+        "by the labels' words": rows.measure_text_routing,
+    }
+    kinds = {"trained without refinement": "no refinement"}
+    for title, measure in measures.items():
+        model = models.get(kinds.get(title, "full"))
         for level in rows.LEVELS:
-            name = f"routing at {level}: {'' if kind == 'full' else 'trained '}{kind}"
-            if kind not in models or not report.asked(name, wanted):
+            name = f"routing at {level}: {title}"
+            if model is None or not report.asked(name, wanted):
                 continue
-            if models[kind].routers is None:
+            if model.routers is None and measure is rows.measure_routing:
                 continue
-
-            def route(kind: str = kind, level: int = level) -> rows.Result:
-                count = min(samples, ROUTING_SAMPLES)
-                return rows.measure_routing(models[kind], stack, subjects, count, level)
-
-            table.add(name, min(samples, ROUTING_SAMPLES), route)
+            table.add(name, count, partial(measure, model, stack, subjects, count, level))
 
 
 def main() -> None:

@@ -110,6 +110,15 @@ def test_routing_is_measured_on_every_layer(
     assert result["over layers"].count == 4
 
 
+def test_routing_by_words_is_measured(
+    stack: Stack, model: AnyStoryModel, subjects: list[Emoji]
+) -> None:
+    result = rows.measure_text_routing(model, stack, subjects, 4, 500)
+    assert 0 <= result["over layers"].value < 0.6 < result["perfect masks"].value
+    texts = stack.texts(["box", "a box"], torch.zeros(77, CONFIG.unet.context_dim))
+    assert [len(states) for states in texts.labels] == [1, 2] and len(texts.background) == 2
+
+
 def test_poses_of_real_renders_are_read(subjects: list[Emoji]) -> None:
     for number in range(4):
         one = task(subjects, 1, number)

@@ -22,6 +22,7 @@ from ...preprocess import prepare_views, zero_clip
 from ...routes import LearnedRoutes, MaskRoutes, RouteSource, SingleRoute
 from ...run import Run, project
 from ...subject import Subject
+from ...text_routes import TextRoutes
 from ...training import diffusers_unet
 from ...training.bases import alphas_cumprod
 from ..base import size_ids
@@ -80,8 +81,10 @@ class Encoder:
         return out
 
 
-def make_run(variant: Variant, encoder: Encoder, tasks: Sequence[Task]) -> Run:
-    """Keys and values of a batch, a row per task."""
+def make_run(
+    variant: Variant, encoder: Encoder, tasks: Sequence[Task], source: TextRoutes | None = None
+) -> Run:
+    """Keys and values of a batch, a row per task. ``source`` takes the place of the variant's."""
     model = encoder.model
     encoded = [encoder.subjects(task) for task in tasks]
     places = range(len(encoded[0]))
@@ -100,7 +103,7 @@ def make_run(variant: Variant, encoder: Encoder, tasks: Sequence[Task]) -> Run:
     biases = tuple(0.0 if f else -math.inf for f in features)
     return Run(
         conditions,
-        _source(variant, model, encoded, tasks),
+        source or _source(variant, model, encoded, tasks),
         (1.0,) * (count + 1),
         (*biases, -math.inf),
     )

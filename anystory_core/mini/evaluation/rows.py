@@ -12,6 +12,7 @@ from torch import Tensor
 from ...build import AnyStoryModel
 from ...routing_maps import StepRecord
 from ...segment import mean_maps
+from ...text_routes import TextRoutes
 from ...training import diffusers_unet
 from ...training.bases import alphas_cumprod
 from ..base import size_ids
@@ -161,6 +162,45 @@ def measure_routing(
         result[f"layer {index}"] = measures.bootstrap(sums.layers[index])
         result[f"layer {index}, coarse"] = measures.bootstrap(sums.coarse_layers[index])
     return result
+
+
+@torch.no_grad()
+def measure_text_routing(
+    model: AnyStoryModel, stack: Stack, subjects: Sequence[Emoji], samples: int, level: int
+) -> Result:
+    """The same scenes with the routes of the labels' words (:mod:`...text_routes`), label = name;
+    no router takes part. One scene at a time, because its words are its own."""
+    over: list[float] = []
+    ceilings: list[float] = []
+    alpha = alphas_cumprod().float()[level]
+    encoder = Encoder(stack, model)
+    for count in (2, 3):
+        for number in range(samples // 2):
+            one = task(subjects, count, number)
+            text, pooled = stack.encode_text([one.caption("named")])
+            picture = torch.from_numpy(one.scene.picture.copy())[None]
+            clean = stack.encode_pictures(to_signed(picture))
+            noise = one.noise((1, 4, SIDE, SIDE), salt=level)
+            noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+            names = [instance.emoji.name for instance in one.scene.instances]
+            source = TextRoutes(stack.texts(names, text[0]), window=len(model.sites))
+            run = make_run(Variant(model), encoder, [one], source)
+            call = make_call(run, model, 1)
+            with torch.autocast("cpu", torch.bfloat16):
+                diffusers_unet.predict(
+                    stack.unet, stack.slot, call, noisy, torch.tensor([level]), text, pooled,
+                    size_ids(1),
+                )  # fmt: skip
+            maps = {index: soft.maps.float() for index, soft in call.soft_maps.items()}
+            grids = {index: soft.grid for index, soft in call.soft_maps.items()}
+            true = one.masks()
+            mean = mean_maps(_step(maps, grids), (SIDE, SIDE))
+            over.append(measures.picture_iou(mean, true))
+            ceilings.append(measures.mean_ceiling(true, (SIDE, SIDE)))
+    return {
+        "over layers": measures.bootstrap(over),
+        "perfect masks": measures.bootstrap(ceilings),
+    }
 
 
 def _add(sums: _Routing, call: Any, row: int, one: Task) -> None:

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from ...build import AnyStoryModel
 from ...checkpoint import load_model
+from ...sites import Site
+from ...text_routes import Texts
 from ...training import diffusers_unet
 from .. import cache, vae
 from ..base import load_unet
 from ..clip import load_clip
 from ..config import CONFIG
 from ..shipped import read_modules
+from ..text import END, tokenize
 from ..weights import row_of_token
 
 
@@ -39,6 +42,19 @@ class Stack:
         """States (B,77,D) and pooled (B,D)."""
         states, pooled = cache.encode_texts(self.text, self.row_table, list(captions))
         return torch.from_numpy(states).float(), torch.from_numpy(pooled).float()
+
+    @torch.no_grad()
+    def texts(self, labels: Sequence[str], prompt: Tensor) -> Texts:
+        """What routing by text needs: each label's own tokens, encoded alone, and the start and the
+        last token of the prompt's states (77,D)."""
+        states, _ = self.encode_text(labels)
+        ends = (tokenize(list(labels)) == END).int().argmax(dim=1)
+        own = [row[1 : int(end)] for row, end in zip(states, ends, strict=True)]
+
+        def keys(site: Site, given: Tensor) -> Tensor:
+            return self.unet.get_submodule(site.diffusers).attn2.to_k(given)
+
+        return Texts(tuple(own), prompt[[0, -1]], keys)
 
     @torch.no_grad()
     def clip_states(self, pixels: Tensor) -> Tensor:

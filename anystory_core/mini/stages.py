@@ -87,6 +87,11 @@ def stage2(
     """The router on scenes; without refinement for the ablation."""
     return TrainingConfig(
         **_shared(work, "scenes", steps, 12, name),
-        router=RouterSettings(subject_file=str(subject_file), refine=refine, start_file=start_file),
-        optimiser=OptimiserSettings(learning_rate=3e-4, warmup_steps=100, ema=0.999),
+        router=RouterSettings(
+            subject_file=str(subject_file),
+            tokens="sum",  # Eq. 4 to the letter: grids of 64 and 16 tokens
+            refine=refine,
+            start_file=start_file,
+        ),
+        optimiser=OptimiserSettings(learning_rate=1e-3, warmup_steps=20, ema=0.999),
     )

@@ -162,8 +162,9 @@ class Trainer:
                 self.save()
                 saved = time.monotonic()
         self.save()
+        file = self.export()  # all processes take part, so before their group ends
         self.accelerator.end_training()
-        return self.export()
+        return file
 
     def _log(self, losses: dict[str, float]) -> None:
         """To TensorBoard, and to ``losses.jsonl``; after a resume a step may be there twice."""

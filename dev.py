@@ -21,7 +21,8 @@ from devkit.client import Client, PromptError
 from devkit.environment import ROOT, STATE, SetupError, say
 from devkit.host import running
 
-DEMO = ROOT / "workflows" / "api" / "two_subjects.json"
+# Placed by masks: the mini model's router is at the beginning of its training (docs/mini.md).
+DEMO = ROOT / "workflows" / "api" / "two_subjects_masks.json"
 INPUTS = ROOT / "workflows" / "inputs"
 
 

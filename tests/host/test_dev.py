@@ -36,9 +36,14 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(clone: Path, variables: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
+    # A shell's background jobs, and so tests run from one, ignore Ctrl-C; a person's do not.
+    def heed() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     return subprocess.Popen(
         [sys.executable, str(clone / "dev.py"), *arguments],
         env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=heed,
     )  # fmt: skip
 
 
@@ -71,16 +76,20 @@ def test_an_interrupt_leaves_no_process(
 ) -> None:
     process = start(clone, variables, "serve")
     assert process.stdout is not None
-    for line in process.stdout:
-        if "Ctrl-C ends it" in line:
-            break
-    assert len(list(of_clone(clone))) >= 2  # dev.py and the host
-    process.send_signal(number)
-    assert process.wait(timeout=60) == 130
-    end = time.monotonic() + 10
-    while list(of_clone(clone)) and time.monotonic() < end:
-        time.sleep(0.2)
-    assert list(of_clone(clone)) == []
+    try:
+        for line in process.stdout:
+            if "Ctrl-C ends it" in line:
+                break
+        assert len(list(of_clone(clone))) >= 2  # dev.py and the host
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 130
+        end = time.monotonic() + 10
+        while list(of_clone(clone)) and time.monotonic() < end:
+            time.sleep(0.2)
+        assert list(of_clone(clone)) == []
+    finally:
+        for left in of_clone(clone):
+            left.kill()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from anystory_core.checkpoint import load_model
 from anystory_core.training import checkpoints
 from anystory_core.training.checkpoints import CheckpointFolderError
 
@@ -97,6 +98,23 @@ def test_two_processes_give_the_gradients_of_one(
     for name, gradient in found[1].items():
         # The mean of two halves against the mean of the whole: float32 rounding.
         assert torch.allclose(gradient, found[2][name], atol=1e-5, rtol=1e-4), name
+
+
+def test_two_processes_run_to_the_end(world: Any, tmp_path: Path) -> None:
+    """Both begin in one folder, one of them exports, and neither fails on the way out."""
+    path = tiny.run_toml(
+        tmp_path, world.base, world.pairs, "subject", steps=2, run={"batch": 2},
+        optimiser={"ema": 0.9},
+    )  # fmt: skip
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
+        "-m", "anystory_core.training", str(path),
+    ]  # fmt: skip
+    variables = {**environment(), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = tmp_path.rglob("anystory_subject.safetensors")
+    assert "reference_net" in load_model(file).parts
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:

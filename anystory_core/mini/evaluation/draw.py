@@ -8,7 +8,7 @@ subjects; every row has its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -50,7 +50,7 @@ class Variant:
 
 @dataclass
 class Encoder:
-    """Encodes references with one model; remembers them while tasks are gone through in order."""
+    """Encodes references with one model; the background's CLIP states are made once."""
 
     stack: Stack
     model: AnyStoryModel
@@ -186,9 +186,8 @@ def draw(
     variant: Variant,
     *,
     steps: int = STEPS,
-    watch: Callable[[Call], None] | None = None,
 ) -> Tensor:
-    """(B,3,H,W) in [-1,1]. ``watch`` sees the conditional pass of every step."""
+    """(B,3,H,W) in [-1,1]."""
     count = len(tasks)
     text, pooled = stack.encode_text(captions)
     empty, empty_pooled = stack.encode_text([""])
@@ -209,8 +208,6 @@ def draw(
                 stack.unet, stack.slot, call, torch.cat((z, z)), t.expand(2 * count), states,
                 labels, size_ids(2 * count),
             ).float()  # fmt: skip
-        if watch is not None and call is not None:
-            watch(call)
         eps, plain = both.chunk(2)
         eps = plain + GUIDANCE * (eps - plain)
         clean = (z - (1 - now).sqrt() * eps) / now.sqrt()

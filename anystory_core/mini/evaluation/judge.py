@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..emoji import Emoji
-from ..finder import Finder, Found, load_finder, look
+from ..finder import Finder, Found, box_of, load_finder, look
 from ..identity import SIZE, Identity, gallery, load_identity
+from ..vae import to_signed
 from ..world import render_scene, solid_box
 from . import measures
 from .tasks import Task
@@ -96,14 +97,9 @@ class Judge:
         """The subject stands as it does in the reference, by the same estimate of both."""
         emoji = self.subjects[task.subjects[0]]
         picture, mask = task.references[0]
-        ys, xs = np.nonzero(mask)
-        height, width = mask.shape
-        box = (
-            float(xs.min() / width), float(ys.min() / height),
-            float((xs.max() + 1) / width), float((ys.max() + 1) / height),
-        )  # fmt: skip
-        pixels = torch.from_numpy(picture.copy()).movedim(-1, 0).float() / 127.5 - 1
-        return measures.pose_matches(*pose_of(crop, emoji), *pose_of(cut(pixels, box), emoji))
+        (pixels,) = to_signed(torch.from_numpy(picture.copy())[None])
+        reference = cut(pixels, box_of(mask))
+        return measures.pose_matches(*pose_of(crop, emoji), *pose_of(reference, emoji))
 
 
 def cut(picture: Tensor, box: tuple[float, float, float, float]) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...build import AnyStoryModel
+from ...conditioner import Call
 from ...routing_maps import StepRecord
 from ...segment import mean_maps
 from ...text_routes import TextRoutes
@@ -130,27 +131,43 @@ class _Routing:
 
 
 @torch.no_grad()
+def _look(
+    encoder: Encoder,
+    tasks: Sequence[Task],
+    level: int,
+    by_text: Callable[[Tensor], TextRoutes] | None = None,
+) -> Call:
+    """One conditional pass over the tasks' scenes noised to ``level``, their captions and
+    injection on: the call, with its maps. ``by_text`` makes routes of the captions' states
+    (B,77,D); None: the model's router."""
+    stack, model, count = encoder.stack, encoder.model, len(tasks)
+    text, pooled = stack.encode_text([t.caption("named") for t in tasks])
+    pictures = torch.stack([torch.from_numpy(t.scene.picture.copy()) for t in tasks])
+    clean = stack.encode_pictures(to_signed(pictures))
+    noise = torch.stack([t.noise((4, SIDE, SIDE), salt=level) for t in tasks])
+    alpha = alphas_cumprod().float()[level]
+    noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+    source = None if by_text is None else by_text(text)
+    routes: draw.Routes = "router" if source is None else "single"
+    call = make_call(make_run(Variant(model, routes), encoder, tasks, source), model, count)
+    with torch.autocast("cpu", torch.bfloat16):
+        diffusers_unet.predict(
+            stack.unet, stack.slot, call, noisy, torch.full((count,), level), text, pooled,
+            size_ids(count),
+        )  # fmt: skip
+    return call
+
+
 def measure_routing(
     model: AnyStoryModel, stack: Stack, subjects: Sequence[Emoji], samples: int, level: int
 ) -> Result:
     """Real held-out scenes of two and three subjects, noised to ``level``: IoU of the routes with
-    the true masks; one conditional pass with the scene's own caption, injection on."""
+    the true masks."""
     sums = _Routing({}, {}, [], [], [])
-    alpha = alphas_cumprod().float()[level]
+    encoder = Encoder(stack, model)
     for count in (2, 3):
         for tasks in _batches(subjects, count, samples // 2):
-            text, pooled = stack.encode_text([t.caption("named") for t in tasks])
-            pictures = torch.stack([torch.from_numpy(t.scene.picture.copy()) for t in tasks])
-            clean = stack.encode_pictures(to_signed(pictures))
-            noise = torch.stack([t.noise((4, SIDE, SIDE), salt=level) for t in tasks])
-            noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-            run = make_run(Variant(model, "router"), Encoder(stack, model), tasks)
-            call = make_call(run, model, len(tasks))
-            with torch.autocast("cpu", torch.bfloat16):
-                diffusers_unet.predict(
-                    stack.unet, stack.slot, call, noisy, torch.full((len(tasks),), level), text,
-                    pooled, size_ids(len(tasks)),
-                )  # fmt: skip
+            call = _look(encoder, tasks, level)
             for row, one in enumerate(tasks):
                 _add(sums, call, row, one)
     result = {
@@ -164,7 +181,6 @@ def measure_routing(
     return result
 
 
-@torch.no_grad()
 def measure_text_routing(
     model: AnyStoryModel, stack: Stack, subjects: Sequence[Emoji], samples: int, level: int
 ) -> Result:
@@ -172,25 +188,16 @@ def measure_text_routing(
     no router takes part. One scene at a time, because its words are its own."""
     over: list[float] = []
     ceilings: list[float] = []
-    alpha = alphas_cumprod().float()[level]
     encoder = Encoder(stack, model)
     for count in (2, 3):
         for number in range(samples // 2):
             one = task(subjects, count, number)
-            text, pooled = stack.encode_text([one.caption("named")])
-            picture = torch.from_numpy(one.scene.picture.copy())[None]
-            clean = stack.encode_pictures(to_signed(picture))
-            noise = one.noise((1, 4, SIDE, SIDE), salt=level)
-            noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
             names = [instance.emoji.name for instance in one.scene.instances]
-            source = TextRoutes(stack.texts(names, text[0]), window=len(model.sites))
-            run = make_run(Variant(model), encoder, [one], source)
-            call = make_call(run, model, 1)
-            with torch.autocast("cpu", torch.bfloat16):
-                diffusers_unet.predict(
-                    stack.unet, stack.slot, call, noisy, torch.tensor([level]), text, pooled,
-                    size_ids(1),
-                )  # fmt: skip
+
+            def by_text(text: Tensor, names: list[str] = names) -> TextRoutes:
+                return TextRoutes(stack.texts(names, text[0]), window=len(model.sites))
+
+            call = _look(encoder, [one], level, by_text)
             maps = {index: soft.maps.float() for index, soft in call.soft_maps.items()}
             grids = {index: soft.grid for index, soft in call.soft_maps.items()}
             true = one.masks()

@@ -292,6 +292,7 @@ class Trainer:
         """Write the checkpoint of this step. All processes take part."""
 
         def fill(path: Path) -> None:
+            self.accelerator.wait_for_everyone()  # until the main process has made the folder
             self.accelerator.save_state(str(path))
             if self.accelerator.is_main_process:
                 if self.config.optimiser.ema:

@@ -8,7 +8,6 @@ COMFYUI_PATH names a ComfyUI of your own; ANYSTORY_PYTHON an interpreter that ha
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -19,40 +18,34 @@ from pathlib import Path
 from devkit import environment
 from devkit.client import Client, PromptError
 from devkit.environment import ROOT, STATE, SetupError, say
+from devkit.graphs import INPUTS, names, run_graph
 from devkit.host import running
 
 # Placed by masks: the mini model's router is at the beginning of its training (docs/mini.md).
-DEMO = ROOT / "workflows" / "api" / "two_subjects_masks.json"
-INPUTS = ROOT / "workflows" / "inputs"
+DEMO = "two_subjects_masks"
 
 
-def demo(out: Path, seed: int | None) -> None:
-    """Queue the two-subject graph and write its pictures to ``out``."""
+def demo(out: Path, graph: str, seed: int | None) -> None:
+    """Queue a bundled graph and write its pictures to ``out``."""
     host = environment.prepare_host()
     interpreter = environment.prepare_python(host)
-    prompt = json.loads(DEMO.read_text())
-    if seed is not None:
-        for node in prompt.values():
-            if "seed" in node["inputs"]:
-                node["inputs"]["seed"] = seed
-    out.mkdir(parents=True, exist_ok=True)
     with running(host, interpreter, STATE / "base") as process:
-        client = Client(process.url)
-        for node in prompt.values():
-            if node["class_type"] == "LoadImage":
-                node["inputs"]["image"] = client.upload(INPUTS / node["inputs"]["image"])
         start = time.monotonic()
-        outputs = client.queue(prompt, _progress_line)
+        files, texts = run_graph(
+            Client(process.url), graph, out, seed=seed, progress=_progress_line
+        )
         print()
         say(f"done in {time.monotonic() - start:.1f} s")
-        for number, output in outputs.items():
-            title = prompt[number]["class_type"].lower()
-            for place, file in enumerate(output.get("images", ())):
-                target = out / f"{title}_{number}_{place}.png"
-                target.write_bytes(client.fetch(file))
-                say(f"wrote {target}")
-            for text in output.get("text", ()):
-                say(text)
+        for file in files:
+            say(f"wrote {file}")
+        for text in texts:
+            say(text)
+
+
+def pictures() -> int:
+    """Draw the template browser's pictures again."""
+    interpreter = str(environment.prepare_python(environment.prepare_host()))
+    return subprocess.run([interpreter, "-m", "devkit.graphs"], cwd=ROOT).returncode
 
 
 def _progress_line(node: str, value: int, maximum: int) -> None:
@@ -111,11 +104,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("demo", help="a picture with two subjects, without the editor")
+    command = commands.add_parser("demo", help="a bundled graph, without the editor")
     command.add_argument("--out", type=Path, default=STATE / "demo", help="where pictures go")
     command.add_argument("--seed", type=int, help="another picture")
+    command.add_argument("--graph", choices=names(), default=DEMO, help="default: %(default)s")
     command = commands.add_parser("serve", help="the editor, for a person")
     command.add_argument("--port", type=int, help="default: a free one")
+    commands.add_parser("pictures", help="draw the pictures of the templates again")
     commands.add_parser("test", help="all tests; more arguments go to pytest")
     command = commands.add_parser("bench", help="a benchmark; more arguments go to it")
     command.add_argument("name")
@@ -123,8 +118,10 @@ def main() -> int:
     if rest and options.command not in ("test", "bench"):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     if options.command == "demo":
-        demo(options.out, options.seed)
+        demo(options.out, options.graph, options.seed)
         return 0
+    if options.command == "pictures":
+        return pictures()
     if options.command == "serve":
         serve(options.port)
         return 0

@@ -98,6 +98,7 @@ def test_an_interrupt_leaves_no_process(
         (["demo"], {"COMFYUI_PATH": "/nowhere"}, "COMFYUI_PATH: /nowhere has no main.py"),
         (["demo"], {"ANYSTORY_PYTHON": "/nowhere/python"}, "ANYSTORY_PYTHON: /nowhere/python"),
         (["bench", "nothing"], {}, "bench: got 'nothing', expected one of"),
+        (["demo", "--graph", "nothing"], {}, "invalid choice: 'nothing'"),
         (["demo", "--what"], {}, "unknown arguments: --what"),
     ],
 )

@@ -130,9 +130,9 @@ class Call:
         # are the ones that the loss has seen.
         self.soft_maps.setdefault(index, soft)
         if self.recorder is not None and self.record:
-            rows = [self._routed.index(row) for row in self.record]
-            ids = route.ids[rows].to(torch.uint8)
-            self.recorder.record(index, ids, soft.grid, soft.maps[rows])
+            rows = tuple(self._routed.index(row) for row in self.record)
+            ids = _take(route.ids, rows).to(torch.uint8)
+            self.recorder.record(index, ids, soft.grid, _take(soft.maps, rows))
 
     def _route_on(self, index: int, grid: Grid) -> _Route | None:
         """The route of block ``index`` carried to ``grid``: soft maps resized, then argmax."""
@@ -148,20 +148,23 @@ class Call:
         """q (B,Q,D) and the text attention's output (B,Q,D) -> Eq. 5, before ``to_out``."""
         conditions = self.run.conditions[index - 1].clip
         heads = self.sites[index - 1].heads
-        out = text
         self._begin_by_query(index, q)
         route = self._routes.get(index)
+        rows: tuple[int, ...] = ()
+        terms: list[Tensor] = []
         if self.rows.cond and route is not None:
-            rows = self.rows.cond
-            out = _add(out, rows, self._routed_clip(route, _take(q, rows), conditions, heads))
+            rows += self.rows.cond
+            own = _take(q, self.rows.cond)
+            terms.append(self._routed_clip(route, own, conditions, heads))
         if self.rows.uncond and conditions[-1] is not None:
-            rows = self.rows.uncond
-            background = conditions[-1].to(q)
-            term = injection.clip_everywhere(
-                _take(q, rows), background, self._eta[-1], heads, self.attention
+            rows += self.rows.uncond
+            own, background = _take(q, self.rows.uncond), conditions[-1].to(q)
+            terms.append(
+                injection.clip_everywhere(own, background, self._eta[-1], heads, self.attention)
             )
-            out = _add(out, rows, term)
-        return out
+        if not terms:
+            return text
+        return _add(text, rows, terms[0] if len(terms) == 1 else torch.cat(terms))
 
     def _routed_clip(
         self, route: _Route, q: Tensor, conditions: Sequence[KeyValue | None], heads: int
@@ -253,15 +256,26 @@ def _take(x: Tensor, rows: tuple[int, ...]) -> Tensor:
 
 
 def _add(x: Tensor, rows: tuple[int, ...], term: Tensor) -> Tensor:
-    """x with ``term`` added to some rows; x itself is not written to."""
-    if len(rows) == x.shape[0] and _is_range(rows):
-        return x + term
-    return x.index_add(0, torch.tensor(rows, device=x.device), term.to(x.dtype))
+    """x with row i of ``term`` added to row ``rows[i]``; x itself is not written to.
+
+    No list of rows becomes a tensor where rows lie together, as they do in a host's batches: on a
+    GPU each such tensor is a copy that waits for the queue."""
+    term = term.to(x.dtype)
+    if len(rows) == x.shape[0]:
+        return x + _scatter(term, rows)
+    if _is_range(rows):
+        first, last = rows[0], rows[0] + len(rows)
+        return torch.cat((x[:first], x[first:last] + term, x[last:]))
+    return x.index_add(0, torch.tensor(rows, device=x.device), term)
 
 
 def _scatter(x: Tensor, rows: tuple[int, ...]) -> Tensor:
     """Row i of x becomes row ``rows[i]`` of the result; ``rows`` is a permutation."""
     if _is_range(rows):
         return x
+    # Two ranges in turned order, as a host's negative and positive rows: one copy, no index.
+    half = rows.index(min(rows))
+    if rows[half:] + rows[:half] == tuple(range(len(rows))):
+        return torch.cat((x[half:], x[:half]))
     back = sorted(range(len(rows)), key=rows.__getitem__)
     return x[back]

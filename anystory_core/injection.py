@@ -134,14 +134,17 @@ def clip_masked(
     if not present:
         return torch.zeros_like(q)
     owner = torch.cat([torch.full((c.k.shape[1],), i, device=q.device) for i, c in present])
-    mine = route[:, :, None] == owner  # (B,Q,K)
-    # A token of a region without keys may look anywhere: its strength below is zero.
-    orphan = ~mine.any(dim=-1, keepdim=True)
-    mask = torch.zeros_like(mine, dtype=q.dtype).masked_fill_(~(mine | orphan), -torch.inf)
+    foreign = route[:, :, None] != owner  # (B,Q,K)
+    if len(present) < len(conditions):
+        # A token of a region without keys may look anywhere: its strength below is zero.
+        foreign = foreign & ~foreign.all(dim=-1, keepdim=True)
+    mask = torch.zeros_like(foreign, dtype=q.dtype).masked_fill_(foreign, -torch.inf)
     k = torch.cat([c.k for _, c in present], dim=1)
     v = torch.cat([c.v for _, c in present], dim=1)
     out = attention(q, k, v, heads, mask)
     eta = [s if c is not None else 0.0 for s, c in zip(strengths, conditions, strict=True)]
+    if all(s == 1 for s in eta):
+        return out
     return out * torch.tensor(eta, dtype=q.dtype, device=q.device)[route.long()][..., None]
 
 

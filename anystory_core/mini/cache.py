@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import text
+from .phase import autocast
 from .scenes import read_shard, shard_numbers
 from .vae import to_signed
 
@@ -43,7 +44,7 @@ def encode_pictures(vae: Any, pictures: NDArray[np.uint8], batch: int = 25) -> H
     out: list[Tensor] = []
     for start in range(0, len(pictures), batch):
         pixels = to_signed(torch.from_numpy(pictures[start : start + batch].copy()))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             latents = vae.encode(pixels.to(memory_format=torch.channels_last)).latents
         out.append(latents.half())
     return torch.cat(out).contiguous().numpy()
@@ -58,7 +59,7 @@ def encode_texts(
     pooled: list[Tensor] = []
     for start in range(0, len(texts), batch):
         rows = row_table[text.tokenize(texts[start : start + batch])]
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             s, p = text.encode(text_model, rows)
         states.append(s.half())
         pooled.append(p.half())

@@ -22,7 +22,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from .config import VISION
 from .emoji import Emoji
-from .phase import Phase, shares
+from .phase import Phase, autocast, shares
 from .scenes import SHARD, read_shard, shard_numbers
 from .text import build_text, tokenize, vocabulary
 from .views import SIZE, VIEWS, load_views, normalise
@@ -156,7 +156,7 @@ def train_clip(emoji: list[Emoji], folder: Path) -> None:
         dropped = torch.rand(rows.shape, generator=generator) < _WORD_DROP
         special = (rows == row_table[49406]) | (rows == row_table[49407])
         rows = rows.masked_fill(dropped & ~special, 0)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             seen = clip.embed_pictures(torch.cat((cut_outs, full)), KEPT_PATCHES, generator)
             said = clip.embed_texts(rows)
         first, second, whole = seen.split((SUBJECTS, SUBJECTS, SCENES))

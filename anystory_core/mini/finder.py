@@ -24,7 +24,7 @@ from torch.nn import functional
 from .backgrounds import PLACES
 from .config import PICTURE_SIZE
 from .emoji import Emoji
-from .phase import Phase, shares
+from .phase import Phase, autocast, shares
 from .world import UInt8, pool_of, render_scene
 
 SIZE = PICTURE_SIZE
@@ -181,7 +181,7 @@ def train_finder(emoji: Sequence[Emoji], folder: Path) -> None:
         chosen = [rng.randrange(SCENES) for _ in range(BATCH // parts)]
         pixels = torch.from_numpy(pictures[chosen]).movedim(-1, 1).float() / 127.5 - 1
         pixels, wanted = _changed(pixels, table[chosen], generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             return loss_of_batch(network, pixels, wanted)
 
     _phase(folder).run(network, loss_of)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .emoji import Emoji
-from .phase import Phase, shares
+from .phase import Phase, autocast, shares
 from .scenes import SHARD, read_shard, shard_numbers
 from .world import UInt8, solid_box, transformed
 
@@ -144,7 +144,7 @@ def train_identity(emoji: list[Emoji], folder: Path) -> None:
         pixels = torch.from_numpy(np.stack(pictures)).movedim(-1, 1).float() / 127.5 - 1
         pixels[::2] = pixels[::2].flip(-1)  # a flipped subject is the same one
         pixels = soften(pixels, generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             seen = trained.network(pixels)
         cosine = seen @ functional.normalize(trained.directions, dim=-1).t()
         target = torch.tensor(chosen)

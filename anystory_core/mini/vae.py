@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .emoji import Emoji
-from .phase import Phase, shares
+from .phase import Phase, autocast, shares
 from .scenes import read_shard
 from .world import SIZE, UInt8, pool_of, render_reference, render_scene
 
@@ -117,7 +117,7 @@ def _decoder_phase(folder: Path) -> Phase:
 def whiten(vae: Any, pixels: Tensor) -> None:
     """Fold into the encoder's last convolution the map that gives its latents of ``pixels`` zero
     mean and unit covariance; into the decoder's first, the inverse (exact but for the clamp)."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         latents = vae.encode(pixels).latents
     latents = latents.movedim(1, -1).reshape(-1, 4).double()
     mean = latents.mean(dim=0)
@@ -175,7 +175,7 @@ def train_decoder(emoji: list[Emoji], folder: Path) -> None:
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
         at = 10_000_000 + step * parts + part
         pixels = _crops(pool, at).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             with torch.no_grad():
                 latents = vae.encode(pixels).latents
             restored = vae.decode(latents).sample
@@ -193,7 +193,7 @@ def train_vae(emoji: list[Emoji], folder: Path) -> None:
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
         pixels = _crops(pool, step * parts + part).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             latents = vae.encode(pixels).latents
             restored = vae.decode(latents).sample
         latents = latents.float()

@@ -27,6 +27,7 @@ from ...training import diffusers_unet
 from ...training.bases import alphas_cumprod
 from ..base import size_ids
 from ..config import CONFIG, PICTURE_SIZE
+from ..phase import autocast
 from .stack import Stack
 from .tasks import Task
 
@@ -203,7 +204,7 @@ def draw(
         now = alphas[t]
         later = alphas[times[place + 1]] if place + 1 < steps else now.new_ones(())
         call = None if run is None else make_call(run, cast(Any, variant.model), count, count)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             both = diffusers_unet.predict(
                 stack.unet, stack.slot, call, torch.cat((z, z)), t.expand(2 * count), states,
                 labels, size_ids(2 * count),

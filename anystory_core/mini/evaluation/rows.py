@@ -18,6 +18,7 @@ from ...training import diffusers_unet
 from ...training.bases import alphas_cumprod
 from ..base import size_ids
 from ..emoji import Emoji
+from ..phase import autocast
 from ..vae import to_signed
 from . import draw, measures
 from .draw import SIDE, Encoder, Variant, make_call, make_run
@@ -150,7 +151,7 @@ def _look(
     source = None if by_text is None else by_text(text)
     routes: draw.Routes = "router" if source is None else "single"
     call = make_call(make_run(Variant(model, routes), encoder, tasks, source), model, count)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         diffusers_unet.predict(
             stack.unet, stack.slot, call, noisy, torch.full((count,), level), text, pooled,
             size_ids(count),

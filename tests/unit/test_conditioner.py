@@ -155,7 +155,7 @@ def rows_of(roles: tuple[str, ...]) -> Rows:
 def test_every_arrangement_of_rows(
     name: str, way: str, keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conditioner, "by_region", lambda device: way == "by region")
+    monkeypatch.setattr(conditioner, "by_region", lambda q: way == "by region")
     world = World()
     roles = ARRANGEMENTS[name]
     run = world.run(keep_references_in_uncond=keep)

@@ -88,13 +88,18 @@ class OptimiserSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Length, size and bookkeeping of the run."""
+    """Length, size and bookkeeping of the run.
+
+    ``timesteps``: "uniform" is Eq. 1; "cubic" draws noisy ones more often (T2I-Adapter, Mou et al.
+    2023), where it is decided what a subject looks like, and learns that in fewer steps.
+    """
 
     folder: str
     steps: int
     batch: int = 8  # samples per process and forward pass
     accumulate: int = 1
     seed: int = 0
+    timesteps: Literal["uniform", "cubic"] = "uniform"
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     checkpointing: bool = True  # recompute activations in the backward pass
     compile: bool = False
@@ -108,6 +113,8 @@ class RunSettings:
         for name in ("steps", "batch", "accumulate", "keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"run.{name}: got {getattr(self, name)}, expected 1 or more")
+        if self.seed < 0:
+            raise ConfigError(f"run.seed: got {self.seed}, expected 0 or more")
         seconds(self.checkpoint_every)
 
 

@@ -41,15 +41,19 @@ class Noised:
 
 
 def add_noise(
-    clean: Tensor, numbers: Sequence[int], seed: int, alphas: Tensor
+    clean: Tensor, numbers: Sequence[int], seed: int, alphas: Tensor, *, cubic: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z_t = alpha_t z_0 + sigma_t eps, with t and eps from each sample's own number:
-    (z_t, eps, t)."""
+    (z_t, eps, t). ``cubic``: t = (1 - u^3) T with u uniform, as T2I-Adapter draws it."""
     timesteps: list[Tensor] = []
     noise: list[Tensor] = []
     for number in numbers:
         generator = torch.Generator().manual_seed(sample_seed(seed, number))
-        timesteps.append(torch.randint(len(alphas), (), generator=generator))
+        if cubic:
+            late = 1 - torch.rand((), generator=generator) ** 3
+            timesteps.append((late * len(alphas)).long().clamp_max(len(alphas) - 1))
+        else:
+            timesteps.append(torch.randint(len(alphas), (), generator=generator))
         noise.append(torch.randn(clean.shape[1:], generator=generator))
     t = torch.stack(timesteps).to(clean.device)
     eps = torch.stack(noise).to(clean)

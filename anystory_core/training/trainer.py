@@ -110,8 +110,6 @@ class Trainer:
             log_with="tensorboard",
             project_config=project,
         )
-        if run.seed < 0:
-            raise ConfigError(f"run.seed: got {run.seed}, expected 0 or more")
         self.base = load_base(config.base)
         dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         self.base.to(self.accelerator.device, dtypes[run.precision])
@@ -131,15 +129,17 @@ class Trainer:
             betas=(settings.beta1, settings.beta2),
             eps=settings.epsilon,
             weight_decay=settings.weight_decay,
+            fused=True,  # one pass over all parameters; on a CPU the default is a loop over them
         )
         if settings.ema and self.accelerator.distributed_type == "FSDP":
             raise ConfigError("optimiser.ema: not with FSDP, whose parameters are sharded; set 0")
         self.stage, self.optimiser = self.accelerator.prepare(stage, optimiser)
-        self.average = {n: p.detach().float().clone() for n, p in self._unwrapped().trained()}
+        self.average: dict[str, Tensor] = {}
+        if settings.ema:
+            trained = self._unwrapped().trained()
+            self.average = {name: p.detach().float().clone() for name, p in trained}
         self.step = 0
         self._resume()
-
-    # -- the loop --------------------------------------------------------------------------------
 
     def run(self) -> Path:
         """Train to the last step and export; returns the weights file."""
@@ -158,13 +158,22 @@ class Trainer:
                 self._log(losses)
             if run.sheet_every and self.step % run.sheet_every == 0:
                 self._sheet()
-            if time.monotonic() - saved > seconds(run.checkpoint_every):
+            if self._agreed(time.monotonic() - saved > seconds(run.checkpoint_every)):
                 self.save()
                 saved = time.monotonic()
         self.save()
         file = self.export()  # all processes take part, so before their group ends
         self.accelerator.end_training()
         return file
+
+    def _agreed(self, due: bool) -> bool:
+        """The main process's answer in all processes: each has its own clock, and one that waited
+        at a checkpoint's barrier would wait for ever for those that trained on."""
+        if self.accelerator.num_processes == 1:
+            return due
+        answer = [due]
+        torch.distributed.broadcast_object_list(answer)
+        return answer[0]
 
     def _log(self, losses: dict[str, float]) -> None:
         """To TensorBoard, and to ``losses.jsonl``; after a resume a step may be there twice."""
@@ -231,7 +240,8 @@ class Trainer:
         clean = self.encodings.latents(batch, device).float()
         text, pooled = self.encodings.text(batch, device)
         seed = self.config.run.seed
-        latents, noise, timesteps = add_noise(clean, batch.numbers, seed, self.alphas)
+        cubic = self.config.run.timesteps == "cubic"
+        latents, noise, timesteps = add_noise(clean, batch.numbers, seed, self.alphas, cubic=cubic)
         size = self.config.data.resolution
         ids = time_ids(size, size, len(batch.numbers), device)
         dtype = self.base.unet.dtype
@@ -269,10 +279,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             path = self.folder / "sheets" / f"step-{self.step:08d}.png"
             samples = [self.dataset[i] for i in range(min(4, len(self.dataset)))]
-            draw_sheet(self._unwrapped(), self._move(Batch.of(samples)), self.encodings, path)
+            with self.accelerator.autocast():
+                draw_sheet(self._unwrapped(), self._move(Batch.of(samples)), self.encodings, path)
         self.accelerator.wait_for_everyone()
-
-    # -- checkpoints and export ------------------------------------------------------------------
 
     def _make_folder(self) -> None:
         try:

@@ -11,6 +11,7 @@ from torch import Tensor
 from anystory_core.router import RoutingLogits
 from anystory_core.routes import SoftMaps
 from anystory_core.training.losses import diffusion_loss, map_error, routing_loss, target_maps
+from anystory_core.training.stages import add_noise
 
 PRESENT = torch.tensor([[True, True], [True, False], [False, False]])
 
@@ -79,3 +80,15 @@ def test_gradients_by_finite_differences() -> None:
 def test_equation_1() -> None:
     a, b = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
     assert float(diffusion_loss(a, b)) == pytest.approx(float(((a - b) ** 2).mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("cubic", [False, True])
+def test_timesteps_have_the_named_distribution(cubic: bool) -> None:
+    alphas = torch.linspace(0.99, 0.01, 100)
+    noisy, eps, t = add_noise(torch.ones(2000, 1, 1, 1), range(2000), 3, alphas, cubic=cubic)
+    signal = alphas[t][:, None, None, None]
+    assert torch.allclose(noisy, signal.sqrt() + (1 - signal).sqrt() * eps)
+    assert int(t.min()) >= 0 and int(t.max()) == 99
+    late = float((t >= 50).float().mean())
+    # t = (1 - u^3) T is late when u^3 <= 1/2; three standard deviations of 2000 draws are 0.034.
+    assert abs(late - (0.5 ** (1 / 3) if cubic else 0.5)) < 0.034

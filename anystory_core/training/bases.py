@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from ..config import AnyStoryConfig
 from ..errors import ConfigError, ModelMismatchError
 from .config import BaseSettings
 from .names import diffusers_unet_config
+from .single_file import load_single_file
 
 TextEncoder = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
-_PREFIX = "model.diffusion_model."
 
 
 @dataclass
@@ -96,7 +95,7 @@ def load_base(settings: BaseSettings) -> Base:
     if path.is_dir():
         unet, vae, encoders = _from_folder(path)
     elif path.is_file():
-        unet, vae, encoders = _from_file(path, config)
+        unet, vae, encoders = load_single_file(path, config)
     else:
         raise ConfigError(f"base.path: {path} does not exist; name a folder or an SDXL file")
     _check_unet(unet, config, path)
@@ -147,60 +146,6 @@ def _text_model(library: Any, path: Path) -> Any:
     """CLIPTextModel, or the variant with a projection, as the folder's config.json says."""
     names = json.loads((path / "config.json").read_text()).get("architectures") or []
     return getattr(library, names[0] if names else "CLIPTextModel").from_pretrained(path)
-
-
-def _from_file(path: Path, config: AnyStoryConfig) -> tuple[Any, Any, list[Any]]:
-    """An SDXL single file; its parts are renamed by diffusers' own converters."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from diffusers.loaders import single_file_utils
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    tools, text_config = cast(Any, single_file_utils), cast(Any, CLIPTextConfig)
-    state = cast("dict[str, Tensor]", load_file(path))
-    if f"{_PREFIX}input_blocks.0.0.weight" not in state:
-        raise ModelMismatchError(
-            f"base.path: {path.name} holds no U-Net of Stable Diffusion's kind"
-        )
-    arguments = diffusers_unet_config(config.unet)
-    unet = cast(Any, UNet2DConditionModel)(**arguments)
-    _load(unet, tools.convert_ldm_unet_checkpoint(dict(state), arguments), path, "U-Net")
-    vae = cast(Any, AutoencoderKL)(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=1024,
-    )
-    _load(vae, tools.convert_ldm_vae_checkpoint(dict(state), vae.config), path, "VAE")
-    small = cast(Any, CLIPTextModel)(text_config(projection_dim=768))
-    large_config = text_config(
-        hidden_size=1280,
-        intermediate_size=5120,
-        num_hidden_layers=32,
-        num_attention_heads=20,
-        projection_dim=1280,
-        hidden_act="gelu",
-    )
-    large = cast(Any, CLIPTextModelWithProjection)(large_config)
-    remove = "conditioner.embedders.0.transformer."
-    _load(small, tools.convert_ldm_clip_checkpoint(dict(state), remove), path, "CLIP-L")
-    convert = tools.convert_open_clip_checkpoint
-    _load(large, convert(large, dict(state), "conditioner.embedders.1.model."), path, "CLIP-G")
-    return unet, vae, [small, large]
-
-
-def _load(module: Any, state: dict[str, Tensor], path: Path, part: str) -> None:
-    """Strict, except for the position ids that some files keep."""
-    state = {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
-    try:
-        module.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        text = str(error).splitlines()
-        detail = " ".join(text[1:3])[:300]
-        raise ModelMismatchError(
-            f"base.path: {path.name} is no SDXL file ({part}: {detail})"
-        ) from (error)
 
 
 def _check_unet(unet: Any, config: AnyStoryConfig, path: Path) -> None:

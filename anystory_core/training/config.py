@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import tomllib
-
 from ..config import from_dict
 from ..errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import tempfile
 import time
@@ -15,79 +14,25 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..build import PARTS, AnyStoryModel, build_model
-from ..checkpoint import load_model, merge_files, open_tensors, save_model, save_tensors
+from ..build import PARTS
+from ..checkpoint import merge_files, open_tensors, save_model, save_tensors
 from ..errors import ConfigError
 from . import checkpoints
-from .bases import Base, alphas_cumprod, load_base
+from .bases import alphas_cumprod, load_base
 from .batches import Batch, SampleDataset, load_batches
 from .cache import Encodings
 from .config import TrainingConfig, seconds
 from .data import BadSamples, DataError, Index
 from .diffusers_unet import time_ids
-from .names import init_from_unet
+from .initial import ROUTER_PARTS, build_trained_model
 from .sheets import draw_sheet
 from .stages import Noised, Stage, add_noise, build_stage
-
-_ROUTER_PARTS = ("routing_encoder", "routers")
 
 
 def attention_kernels(device: torch.device) -> AbstractContextManager[Any]:
     """What attention may run on in a training step. On a CPU the fused kernel's backward pass takes
     2 to 4 times the plain one's at small sizes; elsewhere torch chooses."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-
-
-def copy_parts(model: AnyStoryModel, file: str, field: str) -> None:
-    """Fill ``model`` from an AnyStory file that may hold more. ``field`` is named in errors:
-    ConfigError when the file lacks a part or was made for other sizes."""
-    source = load_model(file, dtype=torch.float32)
-    missing = sorted(set(model.parts) - set(source.parts))
-    if missing:
-        raise ConfigError(f"{field}: {Path(file).name} lacks {missing}")
-    if source.config != model.config:
-        raise ConfigError(
-            f"{field}: {Path(file).name} was made for {source.config.name!r} in other sizes than "
-            f"this run's {model.config.name!r}"
-        )
-    found = {f"{part}.{k}": t for part, m in source.modules() for k, t in m.state_dict().items()}
-    for part, module in model.modules():
-        module.load_state_dict({k: found[f"{part}.{k}"] for k in module.state_dict()})
-
-
-def build_trained_model(config: TrainingConfig, base: Base) -> AnyStoryModel:
-    """The AnyStory modules of a run, initialised: from the U-Net (stage 1), or from the file of
-    stage 1 with a fresh router (stage 2)."""
-    torch.manual_seed(config.run.seed)
-    if config.subject is not None:
-        parts = ["subject_encoder", "clip_projections"] if config.subject.clip else []
-        if config.subject.reference:
-            parts += ["reference_net", "reference_projections"]
-        model = build_model(base.config, parts)
-        if config.subject.start_file:
-            copy_parts(model, config.subject.start_file, "subject.start_file")
-            return model
-        init_from_unet(model, base.unet.state_dict())
-        if config.subject.ip_adapter:
-            from ..convert import load_ip_adapter
-
-            load_ip_adapter(model, config.subject.ip_adapter)
-        return model
-    assert config.router is not None
-    model = load_model(config.router.subject_file, dtype=torch.float32)
-    if model.config.unet != base.config.unet:
-        raise ConfigError(
-            f"router.subject_file: made for {model.config.name!r}, the base is {base.config.name!r}"
-        )
-    if "routers" in model.parts:
-        raise ConfigError("router.subject_file: it holds a router already; give the stage 1 file")
-    router = dataclasses.replace(model.config.router, refine=config.router.refine)
-    model.config = dataclasses.replace(model.config, router=router)
-    fresh = build_model(model.config, _ROUTER_PARTS)
-    if config.router.start_file:
-        copy_parts(fresh, config.router.start_file, "router.start_file")
-    model.encoder.routing, model.routers = fresh.encoder.routing, fresh.routers
-    return model
 
 
 class Trainer:
@@ -335,7 +280,7 @@ class Trainer:
         config = self.config
         if config.optimiser.ema:
             state = {**state, **self.average}
-        wanted = _ROUTER_PARTS if config.router is not None else tuple(PARTS)
+        wanted = ROUTER_PARTS if config.router is not None else tuple(PARTS)
         prefixes = tuple(PARTS[part] for part in wanted)
         chosen = {n: t.float() for n, t in state.items() if n.startswith(prefixes)}
         path = self.folder / f"anystory_{config.stage}.safetensors"

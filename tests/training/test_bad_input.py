@@ -15,7 +15,7 @@ import tiny
 
 from anystory_core.build import build_model
 from anystory_core.errors import AnyStoryError, ConfigError
-from anystory_core.training import shards, trainer
+from anystory_core.training import initial, shards
 from anystory_core.training.bases import load_base
 from anystory_core.training.check import check
 from anystory_core.training.config import BaseSettings, load_config, seconds
@@ -93,16 +93,16 @@ def test_files_to_go_on_from(subject_run: Any, world: Any, tmp_path: Path) -> No
     """A file without the parts, or of other sizes, is refused by the name of the field."""
     model = build_model(tiny.config(), ("subject_encoder", "clip_projections"))
     with pytest.raises(ConfigError, match=r"router\.start_file: .* lacks \['routers'"):
-        trainer.copy_parts(
+        initial.copy_parts(
             build_model(tiny.config(), ("routers",)), str(subject_run.file), "router.start_file"
         )
     deeper = replace(tiny.config().subject_qformer, layers=5)
     larger = replace(tiny.config(), subject_qformer=deeper)
     with pytest.raises(ConfigError, match="in other sizes"):
-        trainer.copy_parts(
+        initial.copy_parts(
             build_model(larger, ("subject_encoder",)), str(subject_run.file), "subject.start_file"
         )
-    trainer.copy_parts(model, str(subject_run.file), "subject.start_file")
+    initial.copy_parts(model, str(subject_run.file), "subject.start_file")
 
 
 def test_bases(world: Any, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def _statements(script: str) -> list[tuple[int, str, str, str]]:
         match = _KEY.match(line)
         if match:
             key, argument, text = match.groups()
-            found.append((number, key.lower(), argument.strip(), text.strip()))
+            found.append((number, key.casefold(), argument.strip(), text.strip()))
         elif found:
             first, key, argument, text = found[-1]
             found[-1] = (first, key, argument, f"{text} {line}".strip())
@@ -177,13 +177,14 @@ def _describe(text: str, roles: list[Role]) -> tuple[str, list[int]]:
     longer one is meant. All are replaced at once, so that a description is never read again."""
     if not roles:
         return text, []
-    numbers = {role.name.casefold(): i for i, role in enumerate(roles)}
-    longest_first = sorted((re.escape(role.name) for role in roles), key=len, reverse=True)
-    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)", re.IGNORECASE)
+    longest_first = sorted(range(len(roles)), key=lambda i: len(roles[i].name), reverse=True)
+    names = "|".join(f"({re.escape(roles[i].name)})" for i in longest_first)
+    pattern = re.compile(rf"(?<!\w)(?:{names})(?!\w)", re.IGNORECASE)
     named: set[int] = set()
 
     def describe(match: re.Match[str]) -> str:
-        number = numbers[match.group().casefold()]
+        assert match.lastindex is not None  # one group per name
+        number = longest_first[match.lastindex - 1]
         named.add(number)
         return roles[number].description
 
@@ -191,4 +192,5 @@ def _describe(text: str, roles: list[Role]) -> tuple[str, list[int]]:
 
 
 def _same(a: str, b: str) -> bool:
-    return a.casefold() == b.casefold()
+    """Whether two names differ in capitals at most, by the rule that finds names in a text."""
+    return re.fullmatch(re.escape(a), b, re.IGNORECASE) is not None

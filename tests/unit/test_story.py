@@ -41,6 +41,22 @@ def test_a_description_is_never_read_again() -> None:
     assert story.panels[0].prompt == "the Moon and the Sun"
 
 
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [("Ali", "ALİ"), ("Ali", "alı"), ("Ǆ", "ǆ"), ("Σας", "σασ"), ("Åse", "åſe")],
+)
+def test_capitals_of_every_script(name: str, written: str) -> None:
+    """One rule decides in texts and in lists; these pairs have no common lower case."""
+    story = parse_story(f"Role {name}: a girl\nPanel: {written} runs\nPanel ({written}): A hill")
+    assert [panel.subjects for panel in story.panels] == [(0,), (0,)]
+    assert story.panels[0].prompt == "a girl runs"
+
+
+def test_keys_in_other_capitals() -> None:
+    story = parse_story("ſTYLE: soft\nRole A: x\nPANEL: A")
+    assert [panel.prompt for panel in story.panels] == ["x, soft"]
+
+
 def test_seeds_wrap() -> None:
     story = parse_story("Panel: a\nPanel: b", seed=SEEDS - 1)
     assert [panel.seed for panel in story.panels] == [SEEDS - 1, 0]
@@ -54,6 +70,7 @@ def test_seeds_wrap() -> None:
         ("hello\nPanel: a", "line 1: got 'hello', expected a line that begins with"),
         ("Role A:\nPanel: a", "line 1: role 'A' has no description"),
         ("Role A: x\nrole a: y\nPanel: a", "line 2: role 'a' is defined twice"),
+        ("Role Ali: x\nRole ALİ: y\nPanel: a", "line 2: role 'ALİ' is defined twice"),
         ("Panel: a\nRole A: x", "line 2: a role after the first panel"),
         ("Role A: x\nPanel (B): a", "line 2: unknown role 'B', expected among: A"),
         ("Panel (B): a", "line 1: unknown role 'B', expected among: none"),
@@ -67,6 +84,31 @@ def test_seeds_wrap() -> None:
 def test_what_cannot_be_read(script: str, message: str) -> None:
     with pytest.raises(StoryError, match=message):
         parse_story(script)
+
+
+# Letters of which two have one capital, or whose capital has two letters.
+ODD_LETTERS = "iıİIſsSßẞKkKåÅÅσςΣǆǅǄŉŋﬁﬅﬆµμΜ"
+NAMES = st.one_of(
+    st.text(ODD_LETTERS, min_size=1, max_size=4),
+    st.text(st.characters(categories=("L", "N")), min_size=1, max_size=6),
+)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(NAMES, NAMES)
+def test_names_of_any_letters(name: str, other: str) -> None:
+    """Texts and lists agree on which words are a role's name, whatever its letters."""
+    script = f"Role {name}: x\nPanel: {name}"
+    assert parse_story(script).panels[0].prompt == "x"
+    for written in (other, name.upper(), name.lower(), name.title()):
+        if not written.isalnum():
+            continue  # İ in small letters is i and a mark that belongs to no word
+        found = parse_story(f"Role {name}: x\nPanel: {written}").panels[0].subjects
+        try:
+            listed = parse_story(f"Role {name}: x\nPanel ({written}): a").panels[0].subjects
+        except StoryError:
+            listed = ()
+        assert found == listed
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,7 +29,8 @@ class SubjectOptions:
     def __post_init__(self) -> None:
         for name in ("strength", "reference_strength"):
             value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
+            # Files may hold integers of any size; those beyond every float count as infinite.
+            if not 0 <= value <= sys.float_info.max:
                 raise SubjectError(f"{name}: got {value}, expected a number of 0 or more")
         for name in ("start", "end"):
             value = getattr(self, name)

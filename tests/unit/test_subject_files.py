@@ -12,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from anystory_core.build import AnyStoryModel, build_model
+from anystory_core.checkpoint import save_tensors
 from anystory_core.config import (
     AnyStoryConfig,
     ClipVisionConfig,
@@ -145,6 +147,20 @@ def test_an_unwritable_place(subject: Subject, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SubjectError, match=r"fox\.safetensors cannot be written"):
         save_subject(subject_path(tmp_path / "file", "fox"), subject, overwrite=False)
+
+
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "1" + "0" * 5000, "1e400", "NaN", "-1", "[]"])
+@pytest.mark.parametrize("key", ["strength", "start"])
+def test_options_that_are_no_numbers(
+    model: AnyStoryModel, subject: Subject, tmp_path: Path, key: str, value: str
+) -> None:
+    path = subject_path(tmp_path, "fox")
+    save_subject(path, subject, overwrite=False)
+    with safe_open(path, "pt") as file:
+        header = file.metadata() | {"options": f'{{"{key}": {value}}}'}
+    save_tensors(path, load_file(path), header)
+    with pytest.raises(SubjectError, match=r"^fox\.safetensors: its options are damaged"):
+        load_subject(path, model)
 
 
 def test_mutated_files(model: AnyStoryModel, subject: Subject, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ COMFYUI_PATH names a ComfyUI of your own; ANYSTORY_PYTHON an interpreter that ha
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -18,8 +19,8 @@ from pathlib import Path
 from devkit import environment
 from devkit.client import Client, PromptError
 from devkit.environment import ROOT, STATE, SetupError, say
-from devkit.graphs import INPUTS, names, run_graph
-from devkit.host import running
+from devkit.graphs import INPUTS, draw_template, names, read_graph, run_graph
+from devkit.host import running, signal_group
 
 # Placed by masks: the mini model's router is at the beginning of its training (docs/mini.md).
 DEMO = "two_subjects_masks"
@@ -32,7 +33,7 @@ def demo(out: Path, graph: str, seed: int | None) -> None:
     with running(host, interpreter, STATE / "base") as process:
         start = time.monotonic()
         files, texts = run_graph(
-            Client(process.url), graph, out, seed=seed, progress=_progress_line
+            Client(process.url), read_graph(graph), out, seed=seed, progress=_progress_line
         )
         print()
         say(f"done in {time.monotonic() - start:.1f} s")
@@ -44,8 +45,16 @@ def demo(out: Path, graph: str, seed: int | None) -> None:
 
 def pictures() -> int:
     """Draw the template browser's pictures again."""
-    interpreter = str(environment.prepare_python(environment.prepare_host()))
-    return subprocess.run([interpreter, "-m", "devkit.graphs"], cwd=ROOT).returncode
+    host = environment.prepare_host()
+    interpreter = environment.prepare_python(host)
+    drawn: dict[str, list[list[str]]] = {}
+    with running(host, interpreter, STATE / "base") as process:
+        for name in names(sdxl=True):
+            parts = draw_template(Client(process.url), name)
+            drawn[name] = [[str(file) for file in files] for files in parts]
+            say(f"drew {name}")
+    command = [str(interpreter), "-m", "devkit.graphs"]
+    return subprocess.run(command, cwd=ROOT, input=json.dumps(drawn), text=True).returncode
 
 
 def _progress_line(node: str, value: int, maximum: int) -> None:
@@ -64,7 +73,7 @@ def test(arguments: list[str]) -> int:
     ]
     for command in commands[2:] if arguments else commands:
         say(" ".join(["python", *command[1:]]))
-        code = subprocess.run(command, cwd=ROOT, env=variables).returncode
+        code = _run(command, variables)
         if code:
             return code
     return 0
@@ -95,7 +104,26 @@ def bench(name: str, arguments: list[str]) -> int:
     interpreter = str(environment.prepare_python(host, ("train", "test")))
     variables = {**os.environ, "COMFYUI_PATH": str(host)}
     command = [interpreter, str(script), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=variables).returncode
+    return _run(command, variables)
+
+
+def _run(command: list[str], variables: dict[str, str] | None = None) -> int:
+    """The exit code of a command that may itself start hosts: asked to end like us, once, and
+    waited for until it has ended them. ``subprocess.run`` would kill it at once."""
+    # In a session of its own, or a terminal's Ctrl-C would reach it a second time while it tidies.
+    child = subprocess.Popen(command, cwd=ROOT, env=variables, start_new_session=True)
+    interrupted = False
+    while True:
+        try:
+            code = child.wait()
+            break
+        except KeyboardInterrupt:
+            interrupted = True
+            if os.name != "nt":  # a Windows console has told it already
+                signal_group(child, signal.SIGINT)
+    if interrupted:
+        raise KeyboardInterrupt
+    return code
 
 
 def main() -> int:
@@ -135,7 +163,12 @@ def _terminate(*_: object) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminate)  # the host is stopped on the way out
+    # The host is stopped on the way out. Also for SIGINT: a shell's background jobs ignore it, and
+    # so would the tests that they start. A closed terminal counts too, but not under nohup.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _terminate)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, _terminate)
     try:
         sys.exit(main())
     except (SetupError, PromptError) as error:

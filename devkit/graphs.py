@@ -2,41 +2,77 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import environment
 from .client import Client
-from .environment import ROOT, STATE, SetupError, say
-from .host import running
+from .environment import ROOT, STATE, SetupError
 
 FOLDER = ROOT / "workflows"
 INPUTS = FOLDER / "inputs"
-_HEIGHT, _QUALITY = 256, 88
-_BESIDE = 4  # pictures of one graph; more of them would be too small to see
+# Output of an SDXL graph's loaders -> output of LoadAnyStoryMini.
+LOADERS = {
+    ("CheckpointLoaderSimple", 0): 0,
+    ("CheckpointLoaderSimple", 1): 1,
+    ("CheckpointLoaderSimple", 2): 2,
+    ("CLIPVisionLoader", 0): 3,
+    ("LoadAnyStory", 0): 4,
+}
+MINI_SIDE = 128
+_SIDE, _INPUT, _MARGIN, _QUALITY = 512, 112, 8, 88  # of a template's picture, in pixels
+_SHOWN = ("saveimage", "previewimage", "routingmappreview")  # what a graph is for, in this order
+_BESIDE = 4  # drawn pictures that are shown; more of them would be too small to see
+
+Prompt = dict[str, Any]
 
 
-def names() -> list[str]:
-    """Graphs that the mini model draws; those for SDXL need files that the pack does not hold."""
-    return sorted(p.stem for p in (FOLDER / "api").glob("*.json") if not p.stem.endswith("_sdxl"))
+def names(*, sdxl: bool = False) -> list[str]:
+    """Graphs that the mini model draws as they are; with ``sdxl`` also those for SDXL, which need
+    files that the pack does not hold."""
+    found = sorted(path.stem for path in (FOLDER / "api").glob("*.json"))
+    return [name for name in found if sdxl or not name.endswith("_sdxl")]
+
+
+def read_graph(name: str) -> Prompt:
+    """A graph for the queue, as saved. SetupError for an unknown name."""
+    if name not in names(sdxl=True):
+        raise SetupError(f"graph: got {name!r}, expected one of {names(sdxl=True)}")
+    return json.loads((FOLDER / "api" / f"{name}.json").read_text())
+
+
+def inputs_of(prompt: Prompt, kind: str) -> list[dict[str, Any]]:
+    """Inputs of all nodes of a kind."""
+    return [node["inputs"] for node in prompt.values() if node["class_type"] == kind]
+
+
+def on_mini(prompt: Prompt) -> Prompt:
+    """An SDXL graph with the mini model's loader in place of its own."""
+    prompt = copy.deepcopy(prompt)
+    kinds = {number: node["class_type"] for number, node in prompt.items()}
+    loaders = {kind for kind, _ in LOADERS}
+    prompt = {n: node for n, node in prompt.items() if node["class_type"] not in loaders}
+    for node in prompt.values():
+        for name, value in node["inputs"].items():
+            if isinstance(value, list) and (kinds[value[0]], value[1]) in LOADERS:
+                node["inputs"][name] = ["mini", LOADERS[kinds[value[0]], value[1]]]
+    return {**prompt, "mini": {"class_type": "LoadAnyStoryMini", "inputs": {}}}
 
 
 def run_graph(
     client: Client,
-    name: str,
+    prompt: Prompt,
     out: Path,
     *,
     seed: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[list[Path], list[str]]:
-    """Queue a graph and write its pictures to ``out``: (their files, in the order of the nodes,
-    texts that nodes show). SetupError for an unknown name, PromptError when the host refuses."""
-    if name not in names():
-        raise SetupError(f"graph: got {name!r}, expected one of {names()}")
-    prompt: dict[str, Any] = json.loads((FOLDER / "api" / f"{name}.json").read_text())
+    """Queue a graph and write its pictures to ``out``: (their files, in the order of the nodes and
+    named by them, texts that nodes show). PromptError when the host refuses."""
+    prompt = copy.deepcopy(prompt)
     for node in prompt.values():
         inputs = node["inputs"]
         if seed is not None and "seed" in inputs:
@@ -57,31 +93,60 @@ def run_graph(
     return files, texts
 
 
-def join(files: list[Path], target: Path) -> None:
-    """Pictures side by side, at one height, as a JPEG."""
+def join(given: Sequence[Path], drawn: Sequence[Path], target: Path) -> None:
+    """A square JPEG: pictures that the graph was given in a row, below them those that it drew."""
     from PIL import Image
 
-    strip: list[Any] = []
-    for file in files[:_BESIDE]:
-        picture = Image.open(file).convert("RGB")
-        size = (round(picture.width * _HEIGHT / picture.height), _HEIGHT)
-        strip.append(picture.resize(size, Image.Resampling.LANCZOS))
-    whole = Image.new("RGB", (sum(p.width for p in strip), _HEIGHT))
-    left = 0
-    for picture in strip:
-        whole.paste(picture, (left, 0))
-        left += picture.width
+    whole = Image.new("RGB", (_SIDE, _SIDE), "white")
+
+    def place(file: Path, left: int, top: int, side: int) -> None:
+        picture = Image.open(file).convert("RGBA")
+        scale = side / max(picture.size)
+        size = (round(picture.width * scale), round(picture.height * scale))
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+        corner = (left + (side - size[0]) // 2, top + (side - size[1]) // 2)
+        whole.paste(picture, corner, picture)
+
+    width = len(given) * (_INPUT + _MARGIN) - _MARGIN
+    for i, file in enumerate(given):
+        place(file, (_SIDE - width) // 2 + i * (_INPUT + _MARGIN), _MARGIN, _INPUT)
+    shown = drawn[:_BESIDE]
+    across = 1 if len(shown) == 1 else 2
+    down = -(-len(shown) // across)
+    top = _INPUT + 2 * _MARGIN
+    side = min((_SIDE - (across + 1) * _MARGIN) // across, (_SIDE - top) // down - _MARGIN)
+    left = (_SIDE - across * (side + _MARGIN) + _MARGIN) // 2
+    top += ((_SIDE - top) - down * (side + _MARGIN) + _MARGIN) // 2
+    for i, file in enumerate(shown):
+        row, column = divmod(i, across)
+        place(file, left + column * (side + _MARGIN), top + row * (side + _MARGIN), side)
     whole.save(target, quality=_QUALITY)
 
 
+def shown_of(files: Sequence[Path]) -> list[Path]:
+    """Of a graph's pictures those that say what it is for: what it saved or previewed, and the
+    routes drawn over the picture, which the preview gives last."""
+    kinds = {kind: [f for f in files if f.name.startswith(kind)] for kind in _SHOWN}
+    return [*kinds["saveimage"], *kinds["previewimage"], *kinds["routingmappreview"][-1:]]
+
+
+def draw_template(client: Client, name: str) -> tuple[list[Path], list[Path]]:
+    """(pictures that a graph was given, those that it drew) for :func:`join`. Graphs for SDXL are
+    drawn with the mini model, as their notes say."""
+    prompt = read_graph(name)
+    if name.endswith("_sdxl"):
+        prompt = on_mini(prompt)
+        for inputs in inputs_of(prompt, "EmptyLatentImage"):
+            inputs["width"] = inputs["height"] = MINI_SIDE
+    files, _ = run_graph(client, prompt, STATE / "pictures" / name)
+    return [INPUTS / inputs["image"] for inputs in inputs_of(prompt, "LoadImage")], shown_of(files)
+
+
 def main() -> None:
-    """Draw every graph of the mini model again: ``workflows/NAME.jpg``."""
-    host = environment.prepare_host()
-    with running(host, Path(sys.executable), STATE / "base") as process:
-        for name in names():
-            files, _ = run_graph(Client(process.url), name, STATE / "pictures" / name)
-            join(files, FOLDER / f"{name}.jpg")
-            say(f"wrote workflows/{name}.jpg from {len(files)} pictures")
+    """Write the pictures of templates, ``workflows/NAME.jpg``. Standard input: JSON, NAME -> what
+    :func:`draw_template` gave. A process of its own, because only its interpreter knows Pillow."""
+    for name, (given, drawn) in json.load(sys.stdin).items():
+        join([Path(file) for file in given], [Path(file) for file in drawn], FOLDER / f"{name}.jpg")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -15,61 +13,31 @@ import pytest
 from PIL import Image
 
 from devkit.client import Client, PromptError
+from devkit.graphs import INPUTS, LOADERS, Prompt, inputs_of, names, on_mini, read_graph
 from devkit.host import Host
 
-ROOT = Path(__file__).resolve().parents[2]
-GRAPHS = {path.stem: path for path in sorted((ROOT / "workflows" / "api").glob("*.json"))}
-INPUTS = ROOT / "workflows" / "inputs"
+GRAPHS = names(sdxl=True)
 SDXL = [name for name in GRAPHS if name.endswith("_sdxl")]
-# Output of an SDXL graph's loaders -> output of LoadAnyStoryMini.
-LOADERS = {
-    ("CheckpointLoaderSimple", 0): 0,
-    ("CheckpointLoaderSimple", 1): 1,
-    ("CheckpointLoaderSimple", 2): 2,
-    ("CLIPVisionLoader", 0): 3,
-    ("LoadAnyStory", 0): 4,
-}
-
-Prompt = dict[str, Any]
 
 
 def graph(client: Client, name: str) -> Prompt:
     """An API graph with its pictures uploaded."""
-    prompt: Prompt = json.loads(GRAPHS[name].read_text())
-    for node in prompt.values():
-        if node["class_type"] == "LoadImage":
-            node["inputs"]["image"] = client.upload(INPUTS / node["inputs"]["image"])
+    prompt = read_graph(name)
+    for inputs in inputs_of(prompt, "LoadImage"):
+        inputs["image"] = client.upload(INPUTS / inputs["image"])
     return prompt
-
-
-def nodes(prompt: Prompt, kind: str) -> list[dict[str, Any]]:
-    """Inputs of all nodes of a kind."""
-    return [node["inputs"] for node in prompt.values() if node["class_type"] == kind]
 
 
 def quick(prompt: Prompt, *, seed: int | None = None, size: int = 128) -> Prompt:
     """The same graph with few steps of a small picture."""
     prompt = copy.deepcopy(prompt)
-    for inputs in nodes(prompt, "KSampler"):
+    for inputs in inputs_of(prompt, "KSampler"):
         inputs["steps"] = 2
         if seed is not None:
             inputs["seed"] = seed
-    for inputs in nodes(prompt, "EmptyLatentImage"):
+    for inputs in inputs_of(prompt, "EmptyLatentImage"):
         inputs["width"] = inputs["height"] = size
     return prompt
-
-
-def on_mini(prompt: Prompt) -> Prompt:
-    """An SDXL graph with the mini model's loader in place of its own."""
-    prompt = copy.deepcopy(prompt)
-    kinds = {number: node["class_type"] for number, node in prompt.items()}
-    loaders = {kind for kind, _ in LOADERS}
-    prompt = {n: node for n, node in prompt.items() if node["class_type"] not in loaders}
-    for node in prompt.values():
-        for name, value in node["inputs"].items():
-            if isinstance(value, list) and (kinds[value[0]], value[1]) in LOADERS:
-                node["inputs"][name] = ["mini", LOADERS[kinds[value[0]], value[1]]]
-    return {**prompt, "mini": {"class_type": "LoadAnyStoryMini", "inputs": {}}}
 
 
 def pictures(client: Client, prompt: Prompt, kind: str = "SaveImage") -> list[np.ndarray]:
@@ -110,8 +78,7 @@ def test_sdxl_graphs_lack_nothing_but_files(client: Client, name: str) -> None:
 
 @pytest.mark.parametrize("name", SDXL)
 def test_sdxl_graphs_are_the_mini_graphs_with_other_loaders(name: str) -> None:
-    large = json.loads(GRAPHS[name].read_text())
-    small = json.loads(GRAPHS[name.removesuffix("_sdxl")].read_text())
+    large, small = read_graph(name), read_graph(name.removesuffix("_sdxl"))
     kinds = [sorted(n["class_type"] for n in g.values()) for g in (on_mini(large), small)]
     assert kinds[0] == kinds[1]
 
@@ -126,7 +93,7 @@ def test_the_same_seed_gives_the_same_picture(client: Client) -> None:
 def test_another_subject_gives_another_picture(client: Client) -> None:
     prompt = quick(graph(client, "two_subjects"), seed=5)
     (first,) = pictures(client, prompt)
-    nodes(prompt, "LoadImage")[0]["image"] = client.upload(INPUTS / "anystory_parrot.png")
+    inputs_of(prompt, "LoadImage")[0]["image"] = client.upload(INPUTS / "anystory_parrot.png")
     (other,) = pictures(client, prompt)
     assert not np.array_equal(first, other)
 
@@ -139,11 +106,11 @@ def test_routes_are_shown(client: Client) -> None:
 def test_a_bad_prompt_says_why_and_the_next_one_works(client: Client) -> None:
     good = quick(graph(client, "two_subjects"), seed=9)
     bad = copy.deepcopy(good)
-    nodes(bad, "ApplyAnyStory")[0].update(start=0.9, end=0.1)
+    inputs_of(bad, "ApplyAnyStory")[0].update(start=0.9, end=0.1)
     with pytest.raises(PromptError, match="ApplyAnyStory: start: got 0.9, after end = 0.1"):
         client.queue(bad)
     bad = copy.deepcopy(good)
-    for inputs in nodes(bad, "EncodeSubject"):
+    for inputs in inputs_of(bad, "EncodeSubject"):
         inputs["invert_mask"] = False
         inputs["mask"] = ["nothing", 0]
     bad["nothing"] = {
@@ -158,8 +125,8 @@ def test_without_the_node_the_picture_is_plain_again(client: Client) -> None:
     """With, without, with, without, in one host: the plain pictures are equal, bit for bit."""
     prompt = quick(graph(client, "two_subjects"), seed=10)
     plain = copy.deepcopy(prompt)
-    (sampler,) = nodes(plain, "KSampler")
-    (apply,) = nodes(plain, "ApplyAnyStory")
+    (sampler,) = inputs_of(plain, "KSampler")
+    (apply,) = inputs_of(plain, "ApplyAnyStory")
     sampler["model"] = apply["model"]
     ours = ("ApplyAnyStory", "RoutingMapPreview", "SubjectRouter", "EncodeSubject", "LoadImage")
     plain = {n: node for n, node in plain.items() if node["class_type"] not in ours}

@@ -16,7 +16,7 @@ from anystory_core.build import AnyStoryModel, build_model
 from anystory_core.mini.clip import Clip
 from anystory_core.mini.config import CONFIG, PICTURE_SIZE
 from anystory_core.mini.emoji import Emoji
-from anystory_core.mini.evaluation import draw, rows
+from anystory_core.mini.evaluation import draw, rows, segmentation
 from anystory_core.mini.evaluation.draw import Variant
 from anystory_core.mini.evaluation.judge import cut, pose_of
 from anystory_core.mini.evaluation.stack import Stack, make_stack
@@ -117,6 +117,30 @@ def test_routing_by_words_is_measured(
     assert 0 <= result["over layers"].value < 0.6 < result["perfect masks"].value
     texts = stack.texts(["box", "a box"], torch.zeros(77, CONFIG.unet.context_dim))
     assert [len(states) for states in texts.labels] == [1, 2] and len(texts.background) == 2
+
+
+def test_segmentation_is_the_mean_over_noises(
+    stack: Stack, model: AnyStoryModel, subjects: list[Emoji]
+) -> None:
+    encoder = draw.Encoder(stack, model)
+    tasks = [task(subjects, 2, n) for n in range(2)]
+    noise = torch.randn(2, 3, 4, draw.SIDE, draw.SIDE, generator=torch.Generator().manual_seed(0))
+    together = segmentation.maps_of(encoder, tasks, noise)
+    assert all(maps.shape == (3, draw.SIDE, draw.SIDE) for maps in together)
+    apart = [segmentation.maps_of(encoder, tasks, noise[:, i : i + 1]) for i in range(3)]
+    for row in range(2):
+        mean = torch.stack([maps[row] for maps in apart]).mean(dim=0)
+        assert torch.allclose(mean, together[row], atol=1e-5)
+        assert (apart[0][row] - apart[1][row]).abs().max() > 1e-3
+    assert (together[0] - together[1]).abs().max() > 1e-3
+
+
+def test_segmentation_is_measured(
+    stack: Stack, model: AnyStoryModel, subjects: list[Emoji]
+) -> None:
+    result = segmentation.measure_segmentation(model, stack, subjects, 4, 1)
+    assert set(result) == {"masks", "perfect masks"} and result["masks"].count == 4
+    assert 0 <= result["masks"].value < 0.5 < 0.6 < result["perfect masks"].value
 
 
 def test_poses_of_real_renders_are_read(subjects: list[Emoji]) -> None:

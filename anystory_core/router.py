@@ -32,10 +32,6 @@ class RouterKeys:
     routing: Tensor  # (R,C,E), R = 1 or B
     scores: Tensor  # (R,C*(1+H),D): the coarse key of each candidate, then its H queries
 
-    def to(self, *args: Any, **kwargs: Any) -> RouterKeys:
-        """Like ``Tensor.to`` on every tensor."""
-        return RouterKeys(self.routing.to(*args, **kwargs), self.scores.to(*args, **kwargs))
-
 
 @dataclass(frozen=True)
 class RoutingLogits:

@@ -40,12 +40,11 @@ class Atlas:
 def build_atlas(record: RoutingRecord, row: int, *, limit: int = LIMIT) -> Atlas:
     """Pack the routes of batch row ``row``.
 
-    layout: ``labels``, ``colors`` ("#rrggbb", the background's last), ``shares`` (the same order),
-    ``level``, ``grids`` (lists of [block number, height, width], one list per distinct shape of a
-    step), ``blocks`` ({number: label}), ``steps`` ([{number, sigma, active, grid}], in the order of
-    the pixels). Where the file would exceed ``limit`` bytes, steps are left out evenly;
-    ``recorded`` tells how many there were. RoutingError: nothing recorded, unknown row, or more
-    regions than grey levels.
+    layout: ``labels``, ``colors`` ("#rrggbb", the background's last), ``level``, ``grids`` (lists
+    of [block number, height, width], one list per distinct shape of a step), ``blocks`` ({number:
+    label}), ``steps`` ([{number, sigma, active, grid}], in the order of the pixels). Where the file
+    would exceed ``limit`` bytes, steps are left out evenly; ``recorded`` tells how many there were.
+    RoutingError: nothing recorded, unknown row, or more regions than grey levels.
     """
     if not record.blocks:
         raise RoutingError(
@@ -56,7 +55,7 @@ def build_atlas(record: RoutingRecord, row: int, *, limit: int = LIMIT) -> Atlas
         raise RoutingError(
             f"maps: got {record.subjects} subjects, the viewer shows {_MAX_REGIONS - 1}"
         )
-    shares = record.shares(row)
+    record.block_map(0, record.blocks[0], row)  # checks the row
     stride = 1
     while True:
         kept = range(0, len(record.steps), stride)
@@ -87,13 +86,11 @@ def build_atlas(record: RoutingRecord, row: int, *, limit: int = LIMIT) -> Atlas
     layout: dict[str, Any] = {
         "labels": [*record.labels, "background"],
         "colors": ["#{:02x}{:02x}{:02x}".format(*colour) for colour in colours],
-        "shares": [round(share, 5) for share in shares],
         "level": LEVEL,
         "grids": grids,
         "blocks": {str(index): record.sites[index - 1].label for index in record.blocks},
         "steps": steps,
         "recorded": len(record.steps),
-        "row": row,
     }
     return Atlas(png, layout)
 

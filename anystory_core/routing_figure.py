@@ -76,15 +76,6 @@ def plain_label(label: str, number: int) -> str:
     return drawn if len(drawn) <= 18 else drawn[:17] + "~"
 
 
-def even_steps(count: int, shown: int) -> tuple[int, ...]:
-    """``shown`` of ``count`` step numbers (from 0), the first and the last among them."""
-    if count <= shown:
-        return tuple(range(count))
-    if shown == 1:
-        return (count - 1,)
-    return tuple(round(i * (count - 1) / (shown - 1)) for i in range(shown))
-
-
 @dataclass(frozen=True)
 class _Layout:
     """Sizes of one cell of the figure, in pixels."""

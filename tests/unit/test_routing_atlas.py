@@ -73,11 +73,10 @@ def test_steps_of_different_shape_and_steps_without_routes() -> None:
     assert layout["steps"][3]["active"] == [False, False]
 
 
-def test_layout_tells_names_colours_and_shares() -> None:
+def test_layout_tells_names_and_colours() -> None:
     record = record_of(AnyStoryConfig.mini(), halves(2), steps=1)
     layout = build_atlas(record, 0).layout
     assert layout["labels"] == ["fox", "owl", "background"]
-    assert layout["shares"] == [0.5, 0.5, 0.0]
     assert len(set(layout["colors"])) == 3
     assert layout["blocks"]["1"] == record.sites[0].label
 

@@ -11,7 +11,7 @@ from routes import halves, record_of
 from anystory_core import routing_figure
 from anystory_core.config import AnyStoryConfig
 from anystory_core.errors import RoutingError
-from anystory_core.routing_figure import even_steps, figure, overlay, palette, plain_label
+from anystory_core.routing_figure import figure, overlay, palette, plain_label
 
 # Machado, Oliveira, Fernandes 2009, severity 1: linear RGB as seen with each kind of sight.
 SIGHTS = {
@@ -133,9 +133,3 @@ def test_overlay_leaves_the_background_as_it_is() -> None:
     out = overlay(record, picture)
     assert torch.equal(out[160:256, :], picture[160:])
     assert not torch.equal(out[:100, :100], picture[:100, :100])
-
-
-def test_even_steps() -> None:
-    assert even_steps(25, 4) == (0, 8, 16, 24)
-    assert even_steps(2, 4) == (0, 1)
-    assert even_steps(25, 1) == (24,)

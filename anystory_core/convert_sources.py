@@ -130,9 +130,6 @@ def _check_suffix(path: Path) -> None:
         )
 
 
-# -- checkpoints ---------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A U-Net in public files: ``names[ldm name]`` is the tensor's name in ``source`` without its
@@ -265,9 +262,6 @@ def _check_family(source: Source, prefix: str, convolution: str, config: AnyStor
             f"{source.name}: it is {kind} U-Net: its first convolution takes {channels} channels, "
             f"expected {unet.in_channels}; give the plain checkpoint that it was made from"
         )
-
-
-# -- IP-Adapter ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

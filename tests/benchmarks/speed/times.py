@@ -77,8 +77,6 @@ def measure(
     return result
 
 
-# -- the peer ------------------------------------------------------------------------------------
-
 PEER_TOKENS = 16
 
 
@@ -134,9 +132,6 @@ def adapter(bench: Bench, subjects: int, maps: Any) -> Any:
     for key in maps:
         model.set_model_attn2_replace(patch(key), *key)
     return model
-
-
-# -- ReferenceNet --------------------------------------------------------------------------------
 
 
 def reference_net(repetitions: int) -> dict[str, Any]:

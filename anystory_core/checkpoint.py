@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import struct
 import tempfile
 from collections.abc import Generator, Iterable, Mapping
@@ -29,6 +30,7 @@ from .errors import CheckpointError, ConfigError
 
 FORMAT = "1"
 _MAX_HEADER = 100 * 2**20  # the limit that safetensors itself sets
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors has the number in its text only
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 
@@ -138,7 +140,8 @@ def save_model(
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a file atomically: it appears whole under its name or not at all."""
+    """Write a file atomically: it appears whole under its name or not at all. CheckpointError when
+    the disk is full or the folder cannot be written to."""
     state = tensors.state_dict() if isinstance(tensors, AnyStoryModel) else tensors
     ready = {
         name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
@@ -149,15 +152,28 @@ def save_model(
         "anystory.format": FORMAT,
         "anystory.config": config.to_json(),
     }
-    save_tensors(path, ready, header)
+    try:
+        save_tensors(path, ready, header)
+    except OSError as error:
+        raise CheckpointError(
+            f"{Path(path).name}: cannot be written in {Path(path).parent} "
+            f"({error.strerror or error}); free some space there, or choose another folder"
+        ) from error
 
 
 def save_tensors(
     path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> None:
-    """``safetensors.save_file`` through :func:`atomic_file`."""
+    """``safetensors.save_file`` through :func:`atomic_file`. OSError for a full disk and the like,
+    which safetensors itself reports by an exception of its own."""
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:
+            number = _OS_ERROR.search(str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 @contextlib.contextmanager

@@ -6,16 +6,35 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..checkpoint import open_tensors
 from ..errors import AnyStoryError
 
 _NAME = re.compile(r"step-(\d{8})")
 
 
 class CheckpointFolderError(AnyStoryError):
-    """Checkpoints cannot be written where the run wants them."""
+    """What a run writes cannot be written where it is to go."""
+
+
+@contextlib.contextmanager
+def writing(field: str, what: str, folder: Path) -> Generator[None, None, None]:
+    """What disks and folders refuse, as a CheckpointFolderError that names the setting ``field``.
+
+    For blocks that do nothing but write: torch reports a full disk as a RuntimeError."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointFolderError(
+            f"{field}: {what} cannot be written to {folder} ({error}); free space or name another "
+            "folder, then start the run again: it goes on from its last checkpoint"
+        ) from error
 
 
 def newest(folder: Path) -> tuple[int, Path] | None:
@@ -25,33 +44,48 @@ def newest(folder: Path) -> tuple[int, Path] | None:
 
 
 def write(folder: Path, step: int, keep: int, fill: Callable[[Path], None]) -> Path:
-    """Let ``fill`` write into a new folder, then make it the checkpoint of ``step``.
+    """Let ``fill`` write into a new folder, then make it the checkpoint of ``step``, which must not
+    be there yet.
 
     CheckpointFolderError when the disk is full or the folder cannot be written; what was there
     before stays, and nothing half-written stays."""
     partial = folder / f"step-{step:08d}.partial"
     target = folder / f"step-{step:08d}"
     try:
+        with writing("run.folder", f"the checkpoint of step {step}", folder):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            fill(partial)
+            for root, _, files in os.walk(partial):
+                for name in files:
+                    with open(os.path.join(root, name), "rb+") as file:
+                        os.fsync(file.fileno())
+            os.replace(partial, target)
+    except CheckpointFolderError:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        fill(partial)
-        for root, _, files in os.walk(partial):
-            for name in files:
-                with open(os.path.join(root, name), "rb+") as file:
-                    os.fsync(file.fileno())
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            shutil.rmtree(partial)
-        raise CheckpointFolderError(
-            f"run.folder: the checkpoint of step {step} cannot be written to {folder} ({error}); "
-            "free space or name another folder, then start the run again: it goes on from its "
-            "last checkpoint"
-        ) from error
+        raise
     for _, old in _whole(folder)[:-keep]:
         shutil.rmtree(old)
     return target
+
+
+def load_weights(path: Path, trained: Iterable[tuple[str, Tensor]]) -> None:
+    """Fill what is ``trained`` from a checkpoint's file, which may hold more.
+
+    CheckpointFolderError when it is another run's: a tensor is missing or has another shape."""
+    with open_tensors(path) as file, torch.no_grad():
+        # accelerate's own checkpoints of several processes have this prefix.
+        names = file.keys()
+        stored = {name.removeprefix("module."): name for name in names}
+        for name, target in trained:
+            tensor = file.get_tensor(stored[name]) if name in stored else None
+            if tensor is None or tensor.shape != target.shape:
+                got = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
+                raise CheckpointFolderError(
+                    f"run.folder: {path.parent} is another run's checkpoint ({name}: expected "
+                    f"shape {tuple(target.shape)}, got {got}); name another folder"
+                )
+            target.copy_(tensor)
 
 
 def _whole(folder: Path) -> list[tuple[int, Path]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -214,8 +214,10 @@ def _grey(entry: Entry, stem: str) -> Tensor:
 
 @dataclass
 class BadSamples:
-    """Counts corrupt samples; above :data:`MOST_BAD` of those read, stops the run."""
+    """Counts corrupt samples and names each through ``say`` when it is first met; above
+    :data:`MOST_BAD` of those read, stops the run."""
 
+    say: Callable[[str], object] = print
     read: int = 0
     bad: list[str] = field(default_factory=list[str])
 
@@ -224,6 +226,8 @@ class BadSamples:
         self.read += 1
         if error is None:
             return
+        if str(error) not in self.bad:
+            self.say(f"a corrupt sample was replaced by the next: {error}")
         self.bad.append(str(error))
         if len(self.bad) > max(2, MOST_BAD * max(self.read, 100)):
             first = "; ".join(self.bad[:3])
@@ -231,3 +235,9 @@ class BadSamples:
                 f"data: {len(self.bad)} of {self.read} samples are corrupt, more than "
                 f"{MOST_BAD:.0%}. First: {first}. Run `python -m anystory_core.training check`"
             )
+
+    def summary(self) -> None:
+        """Say at the end how many there were, and which."""
+        if self.bad:
+            names = sorted({text.split(":")[0] for text in self.bad})
+            self.say(f"{len(self.bad)} of {self.read} samples read were corrupt: {names}")

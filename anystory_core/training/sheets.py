@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,10 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..checkpoint import atomic_file
 from ..conditioner import Call, Rows
 from .bases import alphas_cumprod
 from .batches import Batch
 from .cache import Encodings
+from .checkpoints import writing
 from .diffusers_unet import time_ids
 from .stages import Noised, Stage
 
@@ -83,7 +84,6 @@ def draw_sheet(stage: Stage, batch: Batch, encodings: Encodings, path: Path) -> 
     rows = torch.cat([c.float().cpu() for c in columns], dim=-1)  # (B,3,H,columns*W)
     sheet = torch.cat(list(rows), dim=1)
     pixels = ((sheet.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(0, -1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.png")
-    Image.fromarray(cast(Any, pixels).contiguous().numpy()).save(temporary)
-    os.replace(temporary, path)
+    picture = Image.fromarray(cast(Any, pixels).contiguous().numpy())
+    with writing("run.folder", "a picture sheet", path.parent), atomic_file(path) as temporary:
+        picture.save(temporary, "PNG")

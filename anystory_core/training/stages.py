@@ -61,6 +61,11 @@ def add_noise(
     return alpha.sqrt() * clean + (1 - alpha).sqrt() * eps, eps, t
 
 
+def gumbel_seeds(seed: int, numbers: Sequence[int]) -> tuple[int, ...]:
+    """A seed for each row's Gumbel noise, small enough to be multiplied by a number of blocks."""
+    return tuple(sample_seed(seed, number) % 2**48 for number in numbers)
+
+
 class Stage(nn.Module):
     """Common to both stages. ``parts`` are the AnyStory modules, frozen ones included."""
 
@@ -123,7 +128,7 @@ class Stage(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        return next(self.trained())[1].dtype
 
     def background_states(self, device: torch.device) -> Tensor:
         """CLIP states (1,S,W) of the zero image."""
@@ -144,7 +149,7 @@ class Stage(nn.Module):
         net = self.model.reference_net
         if net is None:
             return ()
-        latents = self.encodings.reference_latents(vae).to(self.dtype)
+        latents = self.encodings.reference_latents(vae).to(next(net.parameters()).dtype)
         channel = latent_mask(mask, (latents.shape[-2], latents.shape[-1])).to(latents)
         return net(torch.cat((latents, channel), dim=1))
 
@@ -178,10 +183,11 @@ class RouterStage(Stage):
 
     def __init__(self, model: AnyStoryModel, encodings: Encodings, config: TrainingConfig) -> None:
         super().__init__(model, encodings, config)
-        self.requires_grad_(False)
+        # What is frozen takes the base's precision: its float32 copy would be as large as the base.
+        self.requires_grad_(False).to(self.base.unet.dtype)
         for module in (model.encoder.routing, model.routers):
             if module is not None:
-                module.requires_grad_(True)
+                module.requires_grad_(True).float()
 
     def conditions(self, batch: Batch, seeds: tuple[int, ...]) -> Call:
         model = self.model
@@ -195,9 +201,10 @@ class RouterStage(Stage):
         with torch.no_grad():
             tokens: list[Tensor | None] = [None] * (subjects + 1)
             if model.encoder.subject is not None:
-                encoded = model.encoder.subject(states)
+                frozen = next(model.encoder.subject.parameters()).dtype
+                encoded = model.encoder.subject(states.to(frozen))
                 encoded = encoded.reshape(rows, subjects, *encoded.shape[1:])
-                tokens = [*encoded.unbind(1), model.encoder.subject(zero)]
+                tokens = [*encoded.unbind(1), model.encoder.subject(zero.to(frozen))]
             stacked = self.references(batch.vae.flatten(0, 1), batch.reference_mask.flatten(0, 1))
             features = [
                 tuple(g.reshape(rows, subjects, *g.shape[1:])[:, i] for g in stacked)

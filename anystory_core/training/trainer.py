@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,13 +27,30 @@ from .data import BadSamples, DataError, Index
 from .diffusers_unet import time_ids
 from .initial import ROUTER_PARTS, build_trained_model
 from .sheets import draw_sheet
-from .stages import Noised, Stage, add_noise, build_stage
+from .stages import Noised, Stage, add_noise, build_stage, gumbel_seeds
 
 
 def attention_kernels(device: torch.device) -> AbstractContextManager[Any]:
     """What attention may run on in a training step. On a CPU the fused kernel's backward pass takes
     2 to 4 times the plain one's at small sizes; elsewhere torch chooses."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
+def check_distribution(kind: str) -> None:
+    """ConfigError for accelerate's ways to shard a model: they gather a module's weights when it is
+    called, but the K and V maps and the routers are called from inside the U-Net's blocks."""
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ConfigError(
+            f"run: accelerate is set to {kind}, which this trainer cannot use; choose plain data "
+            "parallelism in `accelerate config` (see docs/training.md)"
+        )
+
+
+def _say(text: str) -> None:
+    """A line above the progress bar."""
+    from tqdm import tqdm
+
+    cast(Any, tqdm).write(text, file=sys.stderr)
 
 
 class Trainer:
@@ -55,13 +73,16 @@ class Trainer:
             log_with="tensorboard",
             project_config=project,
         )
+        check_distribution(self.accelerator.distributed_type.value)
+        self.accelerator.register_save_state_pre_hook(self._save_weights)
+        self.accelerator.register_load_state_pre_hook(self._load_weights)
         self.base = load_base(config.base)
         dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         self.base.to(self.accelerator.device, dtypes[run.precision])
         self.dataset = SampleDataset(Index.of(config.data.paths), config, self.base.config)
         self.encodings = Encodings(self.base, config)
         self.alphas = alphas_cumprod()
-        self.bad = BadSamples()
+        self.bad = BadSamples(_say)
 
         model = build_trained_model(config, self.base)
         stage = build_stage(model, self.encodings, config)
@@ -76,20 +97,20 @@ class Trainer:
             weight_decay=settings.weight_decay,
             fused=True,  # one pass over all parameters; on a CPU the default is a loop over them
         )
-        if settings.ema and self.accelerator.distributed_type == "FSDP":
-            raise ConfigError("optimiser.ema: not with FSDP, whose parameters are sharded; set 0")
         self.stage, self.optimiser = self.accelerator.prepare(stage, optimiser)
         self.average: dict[str, Tensor] = {}
         if settings.ema:
             trained = self._unwrapped().trained()
             self.average = {name: p.detach().float().clone() for name, p in trained}
         self.step = 0
+        self._saved = -1  # step of the newest checkpoint
         self._resume()
 
     def run(self) -> Path:
         """Train to the last step and export; returns the weights file."""
         run = self.config.run
-        self.accelerator.init_trackers("training")
+        with self._logging():
+            self.accelerator.init_trackers("training")
         batches = load_batches(
             self.dataset,
             self.config,
@@ -106,10 +127,15 @@ class Trainer:
             if self._agreed(time.monotonic() - saved > seconds(run.checkpoint_every)):
                 self.save()
                 saved = time.monotonic()
+        self.bad.summary()
         self.save()
         file = self.export()  # all processes take part, so before their group ends
-        self.accelerator.end_training()
+        with self._logging():
+            self.accelerator.end_training()
         return file
+
+    def _logging(self) -> AbstractContextManager[None]:
+        return checkpoints.writing("run.folder", "the curve of the losses", self.folder)
 
     def _agreed(self, due: bool) -> bool:
         """The main process's answer in all processes: each has its own clock, and one that waited
@@ -122,10 +148,11 @@ class Trainer:
 
     def _log(self, losses: dict[str, float]) -> None:
         """To TensorBoard, and to ``losses.jsonl``; after a resume a step may be there twice."""
-        self.accelerator.log({f"loss/{k}": v for k, v in losses.items()}, step=self.step)
-        if self.accelerator.is_main_process:
-            with open(self.folder / "losses.jsonl", "a") as file:
-                file.write(json.dumps({"step": self.step, **losses}) + "\n")
+        with self._logging():
+            self.accelerator.log({f"loss/{k}": v for k, v in losses.items()}, step=self.step)
+            if self.accelerator.is_main_process:
+                with open(self.folder / "losses.jsonl", "a") as file:
+                    file.write(json.dumps({"step": self.step, **losses}) + "\n")
 
     def _steps(self, batches: Iterator[Batch]) -> Iterator[dict[str, float]]:
         """One optimiser step per turn; yields its mean losses."""
@@ -190,10 +217,10 @@ class Trainer:
         size = self.config.data.resolution
         ids = time_ids(size, size, len(batch.numbers), device)
         dtype = self.base.unet.dtype
+        seeds = gumbel_seeds(seed, batch.numbers)
         return Noised(
-            latents.to(dtype), noise, timesteps, text.to(dtype), pooled.to(dtype), ids,
-            batch.numbers,
-        )  # fmt: skip
+            latents.to(dtype), noise, timesteps, text.to(dtype), pooled.to(dtype), ids, seeds
+        )
 
     def _move(self, batch: Batch) -> Batch:
         device = self.accelerator.device
@@ -243,7 +270,9 @@ class Trainer:
         return self.folder / "checkpoints"
 
     def save(self) -> None:
-        """Write the checkpoint of this step. All processes take part."""
+        """Write the checkpoint of this step, unless it is there. All processes take part."""
+        if self._saved == self.step:
+            return
 
         def fill(path: Path) -> None:
             self.accelerator.wait_for_everyone()  # until the main process has made the folder
@@ -258,13 +287,26 @@ class Trainer:
             checkpoints.write(self._checkpoints, self.step, self.config.run.keep_checkpoints, fill)
         else:
             fill(self._checkpoints / f"step-{self.step:08d}.partial")
+        self._saved = self.step
         self.accelerator.wait_for_everyone()
+
+    def _save_weights(self, models: list[Any], weights: list[Any], folder: str) -> None:
+        """Instead of accelerate's: the trained weights alone, by their names in a weights file."""
+        weights.clear()
+        if self.accelerator.is_main_process:
+            trained = {n: p.detach().cpu().contiguous() for n, p in self._unwrapped().trained()}
+            save_tensors(Path(folder) / "model.safetensors", trained, {})
+
+    def _load_weights(self, models: list[Any], folder: str) -> None:
+        models.clear()
+        checkpoints.load_weights(Path(folder) / "model.safetensors", self._unwrapped().trained())
 
     def _resume(self) -> None:
         found = checkpoints.newest(self._checkpoints)
         if found is None:
             return
         self.step, path = found
+        self._saved = self.step
         self.accelerator.load_state(str(path))
         if self.config.optimiser.ema:
             with open_tensors(path / "average.safetensors") as file:

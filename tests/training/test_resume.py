@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from anystory_core.checkpoint import load_model
-from anystory_core.training import checkpoints
+from anystory_core.errors import ConfigError
+from anystory_core.training import checkpoints, shards
 from anystory_core.training.checkpoints import CheckpointFolderError
+from anystory_core.training.config import load_config
+from anystory_core.training.trainer import Trainer, check_distribution
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
@@ -78,8 +81,11 @@ def test_two_processes_give_the_gradients_of_one(
     stage: str, world: Any, subject_run: Any, tmp_path: Path
 ) -> None:
     found: dict[int, dict[str, torch.Tensor]] = {}
+    data = world.pairs
+    if stage == "router":  # one of four samples holds no subject, so one process has fewer
+        data = tmp_path / "scenes"
+        shards.write_folder(tiny.scenes(4, shapes=(1, 2, 0, 1)), data)
     for count in (1, 2):
-        data = world.pairs if stage == "subject" else world.scenes
         extra = {"router": {"subject_file": str(subject_run.file)}} if stage == "router" else {}
         path = tiny.run_toml(
             tmp_path / f"{count}", world.base, data, stage, steps=1,
@@ -101,20 +107,70 @@ def test_two_processes_give_the_gradients_of_one(
 
 
 def test_two_processes_run_to_the_end(world: Any, tmp_path: Path) -> None:
-    """Both begin in one folder, one of them exports, and neither fails on the way out."""
+    """Both begin in one folder, write checkpoints when the first one's clock says so, one of them
+    exports, and neither fails on the way out. One process alone goes on from their checkpoint."""
     path = tiny.run_toml(
-        tmp_path, world.base, world.pairs, "subject", steps=2, run={"batch": 2},
-        optimiser={"ema": 0.9},
+        tmp_path, world.base, world.pairs, "subject", steps=2,
+        run={"batch": 2, "checkpoint_every": "0.001 s"}, optimiser={"ema": 0.9},
     )  # fmt: skip
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
-        "-m", "anystory_core.training", str(path),
+        str(HERE / "two_clocks.py"), str(path),
     ]  # fmt: skip
     variables = {**environment(), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = tmp_path.rglob("anystory_subject.safetensors")
     assert "reference_net" in load_model(file).parts
+    kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000001", "step-00000002"]
+    alone = Trainer(load_config(path))
+    assert alone.step == 2
+    weights = load_file(tmp_path / "checkpoints" / "step-00000002" / "model.safetensors")
+    trained = dict(alone.stage.named_parameters())
+    assert weights.keys() == trained.keys()
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in weights.items())
+
+
+def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
+    """Names that accelerate gives where several processes share a run are read, too."""
+    path = tmp_path / "model.safetensors"
+    save_file({"module.a": torch.ones(2), "frozen": torch.ones(1)}, path)
+    target = torch.zeros(2)
+    checkpoints.load_weights(path, [("a", target)])
+    assert torch.equal(target, torch.ones(2))
+    for name, shape, words in (("b", 2, "no such tensor"), ("a", 3, r"shape \(2,\)")):
+        with pytest.raises(CheckpointFolderError, match=f"another run's .*{name}: .*{words}"):
+            checkpoints.load_weights(path, [(name, torch.zeros(shape))])
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_sharded_models_are_refused(kind: str) -> None:
+    with pytest.raises(ConfigError, match=f"accelerate is set to {kind}"):
+        check_distribution(kind)
+    check_distribution("MULTI_GPU")
+
+
+FULL = Path(__file__).parent / "full_disk.py"
+
+
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    """A child process that may write no file of more than 64 KiB: each writer's own error."""
+    done = subprocess.run(
+        [sys.executable, str(FULL), str(tmp_path)], env=environment(), capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said.keys() == {"checkpoint", "weights", "subject", "losses"}
+    for name, text in said.items():
+        assert "File too large" in text and "free" in text, name
+    assert "CheckpointFolderError: run.folder: the checkpoint of step 1" in said["checkpoint"]
+    assert "CheckpointError: out.safetensors" in said["weights"]
+    assert "SubjectError: name: fox.safetensors" in said["subject"]
+    assert "CheckpointFolderError: run.folder: the curve of the losses" in said["losses"]
+    left = [p for p in tmp_path.rglob("*") if p.is_file() and p.stat().st_size]
+    assert [p.name for p in left] == ["losses.jsonl"]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:

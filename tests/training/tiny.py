@@ -107,12 +107,14 @@ def pairs(count: int, seed: int = 0) -> list[tuple[str, shards.Files]]:
     return out
 
 
-def scenes(count: int, seed: int = 1) -> list[tuple[str, shards.Files]]:
-    """Scene samples of one or two shapes."""
+def scenes(
+    count: int, seed: int = 1, shapes: tuple[int, ...] = (1, 2)
+) -> list[tuple[str, shards.Files]]:
+    """Scene samples of these numbers of shapes, in turn."""
     out: list[tuple[str, shards.Files]] = []
     for i in range(count):
         rng = np.random.default_rng((seed, i))
-        picture, masks, caption = draw(rng, 1 + i % 2)
+        picture, masks, caption = draw(rng, shapes[i % len(shapes)])
         out.append(
             (f"scene{i:04d}", shards.scene_files(image=picture, masks=masks, caption=caption))
         )

@@ -31,15 +31,15 @@ def target_maps(masks: Tensor, grid: Grid) -> Tensor:
 def map_error(
     maps: Tensor, target: Tensor, present: Tensor, tokens: Literal["mean", "sum"]
 ) -> Tensor:
-    """1/N sum_i ||M_i - M_i^gt||^2 of each row, then the mean over rows that hold a subject.
+    """1/N sum_i ||M_i - M_i^gt||^2 of each row, then the mean over all rows.
 
-    maps, target (B,N+1,Q); present (B,N) bool. Only subjects count, not the background. Zero, with
-    a gradient of zero, when no row holds one."""
+    maps, target (B,N+1,Q); present (B,N) bool. Only subjects count, not the background. A row
+    without subjects adds 0 and is counted, so that processes whose batches hold more or fewer of
+    them weigh every row alike."""
     error = (maps - target).square()[:, :-1]
     error = error.mean(dim=-1) if tokens == "mean" else error.sum(dim=-1)  # (B,N)
-    count = present.sum(dim=1)
-    rows = (error * present).sum(dim=1) / count.clamp_min(1)
-    return rows.sum() / (count > 0).sum().clamp_min(1)
+    rows = (error * present).sum(dim=1) / present.sum(dim=1).clamp_min(1)
+    return rows.mean()
 
 
 def routing_loss(

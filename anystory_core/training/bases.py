@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..config import AnyStoryConfig
@@ -103,12 +104,19 @@ def load_base(settings: BaseSettings) -> Base:
     modules = (unet, vae, *encoders, clip_vision)
     for module in modules:
         module.eval().requires_grad_(False)
+    name = fingerprint((vae, *encoders, clip_vision))
+    return Base(config, unet, vae, text_encoder(encoders), clip_vision, modules, name)
+
+
+def fingerprint(modules: Sequence[Any]) -> str:
+    """Of the networks whose results are cached: some numbers of each of their tensors."""
     digest = hashlib.sha256()
-    for module in (vae, *encoders):
-        for tensor in list(module.state_dict().values())[:8]:
-            digest.update(tensor.float().flatten()[:4096].numpy().tobytes())
-    text = text_encoder(encoders)
-    return Base(config, unet, vae, text, clip_vision, modules, digest.hexdigest()[:16])
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            numbers = tensor.flatten()
+            chosen = numbers[:: max(1, len(numbers) // 64)][:64].double()
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + chosen.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _model_config(name: str) -> AnyStoryConfig:
@@ -132,20 +140,48 @@ def _from_folder(path: Path) -> tuple[Any, Any, list[Any]]:
     for name in ("unet", "vae", "text_encoder"):
         if not (path / name / "config.json").exists():
             raise ConfigError(f"base.path: {path} has no {name}/config.json; see docs/training.md")
-    unet = cast(Any, diffusers.UNet2DConditionModel).from_pretrained(path / "unet")
-    kind = str(json.loads((path / "vae" / "config.json").read_text())["_class_name"])
-    vae = getattr(diffusers, kind).from_pretrained(path / "vae")
-    auto = cast(Any, transformers)
-    encoders = [_text_model(auto, path / "text_encoder")]
-    if (path / "text_encoder_2").is_dir():
-        encoders.append(_text_model(auto, path / "text_encoder_2"))
+    unet = _pretrained(diffusers.UNet2DConditionModel, path / "unet", "base.path")
+    kind = str(_settings(path / "vae").get("_class_name"))
+    vae = _pretrained(getattr(diffusers, kind, None), path / "vae", "base.path")
+    encoders: list[Any] = []
+    for folder in ("text_encoder", "text_encoder_2"):
+        if (path / folder).is_dir():
+            # With a projection or without, as the folder's config.json says.
+            names = _settings(path / folder).get("architectures") or ["CLIPTextModel"]
+            kind = getattr(transformers, str(names[0]), None)
+            encoders.append(_pretrained(kind, path / folder, "base.path"))
     return unet, vae, encoders
 
 
-def _text_model(library: Any, path: Path) -> Any:
-    """CLIPTextModel, or the variant with a projection, as the folder's config.json says."""
-    names = json.loads((path / "config.json").read_text()).get("architectures") or []
-    return getattr(library, names[0] if names else "CLIPTextModel").from_pretrained(path)
+def _settings(path: Path) -> dict[str, Any]:
+    """A folder's config.json."""
+    file = path / "config.json"
+    try:
+        table = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"base.path: {file} cannot be read ({error}); get it again") from error
+    if not isinstance(table, dict):
+        raise ConfigError(f"base.path: {file} holds no table; get it again")
+    return cast("dict[str, Any]", table)
+
+
+def _pretrained(kind: Any, path: Path, field: str) -> Any:
+    """``kind.from_pretrained(path)``, where a missing tensor is an error and no random weight."""
+    if kind is None:
+        raise ConfigError(f"{field}: {path}/config.json names a class that is not known")
+    try:
+        model, info = kind.from_pretrained(
+            path, output_loading_info=True, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        detail = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{field}: {path} cannot be read ({detail}); get it again") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"{field}: {path} lacks {len(missing)} tensors, such as {missing[0]}; get it again"
+        )
+    return model
 
 
 def _check_unet(unet: Any, config: AnyStoryConfig, path: Path) -> None:
@@ -171,7 +207,7 @@ def _check_unet(unet: Any, config: AnyStoryConfig, path: Path) -> None:
 def _clip_vision(path: Path, config: AnyStoryConfig) -> Any:
     from transformers import CLIPVisionModelWithProjection
 
-    model = cast(Any, CLIPVisionModelWithProjection).from_pretrained(path)
+    model = _pretrained(CLIPVisionModelWithProjection, path, "base.clip_vision")
     got = (model.config.hidden_size, model.config.num_hidden_layers, model.config.image_size)
     wanted = (config.clip.width, config.clip.layers, config.clip.image_size)
     if got != wanted:

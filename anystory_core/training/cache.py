@@ -1,9 +1,8 @@
 """What the frozen base makes of a batch, on disk: computed at the first epoch, read at the others.
 
-Text states by caption, target latents by sample; where references are not augmented, their latents
-and CLIP states too, by their pixels. One small safetensors file each, named by what it was made
-from, so another base, resolution, caption or picture never reads a stale one. Processes may share
-the folder.
+Text states by caption, target latents by their pixels; where references are not augmented, their
+latents and CLIP states too. One small safetensors file each, named by what it was made from, so
+another base, precision, caption or picture never reads a stale one. Processes may share the folder.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from .bases import Base
 from .batches import Batch
+from .checkpoints import writing
 from .config import TrainingConfig
 
 
@@ -33,9 +33,9 @@ class Encodings:
     def __init__(self, base: Base, config: TrainingConfig) -> None:
         self.base = base
         folder, augmented = config.data.cache, config.augment.changes
-        self.folder = Path(folder) / base.fingerprint if folder else None
+        precision = str(base.unet.dtype).removeprefix("torch.")
+        self.folder = Path(folder) / f"{base.fingerprint}-{precision}" if folder else None
         self.keeps_references = self.folder is not None and not augmented
-        self.resolution = config.data.resolution
 
     def text(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
         """States (B,77,C) and pooled (B,P) of the captions."""
@@ -49,24 +49,22 @@ class Encodings:
 
     def latents(self, batch: Batch, device: torch.device) -> Tensor:
         """Targets as latents (B,4,h,w) at U-Net scale."""
-
-        def compute(missing: Sequence[int]) -> list[dict[str, Tensor]]:
-            encoded = self.base.encode_picture(batch.target[list(missing)])
-            return [{"latents": z} for z in encoded]
-
-        rows = self._rows([f"target|{self.resolution}|{key}" for key in batch.keys], compute)
-        return _stack(rows, "latents", device)
+        encode = self.base.encode_picture
+        return self._of_pixels("latents", batch.target, encode, keep=True).to(device)
 
     def reference_latents(self, pixels: Tensor) -> Tensor:
         """References (M,3,R,R) in [-1,1] as latents (M,4,h,w) at U-Net scale."""
-        return self._of_pixels("reference", pixels, self.base.encode_picture)
+        encode, keep = self.base.encode_picture, self.keeps_references
+        return self._of_pixels("latents", pixels, encode, keep=keep)
 
     def clip_states(self, pixels: Tensor) -> Tensor:
         """Penultimate CLIP states (M,S,W) of normalised pixels (M,3,S,S)."""
-        return self._of_pixels("clip", pixels, self.base.clip_states)
+        return self._of_pixels("clip", pixels, self.base.clip_states, keep=self.keeps_references)
 
-    def _of_pixels(self, kind: str, pixels: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        if not self.keeps_references:
+    def _of_pixels(
+        self, kind: str, pixels: Tensor, encode: Callable[[Tensor], Tensor], *, keep: bool
+    ) -> Tensor:
+        if self.folder is None or not keep:
             return encode(pixels)
 
         def compute(missing: Sequence[int]) -> list[dict[str, Tensor]]:
@@ -111,10 +109,12 @@ class Encodings:
         path = self._path(name)
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {k: v.detach().cpu().contiguous() for k, v in row.items()}
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({k: v.detach().cpu().contiguous() for k, v in row.items()}, temporary)
-        os.replace(temporary, path)
+        with writing("data.cache", "an encoding", path.parents[1]):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, temporary)
+            os.replace(temporary, path)
 
 
 def _stack(rows: Sequence[dict[str, Tensor]], name: str, device: torch.device) -> Tensor:

@@ -6,8 +6,10 @@ Durations carry a unit ("10 min", "2 h"). Paths are relative to the TOML file.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -48,7 +50,10 @@ class DataSettings:
     # Folder for text states and target latents, and without augmentation for what the references
     # are encoded to as well; "" computes them every time.
     cache: str = ""
-    mirror: bool = False  # flip half of the targets, with their masks; not with `cache`
+    mirror: bool = False  # flip half of the targets, with their masks
+
+    def __post_init__(self) -> None:
+        _bounds("data", self, least={"resolution": 8, "max_subjects": 1, "workers": 0})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +71,8 @@ class AugmentSettings:
     colour_amount: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("rotate", "crop", "pad", "flip", "colour", "least_kept"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"augment.{name}: got {getattr(self, name)}, expected 0 to 1")
+        shares = ("rotate", "crop", "pad", "flip", "colour", "least_kept", "colour_amount")
+        _bounds("augment", self, shares=shares, least={"most_padding": 0})
 
     @property
     def changes(self) -> bool:
@@ -88,6 +92,11 @@ class OptimiserSettings:
     warmup_steps: int = 0
     clip_norm: float = 1.0
     ema: float = 0.0  # decay of the moving average; 0 keeps none
+
+    def __post_init__(self) -> None:
+        least = {"weight_decay": 0, "warmup_steps": 0}
+        above = ("learning_rate", "epsilon", "clip_norm")
+        _bounds("optimiser", self, least=least, above=above, below=("beta1", "beta2", "ema"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +123,9 @@ class RunSettings:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "keep_checkpoints", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"run.{name}: got {getattr(self, name)}, expected 1 or more")
-        if self.seed < 0:
-            raise ConfigError(f"run.seed: got {self.seed}, expected 0 or more")
-        seconds(self.checkpoint_every)
+        counts = ("steps", "batch", "accumulate", "keep_checkpoints", "log_every", "sheet_steps")
+        _bounds("run", self, least={**dict.fromkeys(counts, 1), "seed": 0, "sheet_every": 0})
+        seconds(self.checkpoint_every, "run.checkpoint_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +138,9 @@ class SubjectSettings:
     drop_text: float = 0.1  # share of samples whose caption becomes empty
     ip_adapter: str = ""  # K and V for the CLIP tokens from this file instead of the U-Net's own
     start_file: str = ""  # go on from these AnyStory weights instead of the U-Net's
+
+    def __post_init__(self) -> None:
+        _bounds("subject", self, shares=("drop_clip", "drop_text"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +160,9 @@ class RouterSettings:
     refine: bool = True
     start_file: str = ""  # go on from the router in these AnyStory weights
 
+    def __post_init__(self) -> None:
+        _bounds("router", self, shares=("drop_text",), least={"route_weight": 0})
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -167,8 +179,6 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if (self.subject is None) == (self.router is None):
             raise ConfigError("a run has one table of [subject] and [router]: which stage is it?")
-        if self.data.cache and self.data.mirror:
-            raise ConfigError("data.mirror: not with data.cache, whose latents are not mirrored")
         if self.subject is not None and not (self.subject.clip or self.subject.reference):
             raise ConfigError("subject: clip and reference are both off; nothing would be trained")
 
@@ -178,12 +188,38 @@ class TrainingConfig:
         return "subject" if self.subject is not None else "router"
 
 
-def seconds(duration: str) -> float:
-    """ "10 min" -> 600.0; ConfigError for anything but a number and s, min or h."""
-    match = re.fullmatch(r"\s*([0-9.]+)\s*(s|min|h)\s*", duration)
+def seconds(duration: str, field: str = "duration") -> float:
+    """ "10 min" -> 600.0; ConfigError, naming ``field``, for anything but a number and s, min or
+    h."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(s|min|h)\s*", duration, re.ASCII)
     if match is None:
-        raise ConfigError(f"duration: got {duration!r}, expected a number with s, min or h")
+        raise ConfigError(
+            f"{field}: got {duration!r}, expected a number with s, min or h, such as '10 min'"
+        )
     return float(match[1]) * _UNITS[match[2]]
+
+
+def _bounds(
+    table: str,
+    settings: object,
+    *,
+    least: Mapping[str, int] | None = None,
+    above: Sequence[str] = (),
+    below: Sequence[str] = (),
+    shares: Sequence[str] = (),
+) -> None:
+    """ConfigError for a value outside its range: not less than ``least``; ``above`` 0; from 0 to
+    ``below`` 1; ``shares`` from 0 to 1. Values that are no number are none of these."""
+    checks: list[tuple[str, Callable[[float], bool], str]] = [
+        *((n, lambda x, low=low: x >= low, f"{low} or more") for n, low in (least or {}).items()),
+        *((n, lambda x: x > 0, "more than 0") for n in above),
+        *((n, lambda x: 0 <= x < 1, "0 or more, less than 1") for n in below),
+        *((n, lambda x: 0 <= x <= 1, "0 to 1") for n in shares),
+    ]
+    for name, good, expected in checks:
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and good(value)):
+            raise ConfigError(f"{table}.{name}: got {value}, expected {expected}")
 
 
 def load_config(path: Path) -> TrainingConfig:

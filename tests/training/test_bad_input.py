@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file, save_file
 
 from anystory_core.build import build_model
 from anystory_core.errors import AnyStoryError, ConfigError
@@ -59,17 +63,44 @@ CONFIGS = {
         "expected one of",
     ),
     "both branches off": (GOOD + "[subject]\nclip = false\nreference = false\n", "both off"),
-    "mirrored cache": (
-        GOOD.replace('["data"]', '["data"]\ncache = "c"\nmirror = true') + "[subject]\n",
-        "data.mirror",
-    ),
     "probability": (GOOD + "[subject]\n[augment]\nflip = 2.0\n", "augment.flip"),
+    "two points": (
+        GOOD.replace("steps = 1", 'steps = 1\ncheckpoint_every = "1.2.3 min"') + "[subject]\n",
+        "run.checkpoint_every: got '1.2.3 min', expected a number with s, min or h",
+    ),
 }
+OUT_OF_RANGE = [
+    ("data", "resolution", 0, "8 or more"),
+    ("data", "max_subjects", 0, "1 or more"),
+    ("data", "workers", -1, "0 or more"),
+    ("augment", "most_padding", -3.0, "0 or more"),
+    ("augment", "least_kept", 1.5, "0 to 1"),
+    ("optimiser", "learning_rate", -1.0, "more than 0"),
+    ("optimiser", "beta1", 1.0, "0 or more, less than 1"),
+    ("optimiser", "ema", 1.0, "0 or more, less than 1"),
+    ("run", "sheet_steps", 0, "1 or more"),
+    ("run", "sheet_every", -1, "0 or more"),
+    ("run", "seed", -1, "0 or more"),
+    ("subject", "drop_clip", 2.0, "0 to 1"),
+    ("subject", "drop_text", -0.1, "0 to 1"),
+]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configurations(name: str, tmp_path: Path) -> None:
     text, words = CONFIGS[name]
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load_config(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(("table", "name", "value", "expected"), OUT_OF_RANGE)
+def test_values_out_of_range(
+    table: str, name: str, value: float, expected: str, tmp_path: Path
+) -> None:
+    text = GOOD + "[subject]\n"
+    line = f"[{table}]\n{name} = {value}\n"
+    text = text.replace(f"[{table}]\n", line) if f"[{table}]" in text else text + line
+    words = f"{table}.{name}: got {value}, expected {expected}"
     with pytest.raises(ConfigError, match=re.escape(words)):
         load_config(write(tmp_path, text))
 
@@ -122,6 +153,49 @@ def test_bases(world: Any, tmp_path: Path) -> None:
     assert load_base(BaseSettings(path=str(world.base), model=model)).config == tiny.config()
 
 
+def _without_first(path: Path) -> None:
+    tensors = load_file(path)
+    del tensors[min(tensors)]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+UNET, CLIP = "unet/diffusion_pytorch_model.safetensors", "image_encoder/model.safetensors"
+DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
+    (UNET, Path.unlink, r"base\.path: .*unet cannot be read"),
+    (UNET, lambda p: p.write_bytes(b"x" * 100), r"base\.path: .*unet cannot be read"),
+    (UNET, _without_first, r"base\.path: .*unet lacks 1 tensors, such as"),
+    ("vae/config.json", lambda p: p.write_text("{"), r"base\.path: .*vae/config\.json cannot"),
+    ("vae/config.json", lambda p: p.write_text("[]"), "holds no table"),
+    ("vae/config.json", lambda p: p.write_text("{}"), "names a class that is not known"),
+    ("text_encoder/model.safetensors", Path.unlink, r"base\.path: .*text_encoder cannot be read"),
+    (CLIP, lambda p: p.write_bytes(b""), r"base\.clip_vision: .*image_encoder cannot be read"),
+    (CLIP, _without_first, r"base\.clip_vision: .*image_encoder lacks 1 tensors"),
+]
+
+
+@pytest.mark.parametrize(("file", "damage", "words"), DAMAGES)
+def test_damaged_bases(
+    file: str, damage: Callable[[Path], object], words: str, world: Any, tmp_path: Path
+) -> None:
+    """Each a sentence with the file's place, and never random weights in place of missing ones."""
+    base = shutil.copytree(world.base, tmp_path / "base")
+    damage(base / file)
+    with pytest.raises(ConfigError, match=words):
+        load_base(BaseSettings(path=str(base), model=str(base / "config.json")))
+
+
+def test_text_encoders_of_either_transformers(world: Any, tmp_path: Path) -> None:
+    """Older versions saved them with `text_model.` before every name."""
+    base = shutil.copytree(world.base, tmp_path / "base")
+    settings = BaseSettings(path=str(base), model=str(base / "config.json"))
+    states, pooled = load_base(settings).text(["a shape"])
+    path = base / "text_encoder" / "model.safetensors"
+    bare = {k.removeprefix("text_model."): v for k, v in load_file(path).items()}
+    save_file({f"text_model.{k}": v for k, v in bare.items()}, path, metadata={"format": "pt"})
+    again = load_base(settings).text(["a shape"])
+    assert torch.equal(again[0], states) and torch.equal(again[1], pooled)
+
+
 def test_data_paths(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="neither a folder nor"):
         Index.of((str(tmp_path / "no"),))
@@ -162,7 +236,9 @@ def test_the_checker_names_bad_samples(tmp_path: Path) -> None:
     assert "pair0001: target.png is not a picture" in report and "scene0000: has" in report
 
 
-def test_corrupt_samples_are_replaced_counted_and_named(world: Any, tmp_path: Path) -> None:
+def test_corrupt_samples_are_replaced_counted_and_named(
+    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = tmp_path / "data"
     shards.write_folder(tiny.pairs(8), data)
     (data / "pair0003.target.png").write_bytes(b"no picture")
@@ -170,6 +246,9 @@ def test_corrupt_samples_are_replaced_counted_and_named(world: Any, tmp_path: Pa
     trainer = Trainer(load_config(path))
     trainer.run()
     assert trainer.bad.read >= 8 and any("pair0003" in text for text in trainer.bad.bad)
+    said = capsys.readouterr().err
+    assert said.count("replaced by the next: data/pair0003: target.png is not a picture") == 1
+    assert f"1 of {trainer.bad.read} samples read were corrupt: ['data/pair0003']" in said
 
 
 def test_too_many_corrupt_samples_stop_the_run() -> None:
@@ -187,7 +266,7 @@ def test_the_command_says_one_line(world: Any, tmp_path: Path) -> None:
         tmp_path, world.base, world.scenes, "router", steps=1, router={"subject_file": "no"}
     )
     for arguments, words in (
-        ([str(path)], "no"),
+        ([str(path)], "error: no: cannot be opened (No such file or directory)"),
         ([str(tmp_path / "absent.toml")], "cannot be opened"),
         (["check", str(tmp_path / "nothing")], "neither a folder"),
     ):

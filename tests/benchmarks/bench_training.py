@@ -23,6 +23,7 @@ from torch import nn
 
 from anystory_core.build import build_model
 from anystory_core.config import AnyStoryConfig
+from anystory_core.mini.config import PICTURE_SIZE
 from anystory_core.training.bases import Base, alphas_cumprod
 from anystory_core.training.batches import Batch
 from anystory_core.training.cache import Encodings
@@ -150,9 +151,10 @@ def main() -> None:
             AnyStoryConfig.sdxl(), "router", rows=1, side=512, steps=1, checkpointing=True
         )
     else:
+        side = PICTURE_SIZE
         for stage in ("subject", "router"):
-            rows[f"mini {stage}, 256x256, batch {given.batch}"] = measure(
-                AnyStoryConfig.mini(), stage, rows=given.batch, side=256, steps=given.steps,
+            rows[f"mini {stage}, {side}x{side}, batch {given.batch}"] = measure(
+                AnyStoryConfig.mini(), stage, rows=given.batch, side=side, steps=given.steps,
                 checkpointing=False,
             )  # fmt: skip
     for name, row in rows.items():

@@ -47,7 +47,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_the_bundled_graph_runs_on_it(trained: Path, tmp_path: Path) -> None:
+def test_the_bundled_graph_runs_on_it(trained: Path, router_run: Any, tmp_path: Path) -> None:
+    """A file of the mini model's sizes draws a picture; one of toy sizes is read and described."""
     prompt = json.loads((ROOT / "workflows" / "api" / "two_subjects.json").read_text())
     for node in prompt.values():
         for name, value in node["inputs"].items():
@@ -63,6 +64,7 @@ def test_the_bundled_graph_runs_on_it(trained: Path, tmp_path: Path) -> None:
     models = tmp_path / "models" / "anystory"
     models.mkdir(parents=True)
     (models / "trained.safetensors").write_bytes(trained.read_bytes())
+    (models / "toy.safetensors").write_bytes(router_run.file.read_bytes())
     with running(environment.prepare_host(), environment.python(), tmp_path) as host:
         client = Client(host.url)
         for node in prompt.values():
@@ -72,7 +74,19 @@ def test_the_bundled_graph_runs_on_it(trained: Path, tmp_path: Path) -> None:
         (file,) = next(
             out["images"] for n, out in outputs.items() if prompt[n]["class_type"] == "SaveImage"
         )
+        toy = client.queue(
+            {
+                "toy": {
+                    "class_type": "LoadAnyStory",
+                    "inputs": {"anystory_name": "toy.safetensors"},
+                },
+                "shown": {"class_type": "PreviewAny", "inputs": {"source": ["toy", 0]}},
+            },
+            timeout=300,
+        )
         picture = np.asarray(Image.open(io.BytesIO(client.fetch(file))))
     assert picture.shape == (128, 128, 3) and picture.std() > 0
     (text,) = outputs["loaded"]["text"]
     assert "trained.safetensors (mini)" in text and "router" in text and "No router" not in text
+    (text,) = toy["toy"]["text"]
+    assert "toy.safetensors (tiny)" in text and "router" in text and "No router" not in text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,50 @@ def test_sheets(stage: str, subject_run: Any, router_run: Any) -> None:
     columns = 3 if stage == "subject" else 5  # reference, target, sample, and a map per subject
     maps = 1 if stage == "subject" else 0
     assert Image.open(sheet).size == ((columns + maps) * tiny.SIZE, 4 * tiny.SIZE)
+
+
+def test_curves_for_tensorboard(router_run: Any) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = EventAccumulator(str(router_run.folder / "logs" / "training"))
+    curves.Reload()
+    lines = (router_run.folder / "losses.jsonl").read_text().splitlines()
+    for name in ("loss", "diffusion", "route", "coarse"):
+        drawn = {event.step: event.value for event in curves.Scalars(f"loss/{name}")}
+        written = {line["step"]: line[name] for line in map(json.loads, lines)}
+        assert drawn == pytest.approx(written, rel=1e-6)
+
+
+def test_a_sheet_in_half_precision(world: Any, subject_run: Any, tmp_path: Path) -> None:
+    """Stage 2 keeps its frozen parts in the base's precision, and draws with them."""
+    run = trainer(
+        world, tmp_path, "router", subject_run.file, precision="bf16", sheet_every=1, sheet_steps=1
+    )
+    model = run.stage.model
+    assert model.reference_net.input_blocks[0][0].weight.dtype == torch.bfloat16
+    assert {p.dtype for _, p in run.stage.trained()} == {torch.float32}
+    run.run()
+    (sheet,) = (tmp_path / "sheets").glob("*.png")
+    assert Image.open(sheet).size == (5 * tiny.SIZE, 4 * tiny.SIZE)
+    (kept,) = (tmp_path / "checkpoints").glob("*/model.safetensors")
+    assert set(load_file(kept)) == {name for name, _ in run.stage.trained()}
+
+
+def test_dropped_clip_is_the_backgrounds(world: Any, tmp_path: Path) -> None:
+    path = tiny.run_toml(
+        tmp_path, world.base, world.pairs, "subject", steps=1,
+        subject={"drop_clip": 1.0}, run={"batch": 2},
+    )  # fmt: skip
+    run = Trainer(load_config(path))
+    batch = Batch.of([run.dataset[i] for i in range(2)])
+    assert bool(batch.drop_clip.all())
+    kept = dataclasses.replace(batch, drop_clip=torch.zeros(2, dtype=torch.bool))
+    with torch.no_grad():
+        dropped, whole = (run.stage.conditions(b, ()).run.conditions[0] for b in (batch, kept))
+    background = dropped.clip[1].k
+    assert torch.equal(dropped.clip[0].k, background.expand(2, -1, -1))
+    assert torch.equal(dropped.clip[0].v, dropped.clip[1].v.expand(2, -1, -1))
+    assert not torch.allclose(whole.clip[0].k, background.expand(2, -1, -1))
 
 
 def trainer(world: Any, folder: Path, stage: str, file: Path | None, **run: Any) -> Trainer:

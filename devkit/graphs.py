@@ -23,7 +23,7 @@ LOADERS = {
     ("LoadAnyStory", 0): 4,
 }
 MINI_SIDE = 128
-_SIDE, _INPUT, _MARGIN, _QUALITY = 512, 112, 8, 88  # of a template's picture, in pixels
+_SIDE, _INPUT, _MARGIN, _QUALITY = 512, 150, 8, 88  # of a template's picture, in pixels
 _SHOWN = ("saveimage", "previewimage", "routingmappreview")  # what a graph is for, in this order
 _BESIDE = 4  # drawn pictures that are shown; more of them would be too small to see
 
@@ -97,29 +97,25 @@ def join(given: Sequence[Path], drawn: Sequence[Path], target: Path) -> None:
     """A square JPEG: pictures that the graph was given in a row, below them those that it drew."""
     from PIL import Image
 
-    whole = Image.new("RGB", (_SIDE, _SIDE), "white")
-
-    def place(file: Path, left: int, top: int, side: int) -> None:
+    def read(file: Path, width: int) -> Any:
         picture = Image.open(file).convert("RGBA")
-        scale = side / max(picture.size)
-        size = (round(picture.width * scale), round(picture.height * scale))
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-        corner = (left + (side - size[0]) // 2, top + (side - size[1]) // 2)
-        whole.paste(picture, corner, picture)
+        size = (width, round(picture.height * width / picture.width))
+        return picture.resize(size, Image.Resampling.LANCZOS)
 
-    width = len(given) * (_INPUT + _MARGIN) - _MARGIN
-    for i, file in enumerate(given):
-        place(file, (_SIDE - width) // 2 + i * (_INPUT + _MARGIN), _MARGIN, _INPUT)
     shown = drawn[:_BESIDE]
-    across = 1 if len(shown) == 1 else 2
-    down = -(-len(shown) // across)
-    top = _INPUT + 2 * _MARGIN
-    side = min((_SIDE - (across + 1) * _MARGIN) // across, (_SIDE - top) // down - _MARGIN)
-    left = (_SIDE - across * (side + _MARGIN) + _MARGIN) // 2
-    top += ((_SIDE - top) - down * (side + _MARGIN) + _MARGIN) // 2
-    for i, file in enumerate(shown):
-        row, column = divmod(i, across)
-        place(file, left + column * (side + _MARGIN), top + row * (side + _MARGIN), side)
+    down = -(-len(shown) // 2)
+    side = min((_SIDE - 3 * _MARGIN) // 2, (_SIDE - _INPUT - 2 * _MARGIN) // down - _MARGIN)
+    rows = [[read(file, _INPUT) for file in given]]
+    rows += [[read(file, side) for file in shown[i : i + 2]] for i in range(0, len(shown), 2)]
+    heights = [max(picture.height for picture in row) for row in rows]
+    whole = Image.new("RGB", (_SIDE, _SIDE), "white")
+    top = (_SIDE - sum(heights) - _MARGIN * (len(rows) - 1)) // 2
+    for row, height in zip(rows, heights, strict=True):
+        left = (_SIDE - sum(picture.width + _MARGIN for picture in row) + _MARGIN) // 2
+        for picture in row:
+            whole.paste(picture, (left, top), picture)
+            left += picture.width + _MARGIN
+        top += height + _MARGIN
     whole.save(target, quality=_QUALITY)
 
 

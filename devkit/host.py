@@ -76,16 +76,16 @@ class Host:
     def stop(self) -> None:
         """End the host and all it started: ask, wait, then insist."""
         if self.process.poll() is None:
-            _signal(self.process, signal.SIGTERM)
+            signal_group(self.process, signal.SIGTERM)
             try:
                 self.process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
-                _signal(self.process, getattr(signal, "SIGKILL", signal.SIGTERM))
+                signal_group(self.process, getattr(signal, "SIGKILL", signal.SIGTERM))
                 self.process.wait()
 
 
-def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    """To the whole process group where there are groups."""
+def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    """Signal a process that leads a group, and all of that group, where there are groups."""
     with contextlib.suppress(ProcessLookupError):
         if hasattr(os, "killpg"):
             os.killpg(process.pid, number)

@@ -8,6 +8,7 @@ import { textsFor } from "./texts.js";
 import { RouteViewer } from "./viewer.js";
 
 const LEAST_WIDTH = 340;
+const MARGIN = 10; // pixels around the viewer
 const RESTORE_DELAY = 200; // milliseconds: the editor restores outputs after it has built the graph
 const viewers = new WeakMap(); // node -> RouteViewer
 
@@ -30,11 +31,12 @@ function viewerOf(node) {
   const known = viewers.get(node);
   if (known) return known;
   const texts = textsFor(app.extensionManager?.setting?.get("Comfy.Locale"));
-  const viewer = new RouteViewer(load, texts);
+  const viewer = new RouteViewer(load, texts, () => grow(node));
   const widget = node.addDOMWidget("anystory_routes", "anystory_routes", viewer.element, {
     serialize: false,
     hideOnZoom: false,
-    getMinHeight: () => viewer.height,
+    margin: MARGIN,
+    getMinHeight: () => viewer.height + 2 * MARGIN,
     getValue: () => "",
     setValue: () => {},
   });
@@ -49,13 +51,15 @@ function viewerOf(node) {
 
 function show(node, output) {
   if (!output?.anystory_routes?.length) return;
-  const viewer = viewerOf(node);
-  viewer.show(output.anystory_routes, output.text);
-  const [width, height] = node.computeSize();
-  node.setSize([
-    Math.max(node.size[0], width, LEAST_WIDTH),
-    Math.max(node.size[1], height),
-  ]);
+  viewerOf(node).show(output.anystory_routes, output.text);
+  if (node.size[0] < LEAST_WIDTH) node.setSize([LEAST_WIDTH, node.size[1]]);
+  grow(node);
+}
+
+/** Give a node the height that its widgets need. */
+function grow(node) {
+  const [, height] = node.computeSize();
+  if (node.size[1] < height) node.setSize([node.size[0], height]);
   node.setDirtyCanvas?.(true, true);
 }
 

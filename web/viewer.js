@@ -5,9 +5,11 @@ import { readAtlas, shares } from "./atlas.js";
 import { fit, paint } from "./paint.js";
 
 const STEP_KEYS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+const MAP_HEIGHT = 250; // pixels of the map, at least
+const GAP = 4; // pixels between the parts and around them, as in viewer.css
 const OWN_KEYS = new Set([...Object.keys(STEP_KEYS), "Home", "End", "PageUp", "PageDown", " "]);
 
-/** An element with properties and children; `role`, `aria*` and `for` become attributes. */
+/** An element with properties and children; `role` and `aria-*` become attributes. */
 function make(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -25,10 +27,13 @@ function percent(share) {
 }
 
 export class RouteViewer {
-  /** `load(file)` gives the Blob of a file on the host; `texts` are the words of texts.js. */
-  constructor(load, texts) {
+  /** `load(file)` gives the Blob of a file on the host; `texts` are the words of texts.js;
+   * `resized()` is called when `height` may have changed. */
+  constructor(load, texts, resized) {
     this.load = load;
     this.texts = texts;
+    this.resized = resized;
+    this.rest = 110; // pixels below the map, until they are laid out
     this.entries = [];
     this.runs = 0;
     this.marker = null;
@@ -42,7 +47,7 @@ export class RouteViewer {
       block: this.slider("block", () => this.draw()),
     };
     this.subjects = make("fieldset");
-    this.notes = make("div");
+    this.notes = make("div", { className: "notes" });
     this.element = make(
       "div",
       { className: "anystory-viewer", role: "group", "aria-label": texts.title },
@@ -55,14 +60,13 @@ export class RouteViewer {
     this.listen();
   }
 
-  /** Pixels that the viewer needs in height: the map, its sliders and its list of subjects. */
+  /** Pixels that the viewer needs in height: the map, and all below it as it stands, with notes
+   * that wrap. While the editor hides the viewer, the last that was seen. */
   get height() {
-    const rows = 3 + (this.entries.length > 1) + Math.ceil((this.regions ?? 3) / 3);
-    return 280 + 22 * rows + 20 * this.notes.childElementCount;
-  }
-
-  get regions() {
-    return this.entries[0]?.layout.labels.length;
+    const [, ...parts] = this.element.children;
+    const seen = parts.map((part) => part.offsetHeight).filter((height) => height);
+    if (seen.length) this.rest = seen.reduce((sum, height) => sum + height + GAP, 0);
+    return MAP_HEIGHT + this.rest + 2 * GAP;
   }
 
   slider(name, changed) {
@@ -86,6 +90,11 @@ export class RouteViewer {
     this.canvas.addEventListener("pointerleave", () => this.mark(null));
     this.canvas.addEventListener("blur", () => this.mark(null));
     this.canvas.addEventListener("keydown", (event) => this.walk(event));
+    const observer = new ResizeObserver(() => {
+      this.element.style.setProperty("--anystory-height", `${this.height}px`);
+      this.resized();
+    });
+    for (const part of [this.where, this.subjects, this.notes]) observer.observe(part);
   }
 
   /** Show what the node sent: a list of { file, layout, picture? }, and its warnings. */
@@ -94,7 +103,6 @@ export class RouteViewer {
     this.notes.replaceChildren(
       ...notes.map((text) => make("p", { className: "note", textContent: text })),
     );
-    this.element.style.setProperty("--anystory-height", `${this.height}px`);
     const { input, row } = this.sliders.picture;
     input.max = entries.length - 1;
     row.hidden = entries.length < 2;
@@ -124,7 +132,10 @@ export class RouteViewer {
     const { layout } = this.atlas;
     const { step, block, picture } = this.sliders;
     picture.text.textContent = this.texts.of(number + 1, this.entries.length);
+    // Routes are best at the end: the viewer shows the last step until another one is chosen.
+    const atEnd = step.value === Number(step.input.max);
     step.input.max = layout.steps.length - 1;
+    if (atEnd) step.input.value = step.input.max;
     block.input.max = this.atlas.blocks.length;
     const first = this.atlas.majority(0) ?? this.atlas.majority(layout.steps.length - 1);
     fit(this.canvas, first ?? { width: 1, height: 1 }, this.picture);

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from selenium.common.exceptions import (
     ElementClickInterceptedException,
     StaleElementReferenceException,
@@ -20,12 +21,14 @@ TEMPLATES = {path.stem: path for path in sorted((ROOT / "workflows").glob("*.jso
 PACK = "comfyui-anystory"
 FIRST_VERSION = "1.32.9"  # of the editor; what the host that the tests use asks for
 NEWEST_VERSION = "1.49.6"
+AROUND = 14  # pixels around a node in a picture of it
 SCREENSHOTS = ROOT / ".dev" / "screenshots"
 
 READY = (
     "return Boolean(window.app?.graph && app.canvas && app.extensionManager?.setting && "
     "window.LiteGraph?.registered_node_types?.KSampler)"
 )
+CARD = '[data-testid="template-workflow-{}"]'  # of a template in the template browser
 # The first node of a type in the open graph.
 NODE = "const node = app.graph._nodes.find((n) => n.type === arguments[0]);"
 
@@ -95,17 +98,20 @@ class Editor:
                     raise
                 time.sleep(0.1)
 
-    def load_template(self, name: str) -> None:
-        """Open one of the pack's templates as a person does, in the template browser."""
+    def browse_templates(self) -> None:
+        """Open the template browser on the pack's templates."""
         self.js("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         self.press(
             "return [...document.querySelectorAll('[role=dialog] *')].find((element) => "
             "!element.children.length && element.textContent.trim() === arguments[0])",
             PACK,
         )
+
+    def load_template(self, name: str) -> None:
+        """Open one of the pack's templates as a person does, in the template browser."""
+        self.browse_templates()
         before = self.js("return app.graph.id")
-        card = f'[data-testid="template-workflow-{name}"]'
-        self.press("return document.querySelector(arguments[0])", card)
+        self.press("return document.querySelector(arguments[0])", CARD.format(name))
         self.wait("return app.graph.id !== arguments[0] && app.graph._nodes.length", before)
         self.wait("return !document.querySelector('[role=dialog]')")
 
@@ -155,14 +161,24 @@ class Editor:
         raise AssertionError("the queue gave nothing within 120 s")
 
     def look_at(self, kind: str, scale: float = 1.0) -> None:
-        """Bring a node to the upper left of the window."""
+        """Bring a node to the left of the window, beside the editor's own controls."""
         self.js(
             NODE + "app.canvas.ds.scale = arguments[1];"
-            "app.canvas.ds.offset = [160 / arguments[1] - node.pos[0],"
+            "app.canvas.ds.offset = [400 / arguments[1] - node.pos[0],"
             " 140 / arguments[1] - node.pos[1]]; app.canvas.setDirty(true, true)",
             kind, scale,
         )  # fmt: skip
         self.frames()
+
+    def shows_picture(self, kind: str, side: int) -> None:
+        """Wait until a node shows a square picture of this size."""
+        self.look_at(kind)
+        self.wait(
+            NODE + "const drawn = document.querySelectorAll(`[data-node-id='${node.id}'] img`);"
+            "return [...drawn, ...(node.imgs ?? [])].some((picture) => picture.complete &&"
+            " picture.naturalWidth === arguments[1] && picture.naturalHeight === arguments[1])",
+            kind, side,
+        )  # fmt: skip
 
     def frames(self) -> None:
         """Let the page draw a few times."""
@@ -201,11 +217,35 @@ class Editor:
         actions.perform()
         self.frames()
 
-    def screenshot(self, name: str) -> Path:
-        """Keep a picture of the window."""
+    def screenshot(self, name: str, kind: str | None = None) -> Path:
+        """Keep a picture of the window, or of a node in it with a little around."""
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         path = SCREENSHOTS / f"{self.name}_{name}.png"
         self.driver.save_screenshot(str(path))
+        if kind is not None:
+            left, top, right, bottom = self.js(
+                NODE + "const drawn = document.querySelector(`[data-node-id='${node.id}']`);"
+                "const at = drawn?.getBoundingClientRect();"
+                "if (at) return [at.left, at.top, at.right, at.bottom];"
+                "const { scale, offset } = app.canvas.ds;"
+                "const { left, top } = app.canvas.canvas.getBoundingClientRect();"
+                "const place = (x, y) => [(x + offset[0]) * scale + left,"
+                " (y + offset[1]) * scale + top];"
+                "const [x, y] = node.pos; const [width, height] = node.size;"
+                "return [...place(x, y - LiteGraph.NODE_TITLE_HEIGHT),"
+                " ...place(x + width, y + height)]",
+                kind,
+            )  # fmt: skip
+            with Image.open(path) as window:
+                part = window.crop(
+                    (
+                        max(0, round(left) - AROUND),
+                        max(0, round(top) - AROUND),
+                        min(window.width, round(right) + AROUND),
+                        min(window.height, round(bottom) + AROUND),
+                    )
+                )
+            part.save(path)
         return path
 
     def errors(self) -> list[str]:

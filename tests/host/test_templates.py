@@ -1,18 +1,23 @@
-"""The editor's graphs say the same as the queue's graphs of the same name."""
+"""The editor's graphs: the same as the queue's graphs of the same name, whole, each with a picture
+and a note that says what to change first."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from devkit.client import Client
 from devkit.host import Host
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 BOTH = sorted({p.stem for p in FOLDER.glob("*.json")} & {p.stem for p in FOLDER.glob("api/*.json")})
+TEMPLATES = sorted(FOLDER.glob("*.json"))
+LARGEST = 100 * 1024  # bytes of a picture
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 NOTES = {"Note", "MarkdownNote"}  # the editor's own, unknown to the queue
 
@@ -69,7 +74,7 @@ def test_editor_graph_equals_queue_graph(name: str, inputs: Any) -> None:
             assert mine["inputs"][name_] == wanted, (node["class_type"], name_)
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda p: p.stem)
 def test_links_are_whole(path: Path) -> None:
     """Both ends of every link know it, and its type."""
     graph = json.loads(path.read_text())
@@ -79,6 +84,31 @@ def test_links_are_whole(path: Path) -> None:
         assert link in nodes[source]["outputs"][slot]["links"]
         assert nodes[source]["outputs"][slot]["type"] == kind
         assert nodes[target]["inputs"][place]["link"] == link
+
+
+def test_pictures_are_there_and_small() -> None:
+    pictures = sorted(FOLDER.glob("*.jpg"))
+    assert [p.stem for p in pictures] == [p.stem for p in TEMPLATES]
+    for path in pictures:
+        with Image.open(path) as picture:
+            assert (picture.format, picture.size) == ("JPEG", (512, 512)), path.name
+        assert path.stat().st_size <= LARGEST, path.name
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda p: p.stem)
+def test_notes_say_what_to_change_first(path: Path) -> None:
+    """And the nodes and inputs that they name are in the graph."""
+    nodes = json.loads(path.read_text())["nodes"]
+    (note,) = [node["widgets_values"][0] for node in nodes if node["type"] in NOTES]
+    _, found, advice = note.partition("Change first: ")
+    advice, *_ = advice.split("\n\n")
+    assert found and advice
+    named = {name.replace(" ", "") for name in re.findall(r"\*\*([^*]+)\*\*", advice)}
+    assert named <= {node["type"] for node in nodes}
+    known = json.loads((FOLDER / "api" / path.name).read_text()).values()
+    inputs = set(re.findall(r"(?<!\*)\*([^*]+)\*(?!\*)", advice))
+    assert named | inputs and inputs <= {name for node in known for name in node["inputs"]}
+    assert ("drawn with the small model" in note) == path.stem.endswith("_sdxl")
 
 
 def test_the_graphs_are_there() -> None:

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 STEPS = 8
 KILLED_AFTER = 4
+PATIENCE = 1800  # seconds; twenty suffice on an idle machine
 
 
 def environment() -> dict[str, str]:
@@ -56,8 +57,7 @@ def test_killed_and_resumed_to_the_last_bit(world: Any, tmp_path: Path) -> None:
         [*command, str(killed)], env=environment(), stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    end = time.monotonic() + 180
-    while len(losses(killed.parent)) < KILLED_AFTER and time.monotonic() < end:
+    while len(losses(killed.parent)) < KILLED_AFTER and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -97,7 +97,9 @@ def test_two_processes_give_the_gradients_of_one(
             "--standalone", str(HERE / "gradients.py"), str(path), str(out),
         ]  # fmt: skip
         variables = {**environment(), "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, env=variables, capture_output=True, text=True, timeout=PATIENCE
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         found[count] = torch.load(out, weights_only=True)
     assert found[1].keys() == found[2].keys() and found[1]
@@ -118,7 +120,7 @@ def test_two_processes_run_to_the_end(world: Any, tmp_path: Path) -> None:
         str(HERE / "two_clocks.py"), str(path),
     ]  # fmt: skip
     variables = {**environment(), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = tmp_path.rglob("anystory_subject.safetensors")
     assert "reference_net" in load_model(file).parts

@@ -24,10 +24,11 @@ import torch
 
 from ..build import AnyStoryModel
 from .emoji import Emoji, load_emoji, split
-from .evaluation import report, rows
+from .evaluation import report, rows, segmentation
 from .evaluation.judge import Judge
 from .evaluation.stack import Stack, load_anystory, stack_of_files, stack_of_work
 from .evaluation.tasks import held_out_subjects
+from .public import converted
 from .stages import WHOLE_FILE
 from .weights import FOLDER
 from .weights import path as weights_path
@@ -44,6 +45,15 @@ def find_models(work: Path, *, shipped: bool) -> dict[str, AnyStoryModel]:
         "no refinement": work / "no_refinement" / WHOLE_FILE.name,
     }
     return {name: load_anystory(file) for name, file in files.items() if file.exists()}
+
+
+def convert_models(stack: Stack, models: dict[str, AnyStoryModel]) -> dict[str, AnyStoryModel]:
+    """What a user gets without training: the base converted with the CLIP branch that was trained
+    without a ReferenceNet, as IP-Adapter is, or else with the full model's."""
+    branch = models.get("no reference", models.get("full"))
+    if branch is None:
+        return {}
+    return {f"converted {kind}": made for kind, made in converted(stack.unet, branch).items()}
 
 
 class Table:
@@ -112,6 +122,11 @@ def measure_all(
             if model.routers is None and measure is rows.measure_routing:
                 continue
             table.add(name, count, partial(measure, model, stack, subjects, count, level))
+    full = models.get("full")
+    for name, noises in segmentation.ROWS.items():
+        if full is not None and full.routers is not None and report.asked(name, wanted):
+            measure_masks = partial(segmentation.measure_segmentation, full, stack, subjects)
+            table.add(name, count, partial(measure_masks, count, noises))
 
 
 def main() -> None:
@@ -135,6 +150,7 @@ def main() -> None:
         print(f"no measuring networks ({error}): routing only", flush=True)
     key = "-".join((stack.fingerprint, *(m.fingerprint for m in models.values())))
     table = Table(given.out, key)
+    models |= convert_models(stack, models)
     measure_all(stack, models, subjects, judge, table, given.samples, given.rows)
 
 

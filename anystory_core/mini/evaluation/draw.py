@@ -35,13 +35,14 @@ STEPS = 25
 GUIDANCE = 5.0
 SIDE = PICTURE_SIZE // 8
 
-Routes = Literal["router", "masks", "merged", "single"]
+Routes = Literal["router", "masks", "merged", "single", "text"]
 
 
 @dataclass(frozen=True)
 class Variant:
     """What is drawn with. ``model`` None: the base alone. ``routes``: "merged" is the method
-    without a router, where every token attends to the tokens of all subjects."""
+    without a router, where every token attends to the tokens of all subjects; "text" goes by the
+    words of the subjects' names, which are one task's own, so tasks are then drawn one by one."""
 
     model: AnyStoryModel | None
     routes: Routes = "single"
@@ -69,6 +70,9 @@ class Encoder:
             model = self.model
             latents = None if model.reference_net is None else self.stack.encode_pictures(views.vae)
             states = None if model.encoder.subject is None else self.stack.clip_states(views.clip)
+            label, context = task.names()[number], None
+            if model.config.reference.cross_attention:
+                context = self.stack.encode_text([label])[0]
             out.append(
                 encode_subject(
                     model,
@@ -76,16 +80,15 @@ class Encoder:
                     clip_states=states,
                     background_states=None if states is None else self._background,
                     latents=latents,
-                    label=str(number),
+                    label=label,
+                    context=context,
                 )
             )
         return out
 
 
-def make_run(
-    variant: Variant, encoder: Encoder, tasks: Sequence[Task], source: TextRoutes | None = None
-) -> Run:
-    """Keys and values of a batch, a row per task. ``source`` takes the place of the variant's."""
+def make_run(variant: Variant, encoder: Encoder, tasks: Sequence[Task], text: Tensor) -> Run:
+    """Keys and values of a batch, a row per task. text (B,77,D): the captions' states."""
     model = encoder.model
     encoded = [encoder.subjects(task) for task in tasks]
     places = range(len(encoded[0]))
@@ -104,7 +107,7 @@ def make_run(
     biases = tuple(0.0 if f else -math.inf for f in features)
     return Run(
         conditions,
-        source or _source(variant, model, encoded, tasks),
+        _source(variant, encoder, encoded, tasks, text),
         (1.0,) * (count + 1),
         (*biases, -math.inf),
     )
@@ -130,12 +133,17 @@ def _joined_layers(features: Sequence[tuple[Tensor, ...] | None]) -> tuple[Tenso
 
 def _source(
     variant: Variant,
-    model: AnyStoryModel,
+    encoder: Encoder,
     encoded: Sequence[Sequence[Subject]],
     tasks: Sequence[Task],
-) -> RouteSource:
+    text: Tensor,
+) -> RouteSource | TextRoutes:
+    model = encoder.model
     if variant.routes == "masks":
         return BoxRoutes.of(tasks)
+    if variant.routes == "text":
+        (one,), (prompt,) = tasks, text
+        return TextRoutes(encoder.stack.texts(one.names(), prompt), window=len(model.sites))
     if variant.routes != "router":
         return SingleRoute()
     if model.routers is None:
@@ -194,7 +202,7 @@ def draw(
     empty, empty_pooled = stack.encode_text([""])
     run = None
     if variant.model is not None:
-        run = make_run(variant, Encoder(stack, variant.model), tasks)
+        run = make_run(variant, Encoder(stack, variant.model), tasks, text)
     z = torch.stack([task.noise((4, SIDE, SIDE)) for task in tasks])
     alphas = alphas_cumprod().float()
     times = torch.linspace(len(alphas) - 1, 0, steps).round().long()

@@ -13,7 +13,6 @@ from ...build import AnyStoryModel
 from ...conditioner import Call
 from ...routing_maps import StepRecord
 from ...segment import mean_maps
-from ...text_routes import TextRoutes
 from ...training import diffusers_unet
 from ...training.bases import alphas_cumprod
 from ..base import size_ids
@@ -35,8 +34,9 @@ Keep = Callable[[Sequence[Task], Tensor], None]
 
 @dataclass(frozen=True)
 class Drawn:
-    """A row of drawn pictures. ``model``: "full", "no clip", "no reference" or "base"; "plain"
-    captions say "an object" for every name."""
+    """A row of drawn pictures. ``model``: "full", "no clip", "no reference", "base", or "converted
+    simplified", "converted original" and "converted none", made without training
+    (:mod:`..public`); "plain" captions say "an object" for every name."""
 
     title: str
     subjects: int
@@ -63,6 +63,19 @@ DRAWN = (
     Drawn("full", 3),
     Drawn("without router", 3, routes="merged"),
     Drawn("user masks", 3, routes="masks"),
+    *(
+        row
+        for title, model in (
+            ("converted, simplified net", "converted simplified"),
+            ("converted, original net", "converted original"),
+            ("converted, no references", "converted none"),
+        )
+        for row in (
+            Drawn(title, 1, model, routes="single"),
+            Drawn(f"{title}, user masks", 2, model, routes="masks"),
+            Drawn(f"{title}, names in the caption, by words", 2, model, "named", "text"),
+        )
+    ),
 )
 
 
@@ -79,7 +92,8 @@ def measure_drawn(
     routes = row.routes if model is None or model.routers is not None else _without(row.routes)
     variant = Variant(model, routes, row.clip, row.reference)
     verdicts: list[Verdict] = []
-    for tasks in _batches(judge.subjects, row.subjects, samples):
+    size = 1 if routes == "text" else BATCH
+    for tasks in _batches(judge.subjects, row.subjects, samples, size):
         captions = [t.caption(row.captions) for t in tasks]
         pictures = draw.draw(stack, tasks, captions, variant)
         if keep is not None:
@@ -92,11 +106,13 @@ def _without(routes: draw.Routes) -> draw.Routes:
     return "single" if routes == "router" else routes
 
 
-def _batches(subjects: Sequence[Emoji], count: int, samples: int) -> list[list[Task]]:
+def _batches(
+    subjects: Sequence[Emoji], count: int, samples: int, size: int = BATCH
+) -> list[list[Task]]:
     numbers = range(samples)
     return [
-        [task(subjects, count, n) for n in numbers[start : start + BATCH]]
-        for start in range(0, samples, BATCH)
+        [task(subjects, count, n) for n in numbers[start : start + size]]
+        for start in range(0, samples, size)
     ]
 
 
@@ -133,14 +149,10 @@ class _Routing:
 
 @torch.no_grad()
 def _look(
-    encoder: Encoder,
-    tasks: Sequence[Task],
-    level: int,
-    by_text: Callable[[Tensor], TextRoutes] | None = None,
+    encoder: Encoder, tasks: Sequence[Task], level: int, routes: draw.Routes = "router"
 ) -> Call:
     """One conditional pass over the tasks' scenes noised to ``level``, their captions and
-    injection on: the call, with its maps. ``by_text`` makes routes of the captions' states
-    (B,77,D); None: the model's router."""
+    injection on: the call, with its maps."""
     stack, model, count = encoder.stack, encoder.model, len(tasks)
     text, pooled = stack.encode_text([t.caption("named") for t in tasks])
     pictures = torch.stack([torch.from_numpy(t.scene.picture.copy()) for t in tasks])
@@ -148,9 +160,7 @@ def _look(
     noise = torch.stack([t.noise((4, SIDE, SIDE), salt=level) for t in tasks])
     alpha = alphas_cumprod().float()[level]
     noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-    source = None if by_text is None else by_text(text)
-    routes: draw.Routes = "router" if source is None else "single"
-    call = make_call(make_run(Variant(model, routes), encoder, tasks, source), model, count)
+    call = make_call(make_run(Variant(model, routes), encoder, tasks, text), model, count)
     with autocast():
         diffusers_unet.predict(
             stack.unet, stack.slot, call, noisy, torch.full((count,), level), text, pooled,
@@ -191,14 +201,8 @@ def measure_text_routing(
     ceilings: list[float] = []
     encoder = Encoder(stack, model)
     for count in (2, 3):
-        for number in range(samples // 2):
-            one = task(subjects, count, number)
-            names = [instance.emoji.name for instance in one.scene.instances]
-
-            def by_text(text: Tensor, names: list[str] = names) -> TextRoutes:
-                return TextRoutes(stack.texts(names, text[0]), window=len(model.sites))
-
-            call = _look(encoder, [one], level, by_text)
+        for (one,) in _batches(subjects, count, samples // 2, 1):
+            call = _look(encoder, [one], level, "text")
             maps = {index: soft.maps.float() for index, soft in call.soft_maps.items()}
             grids = {index: soft.grid for index, soft in call.soft_maps.items()}
             true = one.masks()

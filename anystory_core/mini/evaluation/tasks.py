@@ -31,6 +31,10 @@ class Task:
         """ "named" or "plain" (with "an object" for every name)."""
         return self.scene.caption if kind == "named" else self.scene.plain_caption
 
+    def names(self) -> list[str]:
+        """What the subjects are called in the caption with names."""
+        return [instance.emoji.name for instance in self.scene.instances]
+
     def masks(self) -> Tensor:
         """Visible masks (N,H,W) float."""
         return torch.stack([torch.from_numpy(i.mask) for i in self.scene.instances]).float()

@@ -36,7 +36,7 @@ from .convert_keys import (
     diffusers_name,
 )
 from .convert_sources import Adapter, Checkpoint, Source, open_adapter, open_checkpoint
-from .convert_write import write_streaming
+from .convert_write import is_written, write_streaming
 from .errors import AnyStoryError, CheckpointError
 from .sites import build_sites
 
@@ -56,6 +56,7 @@ class Converted:
     parameters: int
     parts: tuple[str, ...]
     notes: tuple[str, ...]  # what the user should know of these sources
+    kept: bool  # the file was there already
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,9 @@ def convert(
     checkpoint: a single ``.safetensors`` or a diffusers folder; None only with ``reference_net``
     "none". config: sizes of the base (SDXL when None); the QFormer's own sizes are the file's.
     reference_net: "simplified" (the paper's: no cross-attention), "original" (with it; the label's
-    text is then encoded with each subject), or "none". CheckpointError names what a file is
-    instead of what was expected; nothing is left behind then.
+    text is then encoded with each subject), or "none". A file that was made from the same sources
+    (by their hashes) in the same way is kept, any other is replaced. CheckpointError names what a
+    file is instead of what was expected; nothing is left behind then.
     """
     out = Path(out)
     if reference_net not in REFERENCE_NETS:
@@ -152,11 +154,13 @@ def convert(
         }
         if unet is not None:
             metadata["anystory.source.checkpoint"] = unet.source.describe()
-        size = write_streaming(
-            out, shapes, _Maker(pieces, progress), dtype=dtype, metadata=metadata
-        )
+        kept = is_written(out, shapes, dtype=dtype, metadata=metadata)
+        if not kept:
+            make = _Maker(pieces, progress)
+            write_streaming(out, shapes, make, dtype=dtype, metadata=metadata)
     parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
-    return Converted(out, size, parameters, parts, unet.notes if unet else ())
+    notes = unet.notes if unet else ()
+    return Converted(out, out.stat().st_size, parameters, parts, notes, kept)
 
 
 def load_ip_adapter(model: AnyStoryModel, path: str | os.PathLike[str]) -> None:
@@ -311,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"note: {note}")
     print(
         f"{done.path}: {done.size / 1e9:.2f} GB, {done.parameters / 1e9:.3f} B parameters "
-        f"({', '.join(done.parts)})"
+        f"({', '.join(done.parts)})" + (", kept: it was made like this before" if done.kept else "")
     )
     return 0
 

@@ -41,7 +41,7 @@ def write_streaming(
     """
     path = Path(path)
     header = _header(shapes, dtype, metadata)
-    size = len(header) + sum(_count(s) for s in shapes.values()) * dtype.itemsize
+    size = _size(header, shapes, dtype)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _check_space(path, size)
@@ -62,6 +62,26 @@ def write_streaming(
     return size
 
 
+def is_written(
+    path: str | os.PathLike[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    dtype: torch.dtype,
+    metadata: Mapping[str, str],
+) -> bool:
+    """Whether ``path`` has the very header and the size of what :func:`write_streaming` would
+    write there; the tensors' values are not read."""
+    path = Path(path)
+    header = _header(shapes, dtype, metadata)
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(header)) == header and path.stat().st_size == _size(
+                header, shapes, dtype
+            )
+    except OSError:
+        return False
+
+
 def _header(
     shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, metadata: Mapping[str, str]
 ) -> bytes:
@@ -78,6 +98,11 @@ def _header(
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned
     return struct.pack("<Q", len(text)) + text
+
+
+def _size(header: bytes, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> int:
+    """Bytes of the whole file."""
+    return len(header) + sum(_count(s) for s in shapes.values()) * dtype.itemsize
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -25,7 +25,7 @@ from anystory_core.errors import CheckpointError
 from anystory_core.reference_net import ReferenceNet
 from anystory_core.sites import build_sites
 
-from .public_weights import diffusers_unet, run, save, small_config
+from .public_weights import adapter_state, diffusers_unet, ldm_state, run, save, small_config
 
 CONFIG = small_config()
 
@@ -170,6 +170,34 @@ def test_header_names_the_sources(tmp_path, unet, adapter) -> None:
     assert done.size == done.path.stat().st_size
 
 
+def test_a_file_made_in_the_same_way_is_kept(tmp_path, unet, adapter) -> None:
+    """Not written again; but it is when a source, the net, the numbers or its own size differ."""
+    done, _ = run(tmp_path, unet, adapter)
+    assert not done.kept
+
+    def again(**options) -> bool:
+        written: list[tuple[int, int]] = []
+        options = {"progress": lambda *step: written.append(step), **options}
+        result, tensors = run(tmp_path, unet, adapter, **options)
+        assert result.kept == (not written)
+        assert len(tensors) == len(load_file(done.path)) and result.parts
+        assert result.size == done.path.stat().st_size
+        return result.kept
+
+    assert again()
+    assert not again(reference_net="original") and again(reference_net="original")
+    assert not again(reference_net="none")
+    assert not again() and not again(dtype=torch.float16) and again(dtype=torch.float16)
+    with open(done.path, "ab") as file:
+        file.write(b"x")
+    assert not again(dtype=torch.float16)
+    key = "model.diffusion_model.middle_block.0.in_layers.2.bias"
+    unet = {**unet, key: unet[key] + 1}
+    assert not again(dtype=torch.float16)
+    changed = load_file(done.path)["reference_net.middle_block.0.in_layers.2.bias"]
+    assert torch.equal(changed, unet[key].half())
+
+
 def test_progress_counts_every_tensor(tmp_path, unet, adapter) -> None:
     seen: list[tuple[int, int]] = []
     _, tensors = run(tmp_path, unet, adapter, progress=lambda *step: seen.append(step))
@@ -190,17 +218,41 @@ def test_v_prediction_is_used_and_said(tmp_path, unet, adapter) -> None:
     assert "predicts v" in done.notes[0]
 
 
-def test_command_line(tmp_path, unet, adapter) -> None:
-    """In a process of its own, as a user runs it; a wrong file ends with its message and code 1."""
-    ip = save(tmp_path / "plus.safetensors", adapter)
-    root = Path(conversion.__file__).resolve().parent.parent
-    command = [sys.executable, "-m", "anystory_core.convert", "--out", str(tmp_path / "o.txt")]
-    done = subprocess.run(
-        [*command, "--ip-adapter", str(ip), "--checkpoint", str(ip)],
-        cwd=root,
+def command_line(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, as a user runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "anystory_core.convert", *map(str, arguments)],
+        cwd=Path(conversion.__file__).resolve().parent.parent,
         capture_output=True,
         text=True,
     )
+
+
+def test_command_line(tmp_path) -> None:
+    """It writes what :func:`convert` writes, and says so; the second time it keeps the file."""
+    mini = AnyStoryConfig.mini()
+    checkpoint = save(tmp_path / "base.safetensors", ldm_state(mini))
+    names = list(diffusers_unet(mini).attn_processors)
+    ip = save(tmp_path / "plus.safetensors", adapter_state(names, mini))
+    out, options = tmp_path / "out" / "made.safetensors", ("--config", "mini", "--dtype", "bf16")
+    for ending in ("", ", kept: it was made like this before"):
+        done = command_line("--checkpoint", checkpoint, "--ip-adapter", ip, "--out", out, *options)
+        assert (done.returncode, done.stderr) == (0, "")
+        said = f"{out}: {out.stat().st_size / 1e9:.2f} GB, "
+        assert done.stdout.startswith(said) and done.stdout.endswith(f"projections){ending}\n")
+    own = convert(
+        checkpoint, ip, tmp_path / "own.safetensors", config=mini, dtype=torch.bfloat16
+    ).path
+    assert own.read_bytes() == out.read_bytes()
+    alone = command_line("--ip-adapter", ip, "--out", out, "--reference-net", "none", *options)
+    assert alone.returncode == 0
+    assert load_model(out).parts == ("subject_encoder", "clip_projections")
+
+
+def test_command_line_refuses(tmp_path, adapter) -> None:
+    """A wrong file ends with its message and code 1."""
+    ip = save(tmp_path / "plus.safetensors", adapter)
+    done = command_line("--out", tmp_path / "o.txt", "--ip-adapter", ip, "--checkpoint", ip)
     assert done.returncode == 1
     assert done.stderr.startswith("error: o.txt: expected a name that ends in .safetensors")
     assert "Traceback" not in done.stderr

@@ -35,7 +35,8 @@ class RoutingMaps:
             raise RoutingError(
                 "latent: no recorded run returned this latent. Connect the LATENT of the sampler "
                 "that uses this ApplyAnyStory's model; if it is connected, the sampler's result "
-                "came from the cache: change the seed or queue again. A run in which no subject "
-                "acts (strength 0, start not before end) records nothing"
+                "came from the cache, which no longer has its routes: change the seed, or clear "
+                "the host's execution cache and queue again. A run in which no subject acts "
+                "(strength 0, start not before end) records nothing"
             )
         return record

@@ -155,7 +155,7 @@ def test_maps_of_a_forgotten_run_are_refused(scene: Scene) -> None:
     first = scene.sample(model, seed=1, steps=1)
     for seed in range(2, 6):
         scene.sample(model, seed=seed, steps=1)
-    with pytest.raises(scene.errors.RoutingError, match="change the seed or queue again"):
+    with pytest.raises(scene.errors.RoutingError, match="change the seed, or clear"):
         scene.preview(maps, first)
 
 

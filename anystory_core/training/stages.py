@@ -1,7 +1,7 @@
 """The two stages as modules: what is trained, and a forward pass from a batch to losses.
 
-Both run the frozen U-Net through :mod:`.diffusers_unet`. The base is kept out of the module, so
-that distributed wrappers, optimisers and checkpoints see the trained parameters alone.
+Both run the frozen U-Net through :mod:`.diffusers_unet`. The base is kept out of the module; of
+what is in it, optimisers and checkpoints see the trained parameters alone.
 """
 
 from __future__ import annotations

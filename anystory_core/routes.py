@@ -92,30 +92,47 @@ class MaskRoutes:
     ``masks``: one (H,W) tensor in [0,1] per subject, of any size; each covers the whole picture."""
 
     masks: tuple[Tensor, ...]
-    _cache: dict[tuple[Grid, Crop | None], Tensor] = field(
-        default_factory=dict[tuple[Grid, "Crop | None"], Tensor], compare=False, repr=False
+    _cache: dict[tuple[Grid, Crop | None, torch.device], Tensor] = field(
+        default_factory=dict[tuple[Grid, "Crop | None", torch.device], Tensor],
+        compare=False,
+        repr=False,
     )
 
     @property
     def candidates(self) -> int:
         return len(self.masks) + 1
 
-    def subject_weights(self, grid: Grid, crops: Crops) -> Tensor:
+    def subject_weights(self, grid: Grid, crops: Crops, device: torch.device) -> Tensor:
         """Area-resized masks: (rows,N,Q) for as many rows as there are crops, else (1,N,Q)."""
-        rows = [self._resized(grid, crop) for crop in dict.fromkeys(crops or (None,))]
+        rows = [self._resized(grid, crop, device) for crop in dict.fromkeys(crops or (None,))]
         if len(rows) == 1:
             return rows[0][None]
         of = {crop: row for crop, row in zip(dict.fromkeys(crops), rows, strict=True)}
         return torch.stack([of[crop] for crop in crops])
 
-    def _resized(self, grid: Grid, crop: Crop | None) -> Tensor:
-        """(N,Q); a run asks for the same few grids at every block and step."""
-        if (grid, crop) not in self._cache:
+    def allowed(self, grid: Grid, crops: Crops, device: torch.device) -> Tensor:
+        """(1|rows,N+1,Q) bool: subject i where mask_i >= 0.5, the background everywhere."""
+        inside = self.subject_weights(grid, crops, device) >= 0.5
+        return torch.cat((inside, torch.ones_like(inside[:, :1])), dim=1)
+
+    def confine(self, soft: SoftMaps, crops: Crops) -> SoftMaps:
+        """Maps without what lies outside the masks of their grid; a token that keeps nothing is
+        the background's."""
+        allowed = self.allowed(soft.grid, crops, soft.maps.device)
+        maps = soft.maps * allowed
+        lost = maps.amax(dim=1, keepdim=True) <= 0
+        return SoftMaps(torch.cat((maps[:, :-1], maps[:, -1:] + lost), dim=1), soft.grid)
+
+    def _resized(self, grid: Grid, crop: Crop | None, device: torch.device) -> Tensor:
+        """(N,Q); a run asks for the same few grids at every block and step, so each is copied to
+        its device once."""
+        key = grid, crop, device
+        if key not in self._cache:
             resize = torch.nn.functional.interpolate
             masks = [m if crop is None else crop.narrow(m) for m in self.masks]
             weights = [resize(m[None, None], grid, mode="area")[0, 0].flatten() for m in masks]
-            self._cache[grid, crop] = torch.stack(weights)
-        return self._cache[grid, crop]
+            self._cache[key] = torch.stack(weights).to(device)
+        return self._cache[key]
 
     def maps(self, site: Site, z: Tensor, grid: Grid, crops: Crops) -> SoftMaps:
         return self._on(grid, crops, z.shape[0], z.device)
@@ -124,7 +141,7 @@ class MaskRoutes:
         return self._on(grid, crops, soft.maps.shape[0], soft.maps.device)
 
     def _on(self, grid: Grid, crops: Crops, batch: int, device: torch.device) -> SoftMaps:
-        weights = self.subject_weights(grid, crops).to(device)
+        weights = self.subject_weights(grid, crops, device)
         background = 1 - weights.amax(dim=1, keepdim=True)
         maps = torch.cat((weights, background), dim=1).expand(batch, -1, -1)
         return SoftMaps(maps, grid)
@@ -159,13 +176,13 @@ class LearnedRoutes:
     def maps(self, site: Site, z: Tensor, grid: Grid, crops: Crops) -> SoftMaps:
         allowed = None if self.present is None else self.present[:, :, None]
         if self.masks is not None:
-            inside = self.masks.subject_weights(grid, crops).to(z.device) >= 0.5  # (1|B,N,Q)
-            allowed = torch.cat((inside, torch.ones_like(inside[:, :1])), dim=1)
+            allowed = self.masks.allowed(grid, crops, z.device)
         logits = self.routers.at(site.index).logits(z, self.keys[site.index], allowed)
         return SoftMaps(logits.refined.softmax(dim=1), grid, logits)
 
     def resize(self, soft: SoftMaps, grid: Grid, crops: Crops) -> SoftMaps:
-        return resize_soft(soft, grid)
+        resized = resize_soft(soft, grid)
+        return resized if self.masks is None else self.masks.confine(resized, crops)
 
 
 @dataclass(frozen=True)

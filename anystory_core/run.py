@@ -176,9 +176,10 @@ def check_routing(
         return
     if model.routers is None:
         raise RoutingError(
-            f"mode {mode!r}: these AnyStory weights hold no router, which {len(subjects)} subjects "
-            "need; load weights with a router, or choose the mode 'masks' with one mask for each "
-            "subject, or 'text' with a clip"
+            f"mode {mode!r}: these AnyStory weights hold no router, which this mode needs for "
+            f"{len(subjects)} subject{'s' if len(subjects) > 1 else ''}; load weights with a "
+            "router, or choose the mode 'masks' with one mask for each subject, or 'text' with a "
+            "clip"
         )
     if any(s.routing is None or s.background_routing is None for s in subjects):
         raise RoutingError(

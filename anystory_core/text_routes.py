@@ -98,14 +98,13 @@ class TextRoutes:
 
         Calls of one kind (as many rows of each role, the same crops) share a running mean."""
         scores = self.scores(site, q)
-        allowed = self._allowed(grid, crops, q.device)
-        if allowed is not None:
+        if self.masks is not None:
+            allowed = self.masks.allowed(grid, crops, q.device)
             scores = scores.masked_fill(~allowed, -torch.inf)
         fresh = SoftMaps((scores / self.temperature).softmax(dim=1), grid)
-        mean = resize_soft(self._remember(fresh, (tuple(crops), conditional, q.shape[0])), grid)
-        if allowed is not None:
-            mean = SoftMaps(mean.maps * allowed, grid)  # resizing has blurred the masks' borders
-        return mean
+        return self.resize(
+            self._remember(fresh, (tuple(crops), conditional, q.shape[0])), grid, crops
+        )
 
     def scores(self, site: Site, q: Tensor) -> Tensor:
         """s (B,C,Q) float32 of one block."""
@@ -125,15 +124,9 @@ class TextRoutes:
         return scores
 
     def resize(self, soft: SoftMaps, grid: Grid, crops: Crops) -> SoftMaps:
-        """The same maps on another grid."""
-        return resize_soft(soft, grid)
-
-    def _allowed(self, grid: Grid, crops: Crops, device: torch.device) -> Tensor | None:
-        """(1|B,C,Q) bool; the background is allowed everywhere."""
-        if self.masks is None:
-            return None
-        inside = self.masks.subject_weights(grid, crops).to(device) >= 0.5
-        return torch.cat((inside, torch.ones_like(inside[:, :1])), dim=1)
+        """The same maps on another grid, inside the masks there: resizing blurs their borders."""
+        resized = resize_soft(soft, grid)
+        return resized if self.masks is None else self.masks.confine(resized, crops)
 
     def _remember(self, fresh: SoftMaps, kind: tuple[Crops, int, int]) -> SoftMaps:
         """Take a block's map into the running mean and return it, on the finest grid so far."""

@@ -154,6 +154,12 @@ def test_masks_confine_the_words() -> None:
         for i in range(2):
             assert not bool(((ids == i) & ~inside[i]).any())
             free += int(((ids != i) & inside[i]).sum())
+        for other in ((8, 4), (16, 8), (5, 7)):  # as the next block's self-attention takes it
+            soft = routes.maps_of_query(site, q, grid, (), conditional=1)
+            carried = routes.resize(soft, other, ()).maps.argmax(1)[0]
+            inside = torch.nn.functional.adaptive_avg_pool2d(masks, other).flatten(1) >= 0.5
+            for i in range(2):
+                assert not bool(((carried == i) & ~inside[i]).any())
     assert free > 0
 
 

@@ -1,9 +1,11 @@
-"""Public weights of a small model, made once."""
+"""Public weights of a small model, made once; and both ways of injection."""
 
 from __future__ import annotations
 
 import pytest
 from torch import Tensor
+
+from anystory_core import conditioner
 
 from .public_weights import adapter_state, diffusers_unet, ldm_state, small_config
 
@@ -21,3 +23,10 @@ def adapter(names: list[str]) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def unet() -> dict[str, Tensor]:
     return ldm_state(small_config())
+
+
+@pytest.fixture(params=["by region", "masked"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of the two ways in turn, for rows that are all too short for the first."""
+    monkeypatch.setattr(conditioner, "by_region", lambda q: request.param == "by region")
+    return request.param

@@ -126,6 +126,33 @@ def router(
     return coarse.softmax(dim=0), refined.softmax(dim=0)
 
 
+def resize(maps: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """maps (C,h*w) on grid ``old`` -> on ``new``: the mean over every old token that a new one
+    touches when there are fewer of these, bilinear between centres when there are more."""
+    image = maps.double().reshape(-1, *old)
+    out = torch.zeros(len(image), *new, dtype=torch.float64)
+    for y in range(new[0]):
+        for x in range(new[1]):
+            if new[0] * new[1] < old[0] * old[1]:
+                (top, bottom), (left, right) = (
+                    (math.floor(i * o / n), math.ceil((i + 1) * o / n))
+                    for i, o, n in ((y, old[0], new[0]), (x, old[1], new[1]))
+                )
+                out[:, y, x] = image[:, top:bottom, left:right].mean(dim=(1, 2))
+                continue
+            for row, down in _between(y, old[0], new[0]):
+                for column, across in _between(x, old[1], new[1]):
+                    out[:, y, x] += down * across * image[:, row, column]
+    return out.flatten(1)
+
+
+def _between(i: int, old: int, new: int) -> list[tuple[int, float]]:
+    """The two old places that the centre of new place i lies between, and their weights."""
+    centre = max((i + 0.5) * old / new - 0.5, 0.0)
+    low = min(int(centre), old - 1)
+    return [(low, 1 - (centre - low)), (min(low + 1, old - 1), centre - low)]
+
+
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None
 ) -> Tensor:

@@ -186,7 +186,7 @@ def difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def test_one_subject_equals_the_public_method(tmp_path, unet, public, adapter) -> None:
+def test_one_subject_equals_the_public_method(tmp_path, unet, public, adapter, way) -> None:
     inputs = Inputs(10)
     model = converted(tmp_path, adapter)
     assert len(model.sites) == 70
@@ -201,7 +201,7 @@ def test_one_subject_equals_the_public_method(tmp_path, unet, public, adapter) -
     assert difference(inputs.predict(unet), expected) > 1e-3
 
 
-def test_masks_equal_the_masked_sum(tmp_path, unet, public, adapter) -> None:
+def test_masks_equal_the_masked_sum(tmp_path, unet, public, adapter, way) -> None:
     """Two subjects in masks of 4x4 cells: each token gets one picture, the rest the zero one's."""
     inputs = Inputs(12)
     cells = torch.tensor(

@@ -120,20 +120,37 @@ def test_equations_6_to_8(case: Case) -> None:
             assert torch.allclose(way[row], wanted, atol=TOLERANCE), name
 
 
-@pytest.mark.parametrize("grid", [(52, 76), (127, 127), (63, 127), (1, 1)])
+# Tokens of 832x1216, of 1016x1016 (its latent of 127x127 is halved by rounding up), of an odd
+# latent, and one.
+@pytest.mark.parametrize("grid", [(52, 76), (64, 64), (32, 61), (1, 1)])
 def test_odd_and_large_grids(grid: tuple[int, int]) -> None:
-    """832x1216, 1016 squared and odd latents: the two fast ways agree where the slow one is out of
-    reach."""
-    case = Case(11, 2, 4, 3, False)
-    tokens = grid[0] * grid[1]
-    q = torch.randn(1, tokens, WIDTH, dtype=torch.float64)
-    route = torch.randint(0, 4, (1, tokens))
-    common = (HEADS, naive.dense_attention)
-    by_region = injection.clip_by_region(
-        q, case.conditions, case.eta, Regions.of(route, 4), *common
+    """Both ways over all tokens, each against the equation at sampled ones."""
+    case = Case(11, 1, grid[0] * grid[1], 3, False)
+    sampled = torch.linspace(0, grid[0] * grid[1] - 1, 7).long().unique()
+    q, k, v, text, route = (x[0] for x in (case.q, case.k, case.v, case.text, case.route))
+    clip = (case.q, case.conditions, case.eta)
+    reference = (case.q, case.k, case.v, case.references, case.gamma)
+    tail = HEADS, naive.dense_attention
+    second = {
+        "by region": injection.clip_by_region(*clip, case.regions, *tail)[0],
+        "masked": injection.clip_masked(*clip, case.route, *tail)[0],
+    }
+    wanted = naive.equation_5(
+        q[sampled], text[sampled], route[sampled], case.of_row(case.conditions, 0), case.eta, HEADS
     )
-    masked = injection.clip_masked(q, case.conditions, case.eta, route, *common)
-    assert torch.allclose(by_region, masked, atol=TOLERANCE)
+    for name, way in second.items():
+        assert torch.allclose(text[sampled] + way[sampled], wanted, atol=TOLERANCE), name
+    assert torch.allclose(*second.values(), atol=TOLERANCE)
+    routed = {
+        "by region": injection.reference_by_region(*reference, case.regions, *tail)[0],
+        "masked": injection.reference_masked(*reference, case.route, *tail)[0],
+    }
+    wanted = naive.equation_6(
+        q[sampled], k, v, route[sampled], case.of_row(case.references, 0), case.gamma, HEADS
+    )
+    for name, way in routed.items():
+        assert torch.allclose(way[sampled], wanted, atol=TOLERANCE), name
+    assert torch.allclose(*routed.values(), atol=TOLERANCE)
 
 
 def test_strength_zero_and_absent_give_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -55,10 +56,14 @@ class NoSizes(torch.nn.Module):
         return torch.zeros(x.shape[0], 256, dtype=torch.float64)
 
 
-def nets(full: bool) -> tuple[UNet2DConditionModel, ReferenceNet]:
+SIMPLIFIED = dataclasses.replace(SMALL, reference=ReferenceConfig())
+
+
+def nets(full: bool, config: AnyStoryConfig = SMALL) -> tuple[UNet2DConditionModel, ReferenceNet]:
+    """diffusers' U-Net, and a ReferenceNet with its weights as far as it has a place for them."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**diffusers_unet_config(SMALL.unet)).double().eval()
-    net = ReferenceNet(SMALL, full=full, dtype=torch.float64).eval()
+    net = ReferenceNet(config, full=full, dtype=torch.float64).eval()
     table = ldm_to_diffusers(SMALL)
     source = unet.state_dict()
     for name, target in net.state_dict().items():
@@ -71,28 +76,78 @@ def nets(full: bool) -> tuple[UNet2DConditionModel, ReferenceNet]:
     return unet, net
 
 
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("size", [(16, 16), (13, 18), (9, 23)])
-@torch.no_grad()
-def test_features_are_the_u_nets_own_norm1_outputs(size: tuple[int, int], full: bool) -> None:
-    """With text blocks kept and a mask channel of weight zero, ReferenceNet is the U-Net itself."""
-    unet, net = nets(full)
+SIZES = pytest.mark.parametrize("size", [(16, 16), (13, 18), (9, 23)])
+FULL = pytest.mark.parametrize("full", [False, True])
+
+
+def norm1_outputs(
+    unet: UNet2DConditionModel, latents: Tensor, context: Tensor
+) -> dict[int, Tensor]:
+    """What enters every block's self-attention, by block number, at timestep 0."""
     seen: dict[int, Tensor] = {}
     for site in build_sites(SMALL.unet):
         norm = unet.get_submodule(f"{site.diffusers}.norm1")
         norm.register_forward_hook(lambda _, __, out, index=site.index: seen.update({index: out}))
-    latents, mask = torch.randn(2, 4, *size).double(), torch.rand(2, 1, *size).double()
-    context = torch.randn(2, 7, 24).double()
     # A zero label vector: the pooled text and the six embedded sizes are one vector in the end, so
     # the embedding itself is replaced.
     unet.add_time_proj = NoSizes()
     added = {"text_embeds": torch.zeros(2, 32).double(), "time_ids": torch.zeros(2, 6)}
     unet(latents, 0, context, added_cond_kwargs=added)
-    features = net(torch.cat((latents, mask), dim=1), context)
+    return seen
+
+
+def assert_same(features: Sequence[Tensor], seen: dict[int, Tensor]) -> None:
     assert len(features) == len(seen) - 1
     for index, feature in enumerate(features, 2):
         # float64, but the sinusoid of timestep 0 is made in float32 in both: exact all the same.
         assert torch.allclose(feature, seen[index], atol=1e-9), index
+
+
+@FULL
+@SIZES
+@torch.no_grad()
+def test_features_are_the_u_nets_own_norm1_outputs(size: tuple[int, int], full: bool) -> None:
+    """With text blocks kept and a mask channel of weight zero, ReferenceNet is the U-Net itself."""
+    unet, net = nets(full)
+    latents, mask = torch.randn(2, 4, *size).double(), torch.rand(2, 1, *size).double()
+    context = torch.randn(2, 7, 24).double()
+    seen = norm1_outputs(unet, latents, context)
+    assert_same(net(torch.cat((latents, mask), dim=1), context), seen)
+
+
+@FULL
+@SIZES
+@torch.no_grad()
+def test_the_simplified_graph_is_the_u_net_whose_text_attention_adds_nothing(
+    size: tuple[int, int], full: bool
+) -> None:
+    """Eq. 3 without cross-attention: the same blocks, but for attn2 and its norm."""
+    unet, net = nets(full, SIMPLIFIED)
+    for site in build_sites(SMALL.unet):
+        out = unet.get_submodule(f"{site.diffusers}.attn2.to_out.0")
+        for parameter in out.parameters():
+            parameter.zero_()
+    latents, mask = torch.randn(2, 4, *size).double(), torch.rand(2, 1, *size).double()
+    seen = norm1_outputs(unet, latents, torch.randn(2, 7, 24).double())
+    assert_same(net(torch.cat((latents, mask), dim=1)), seen)
+
+
+@torch.no_grad()
+def test_the_mask_is_the_fifth_channel() -> None:
+    """Eq. 3 sees the subject's mask: its weight acts on the mask alone."""
+    unet, net = nets(False, SIMPLIFIED)
+    first = net.state_dict()["input_blocks.0.0.weight"]
+    assert first.shape[1] == 5
+    latents, mask = torch.randn(1, 4, 9, 8).double(), torch.rand(1, 1, 9, 8).double()
+    without = net(torch.cat((latents, mask), dim=1))
+    first[:, 4] = first[:, 0]
+    moved = latents.clone()
+    moved[:, 0] += mask[:, 0]
+    with_mask = net(torch.cat((latents, mask), dim=1))
+    first[:, 4] = 0
+    as_latent = net(torch.cat((moved, mask), dim=1))
+    for plain, one, two in zip(without, with_mask, as_latent, strict=True):
+        assert torch.allclose(one, two, atol=1e-9) and not torch.allclose(one, plain, atol=1e-3)
 
 
 def test_text_blocks_need_text() -> None:
@@ -103,9 +158,8 @@ def test_text_blocks_need_text() -> None:
 
 @torch.no_grad()
 def test_recompute_changes_nothing() -> None:
-    config = dataclasses.replace(SMALL, reference=ReferenceConfig())
     torch.manual_seed(1)
-    net = ReferenceNet(config)
+    net = ReferenceNet(SIMPLIFIED)
     x = torch.randn(1, 5, 8, 8)
     plain = net(x)
     net.recompute = True

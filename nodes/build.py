@@ -12,7 +12,8 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..anystory_core.convert import DTYPES, REFERENCE_NETS, convert
-from ..anystory_core.errors import CheckpointError
+from ..anystory_core.errors import AnyStoryError, CheckpointError
+from ..anystory_core.subject_files import EXTENSION, check_name
 from .host import ids
 
 ADAPTERS = "ipadapter"  # the folder that other packs use for these files too
@@ -54,7 +55,8 @@ class BuildAnyStory(io.ComfyNode):
                 io.String.Input(
                     "name",
                     default="public_sdxl",
-                    tooltip="Name of the file in models/anystory. An existing file is replaced.",
+                    tooltip="Name of the file in models/anystory. An existing file is replaced, "
+                    "unless it was made from the same files in the same way.",
                 ),
                 io.Combo.Input(
                     "reference_net",
@@ -78,7 +80,7 @@ class BuildAnyStory(io.ComfyNode):
     def execute(
         cls, checkpoint: str, ip_adapter: str, name: str, reference_net: str, precision: str
     ) -> io.NodeOutput:
-        file = output_name(name)
+        file = check_name(name) + EXTENSION
         bar = comfy.utils.ProgressBar(1)
 
         def progress(done: int, total: int) -> None:
@@ -86,37 +88,51 @@ class BuildAnyStory(io.ComfyNode):
             bar.update_absolute(done, total)
 
         done = convert(
-            _path("checkpoints", checkpoint),
-            _path(ADAPTERS, ip_adapter),
-            Path(folder_paths.get_folder_paths(ids.FOLDER)[0]) / file,
+            *_sources(checkpoint, ip_adapter),
+            _output(file),
             reference_net=reference_net,
             dtype=DTYPES[precision],
             progress=progress,
         )
+        bar.update_absolute(1, 1)
         text = f"{file}: {done.size / 1e9:.2f} GB, {', '.join(done.parts)}"
+        if done.kept:
+            text += "; kept, it was made from the same files in the same way"
         return io.NodeOutput(file, ui=ui.PreviewText("\n".join((text, *done.notes))))
 
     @classmethod
-    def fingerprint_inputs(cls, name: str = "", **_: Any) -> Any:
-        """Runs again when the file that it has made is gone or was replaced."""
-        path = Path(folder_paths.get_folder_paths(ids.FOLDER)[0]) / f"{Path(name).name}.safetensors"
-        return path.stat().st_mtime_ns if path.is_file() else None
+    def fingerprint_inputs(
+        cls,
+        checkpoint: str = "",
+        ip_adapter: str = "",
+        name: str = "",
+        reference_net: str = "",
+        precision: str = "",
+    ) -> Any:
+        """Changes with the settings and the two sources, and when the file made of them is gone."""
+        try:
+            made = _output(check_name(name) + EXTENSION).is_file()
+            sources = [path.stat() for path in _sources(checkpoint, ip_adapter)]
+        except (AnyStoryError, OSError):
+            made, sources = False, []  # execute says what is wrong
+        states = [(state.st_size, state.st_mtime_ns) for state in sources]
+        return checkpoint, ip_adapter, name, reference_net, precision, states, made
 
 
-def output_name(name: str) -> str:
-    """A file name inside the folder. CheckpointError for a path or an unusable name."""
-    stem = name.strip().removesuffix(".safetensors")
-    if not stem or stem.startswith(".") or not all(c.isalnum() or c in "-_. " for c in stem):
-        raise CheckpointError(
-            f"name: got {name!r}, expected letters, digits, '-', '_', '.' or spaces, and no folder"
-        )
-    return f"{stem}.safetensors"
+def _sources(checkpoint: str, ip_adapter: str) -> tuple[Path, Path]:
+    """The two files. CheckpointError unless they are there."""
+    return _path("checkpoints", checkpoint), _path(ADAPTERS, ip_adapter)
 
 
-def _path(folder: str, name: str) -> str:
+def _output(file: str) -> Path:
+    """Where a file of this name is written: the first models/anystory."""
+    return Path(folder_paths.get_folder_paths(ids.FOLDER)[0]) / file
+
+
+def _path(folder: str, name: str) -> Path:
     path = folder_paths.get_full_path(folder, name)
     if path is None:
         raise CheckpointError(
             f"{name!r} is not in models/{folder}; copy it there and refresh the node list"
         )
-    return path
+    return Path(path)

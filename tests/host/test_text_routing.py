@@ -1,10 +1,7 @@
-"""The `text` modes and BuildAnyStory in the host."""
+"""The `text` modes in the host."""
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -132,44 +129,3 @@ def test_empty_tokens_of_long_prompts(scene: Scene) -> None:
     assert sorted(found.flatten().tolist()) == [0, 76, 77, 153]
     with pytest.raises(scene.errors.RoutingError, match="no text states"):
         texts.empty_tokens(guider, {1: "uncond", 2: "uncond"})
-
-
-def test_build_node(
-    scene: Scene, comfy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The node finds both files in the host's folders, and names what they are instead."""
-    import folder_paths
-
-    build = module("anystory_pack.nodes.build")
-    folders = {
-        "checkpoints": tmp_path / "checkpoints",
-        "ipadapter": tmp_path / "ipadapter",
-        "anystory": tmp_path / "anystory",
-    }
-    for name, folder in folders.items():
-        folder.mkdir()
-        monkeypatch.setitem(
-            folder_paths.folder_names_and_paths, name, ([str(folder)], {".safetensors", ".bin"})
-        )
-    from safetensors.torch import save_file
-
-    save_file({"x": torch.zeros(1)}, folders["checkpoints"] / "a.safetensors")
-    shutil.copy(folders["checkpoints"] / "a.safetensors", folders["ipadapter"] / "b.safetensors")
-    (folders["ipadapter"] / "c.bin").write_bytes(b"x")
-    assert build._listed("ipadapter") == ["b.safetensors"]
-    given = {
-        "checkpoint": "a.safetensors",
-        "ip_adapter": "b.safetensors",
-        "name": "made",
-        "reference_net": "simplified",
-        "precision": "fp16",
-    }
-    error = scene.errors.CheckpointError
-    with pytest.raises(error, match="BuildAnyStory: b.safetensors: it is no IP-Adapter"):
-        build.BuildAnyStory.execute(**given)
-    for name in ("../made", "", ".made", "a/b"):
-        with pytest.raises(error, match="name: got"):
-            build.BuildAnyStory.execute(**{**given, "name": name})
-    with pytest.raises(error, match="not in models/checkpoints"):
-        build.BuildAnyStory.execute(**{**given, "checkpoint": "none.safetensors"})
-    assert list(folders["anystory"].iterdir()) == []

@@ -67,7 +67,7 @@ def main() -> None:
         figures.update(times.summary(times.interleave(steps, STEPS), "plain"))
 
     bench.with_steps(models, (512, 512), use)
-    figures["start of a run, s"] = round(min(bench.seconds[2]), 2)
+    figures["start of a run, cpu s"] = round(min(bench.seconds[2]), 2)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     figures["peak resident memory, GiB"] = round(peak, 2)
     print(json.dumps(figures, indent=2))

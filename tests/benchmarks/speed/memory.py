@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from .setting import Bench, Step, core
+from .alive import Alive
+from .operations import WithoutProducts
+from .setting import Bench, Step, core, host
 
 GIB = 2**30
 
@@ -45,7 +48,7 @@ def size(value: Any) -> int:
 def measure(bench: Bench) -> dict[str, Any]:
     """GiB per part while N = 1, 2, 3 subjects are sampled with."""
     table: dict[str, Any] = {}
-    models = {str(n): bench.patched(n, fixed=False) for n in (1, 2, 3)}
+    models = {str(n): bench.patched(n, fixed=False, preparing=WithoutProducts) for n in (1, 2, 3)}
 
     def use(_: dict[str, Step]) -> None:
         for n in (1, 2, 3):
@@ -68,8 +71,10 @@ def measure(bench: Bench) -> dict[str, Any]:
 
 
 def held(bench: Bench, state: Any) -> int:
-    """Bytes of the ReferenceNet and of the projections that a run still refers to. (That the host
-    takes them off a device is tested; here load and offload device are one.)"""
+    """Bytes of the ReferenceNet and of the projections that a run still refers to.
+
+    Load and offload device are one here; tests/host/test_memory.py shows that the host takes both
+    off a load device of its own."""
     model = bench.anystory.model
     parts = (model.reference_net, model.projections.clip, model.projections.reference)
     ours = {t.untyped_storage().data_ptr() for part in parts for t in tensors(part)}
@@ -80,29 +85,51 @@ def held(bench: Bench, state: Any) -> int:
     return sum(count for at, count in kept.items() if at in ours)
 
 
-def gpu_1024(bench: Bench, subjects: int = 2) -> dict[str, float]:
-    """GiB by line at 1024x1024 in half precision with guidance, with the host's offloading: while
-    sampling only the U-Net, the routers and the run's keys and values are on the device."""
-    config = bench.anystory.model.config
-    unet = size(bench.unet.model.diffusion_model)
-    state = bench.prepared[subjects].run
-    rows, side = 2, 128
-    site = max(core("sites").build_sites(config.unet), key=lambda s: (side // s.stride) ** 2)
-    tokens = (side // site.stride) ** 2
-    wide = config.unet.model_channels
-    # Largest layer: the feed-forward of the highest attention level, hidden state twice as wide for
-    # the gate; or the last residual block, whose input is two skips wide at full latent size.
-    feed_forward = rows * tokens * site.channels * (1 + 8 + 4) * 2
-    residual = rows * side * side * wide * (2 + 2 + 1 + 1) * 2
-    skips = sum(rows * (side // 2**level) ** 2 * wide * m * 3 * 2
-                for level, m in enumerate(config.unet.channel_mult))  # fmt: skip
+def gpu_1024(bench: Bench, subjects: int = 2) -> dict[str, Any]:
+    """GiB by line at 1024x1024 in half precision with guidance, as on a GPU: one masked call per
+    block, fused attention, and while sampling only the U-Net, the routers and the run's keys and
+    values on the device (the host offloads the rest). Activations are those of a step's tensors
+    when they are the most."""
+    alive = {"plain": Alive(), "N": Alive()}
+    patched = bench.patched(subjects, fixed=False, preparing=WithoutProducts)
+    models = {"plain": bench.unet.clone(), "N": patched}
+    attention = host("comfy.ldm.modules.attention")
+    names = ("optimized_attention", "optimized_attention_masked")
+    fused = dict.fromkeys(names, attention.attention_pytorch)
+
+    def use(steps: dict[str, Step]) -> None:
+        with (
+            mock.patch.object(core("conditioner"), "by_region", lambda q: False),
+            mock.patch.multiple(attention, **fused),
+            mock.patch.multiple(host("nodes.host.patcher"), **fused),
+        ):
+            for name, step in steps.items():
+                with WithoutProducts(), alive[name]:
+                    step()
+
+    bench.with_steps(models, (1024, 1024), use)
+    run = bench.prepared[subjects].run
     lines = {
-        "U-Net weights": unet,
+        "U-Net weights": size(bench.unet.model.diffusion_model),
         "routers": size(bench.anystory.model.routers),
-        "keys and values of the subjects": size(state.conditions),
-        "skip connections": skips,
-        "largest layer": max(feed_forward, residual),
-        "sorted queries and outputs of one block": 6 * rows * tokens * site.channels * 2,
+        "keys and values, CLIP branch": size([site.clip for site in run.conditions]),
+        "keys and values, reference branch": size([site.reference for site in run.conditions]),
+        "activations": alive["N"].most,
+        "the mask again for each head, where a kernel asks for it": _masks_per_head(bench, run),
     }
-    out = {name: value / GIB for name, value in lines.items()}
-    return {**out, "sum": sum(out.values())}
+    table: dict[str, Any] = {name: value / GIB for name, value in lines.items()}
+    table["sum"] = sum(table.values())
+    table["activations of the plain step"] = alive["plain"].most / GIB
+    largest = alive["N"].largest(8)
+    table["largest of the activations"] = {name: value / GIB for name, value in largest}
+    return table
+
+
+def _masks_per_head(bench: Bench, run: Any, latent: int = 128, width: int = 2) -> int:
+    """Bytes of the largest bias matrix (Eq. 7) of the conditional row, copied over its heads."""
+    sizes = []
+    for site, conditions in zip(bench.anystory.model.sites, run.conditions, strict=True):
+        tokens = (latent // site.stride) ** 2
+        references = sum(r.k.shape[1] for r in conditions.reference if r is not None)
+        sizes.append(site.heads * tokens * (tokens + references) * width)
+    return max(sizes)

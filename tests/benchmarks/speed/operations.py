@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from .setting import Bench, Step
+from .setting import Bench, Step, core
 
 SIZES = ((512, 512), (832, 1216), (1024, 1024))
+CHECKED = (256, 256)
 aten = torch.ops.aten
 
 
 class WithoutProducts(TorchDispatchMode):
-    """Matrix products and convolutions give zeros of the right shape; all else runs as it is.
+    """Matrix products, convolutions and fused attention give zeros of the right shape, a softmax
+    its input; all else runs as it is.
 
     With fixed routes no shape depends on a value, so a count under this mode is the count of the
-    whole run, in a fraction of the time; :func:`measure` holds the two together at 512².
+    whole run, in a fraction of the time; :func:`measure` holds the two together at 256².
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -37,6 +40,12 @@ class WithoutProducts(TorchDispatchMode):
                 for s, p, k, t in zip(x.shape[2:], padding, weight.shape[2:], stride, strict=True)
             ]
             return x.new_zeros(x.shape[0], weight.shape[0], *sides)
+        if name is aten._softmax:
+            return args[0]
+        if name is aten._scaled_dot_product_flash_attention_for_cpu:
+            batch, heads, tokens, width = args[0].shape
+            out = args[2].new_zeros(batch, tokens, heads, width).transpose(1, 2)
+            return out, out.new_zeros(batch, heads, tokens, dtype=torch.float32)
         return func(*args, **(kwargs or {}))
 
 
@@ -52,20 +61,17 @@ def count(step: Step, *, skip: bool) -> int:
     return counter.get_total_flops()
 
 
-def measure(bench: Bench, sizes: tuple[tuple[int, int], ...] = SIZES) -> dict[str, Any]:
+def measure(bench: Bench) -> dict[str, Any]:
     """Operations of the plain step and of N = 1..4 at each size, in tera."""
     models = {"plain": bench.unet.clone()}
-    models |= {str(n): bench.patched(n) for n in range(1, len(bench.subjects) + 1)}
+    for n in range(1, len(bench.subjects) + 1):
+        models[str(n)] = bench.patched(n, preparing=WithoutProducts)
     table: dict[str, Any] = {}
-    for size in sizes:
+    bench.with_steps(models, CHECKED, _check)
+    for size in SIZES:
 
         def use(steps: dict[str, Step], size: tuple[int, int] = size) -> None:
             row = {name: count(step, skip=True) for name, step in steps.items()}
-            if size == sizes[0]:
-                for name in ("plain", "3"):
-                    whole = count(steps[name], skip=False)
-                    if whole != row[name]:
-                        raise SystemExit(f"{name}: {whole} in a whole run, {row[name]} counted")
             table[f"{size[0]}x{size[1]}"] = {
                 **{name: value / 1e12 for name, value in row.items()},
                 **{f"{n} / plain": row[n] / row["plain"] for n in row if n != "plain"},
@@ -76,23 +82,25 @@ def measure(bench: Bench, sizes: tuple[tuple[int, int], ...] = SIZES) -> dict[st
     return table
 
 
-def paths(bench: Bench, size: tuple[int, int] = (1024, 1024)) -> dict[str, Any]:
-    """Operations of N = 3 over the plain step for each way of computation."""
-    from .setting import core
+def _check(steps: dict[str, Step]) -> None:
+    for name in ("plain", "3"):
+        whole, counted = (count(steps[name], skip=skip) for skip in (False, True))
+        if whole != counted:
+            raise SystemExit(f"{name}: {whole} operations in a whole run, {counted} without it")
 
+
+def paths(bench: Bench, size: tuple[int, int] = (1024, 1024)) -> dict[str, Any]:
+    """Operations over the plain step for each way of computation, N = 1 and 3."""
     conditioner = core("conditioner")
-    models = {"plain": bench.unet.clone(), "3": bench.patched(3)}
+    models = {"plain": bench.unet.clone()}
+    models |= {f"N = {n}": bench.patched(n, preparing=WithoutProducts) for n in (1, 3)}
     table: dict[str, Any] = {}
 
     def use(steps: dict[str, Step]) -> None:
-        plain = count(steps["plain"], skip=True)
-        chosen = conditioner.by_region
-        try:
-            for name, answer in (("by region", True), ("masked", False)):
-                conditioner.by_region = lambda _, answer=answer: answer
-                table[name] = count(steps["3"], skip=True) / plain
-        finally:
-            conditioner.by_region = chosen
+        plain = count(steps.pop("plain"), skip=True)
+        for name, answer in (("by region", True), ("masked", False)):
+            with mock.patch.object(conditioner, "by_region", lambda q, answer=answer: answer):
+                table[name] = {n: count(step, skip=True) / plain for n, step in steps.items()}
 
     bench.with_steps(models, size, use)
     return table

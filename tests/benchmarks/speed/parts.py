@@ -2,96 +2,135 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
-import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from .setting import Bench, Step, core
+from .setting import Bench, Step, core, host
 
 
 def projections(bench: Bench, repetitions: int = 3) -> dict[str, Any]:
-    """Seconds that one more subject adds to the start of a run, beside a plain step at 512x512."""
+    """Processor seconds that one more subject adds to the start of a run, and a plain step's at
+    512x512, in turn."""
     plain: list[float] = []
 
     def time_plain(steps: dict[str, Step]) -> None:
+        steps["plain"]()  # warm-up
+        start = time.process_time()
         steps["plain"]()
-        for _ in range(repetitions):
-            start = time.perf_counter()
-            steps["plain"]()
-            plain.append(time.perf_counter() - start)
+        plain.append(time.process_time() - start)
 
     bench.seconds.clear()
-    bench.with_steps({"plain": bench.unet.clone()}, (512, 512), time_plain)
     for _ in range(repetitions):
         for count in (1, 3):
-            model = {str(count): bench.patched(count)}
-            bench.with_steps(model, (512, 512), lambda _: None)
+            bench.with_steps({str(count): bench.patched(count)}, (512, 512), lambda _: None)
+        bench.with_steps({"plain": bench.unet.clone()}, (512, 512), time_plain)
     one, three = (statistics.median(bench.seconds[n]) for n in (1, 3))
     step = statistics.median(plain)
     return {
-        "plain step, s": step,
-        "start with 1 subject, s": one,
-        "start with 3 subjects, s": three,
-        "per subject, s": (three - one) / 2,
+        "repetitions": repetitions,
+        "plain step, cpu s": step,
+        "start with 1 subject, cpu s": one,
+        "start with 3 subjects, cpu s": three,
+        "per subject, cpu s": (three - one) / 2,
         "per subject / plain step": (three - one) / 2 / step,
     }
 
 
-# Name in the table -> functions whose calls are marked: (module of the core, attribute).
-_PARTS = {
-    "routers": ("routes", "LearnedRoutes.maps"),
-    "routes carried to other grids": ("routes", "LearnedRoutes.resize"),
-    "sorting by region": ("injection", "Regions.of"),
-    "CLIP branch": ("injection", "clip_by_region"),
-    "self-attention with references": ("injection", "reference_by_region"),
+ROUTER, CLIP = "router", "CLIP branch"
+OWN, BOTH = "self-attention without references", "self-attention with references"
+# Row of the table -> method whose calls are marked, whichever way of computation it takes.
+PARTS = {
+    ROUTER: ("conditioner", "Call", "begin_cross_attention"),
+    CLIP: ("conditioner", "Call", "cross_attention"),
+    BOTH: ("conditioner", "Call", "self_attention"),
+}
+WITHIN = {  # rows that are part of those above
+    "sorting by region": ("injection", "Regions", "of"),
+    "routes carried to another grid": ("routes", "LearnedRoutes", "resize"),
 }
 
 
-def profile_step(bench: Bench, size: tuple[int, int] = (512, 512)) -> dict[str, Any]:
-    """Share of each of our parts in a step with N = 2, with children, from the profiler's marks.
-
-    The self-attention's part holds the U-Net's own attention as well: both are one call."""
-    table: dict[str, Any] = {}
-    undo = [_mark(name, *where) for name, where in _PARTS.items()]
+def profile_step(
+    bench: Bench, size: tuple[int, int] = (512, 512), repetitions: int = 3
+) -> dict[str, Any]:
+    """Seconds of each of our parts in a step with N = 2, children included, from the profiler's
+    marks; medians of steps in turn with plain ones, whose self-attention is marked as well."""
+    walls: dict[str, list[float]] = {"plain": [], "N = 2": []}
+    rows: dict[str, list[dict[str, Any]]] = {"plain": [], "N = 2": []}
 
     def use(steps: dict[str, Step]) -> None:
-        steps["N = 2"]()
-        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
-            start = time.perf_counter()
-            steps["N = 2"]()
-            whole = (time.perf_counter() - start) * 1e6
-        rows = {row.key: row for row in profiler.key_averages()}
-        for name in _PARTS:
-            if name in rows:
-                table[name] = {
-                    "calls": rows[name].count,
-                    "share of the step": rows[name].cpu_time_total / whole,
-                }
+        for number in range(repetitions + 1):
+            for name, step in steps.items():
+                with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
+                    start = time.perf_counter()
+                    step()
+                    wall = time.perf_counter() - start
+                if number:  # the first round warms up
+                    walls[name].append(wall)
+                    rows[name].append({row.key: row for row in profiler.key_averages()})
 
-    try:
-        with torch.no_grad():
-            bench.with_steps({"N = 2": bench.patched(2, fixed=False)}, size, use)
-    finally:
-        for restore in undo:
-            restore()
+    unet = bench.unet.clone()
+    for site in bench.anystory.model.sites[1:]:
+        unet.set_model_attn1_replace(
+            marked_attention(OWN), site.part, site.number, site.block_index
+        )
+    models = {"plain": unet, "N = 2": bench.patched(2)}
+    bench.seconds.clear()
+    with contextlib.ExitStack() as marks:
+        for label, (module, owner, name) in (PARTS | WITHIN).items():
+            marks.enter_context(marked(label, getattr(core(module), owner), name))
+        bench.with_steps(models, size, use)
+
+    plain = statistics.median(walls["plain"])
+
+    def line(seconds: float, calls: int) -> dict[str, Any]:
+        return {"s": seconds, "calls": calls, "share of the plain step": seconds / plain}
+
+    def part(name: str, label: str) -> dict[str, Any]:
+        taken = [found[label] for found in rows[name]]
+        seconds = statistics.median(row.cpu_time_total for row in taken) / 1e6
+        return line(seconds, taken[0].count)
+
+    table: dict[str, Any] = {"repetitions": repetitions, "plain step, s": plain}
+    table["step with N = 2, s"] = statistics.median(walls["N = 2"])
+    table |= {label: part("N = 2", label) for label in PARTS}
+    table[OWN] = part("plain", OWN)
+    table["references: the difference"] = line(table[BOTH]["s"] - table[OWN]["s"], 0)
+    for label in WITHIN:
+        table[f"within: {label}"] = part("N = 2", label)
+    python = statistics.median(
+        sum(found[label].self_cpu_time_total for label in PARTS) for found in rows["N = 2"]
+    )
+    table["within: Python"] = line(python / 1e6, 0)
+    table["once per run: projections"] = line(bench.seconds[2][0], 0)
     return table
 
 
-def _mark(label: str, module: str, attribute: str) -> Any:
-    """Wrap a function of the core in a profiler mark; returns what takes the mark away."""
-    owner: Any = core(module)
-    *path, name = attribute.split(".")
-    for part in path:
-        owner = getattr(owner, part)
-    before = owner.__dict__[name]
+@contextlib.contextmanager
+def marked(label: str, owner: Any, name: str) -> Iterator[None]:
+    """A method's calls carry a profiler mark."""
     plain = getattr(owner, name)
 
-    def marked(*args: Any, **kwargs: Any) -> Any:
+    def under(*args: Any, **kwargs: Any) -> Any:
         with record_function(label):
             return plain(*args, **kwargs)
 
-    setattr(owner, name, staticmethod(marked) if isinstance(before, classmethod) else marked)
-    return lambda: setattr(owner, name, before)
+    with mock.patch.object(owner, name, under):
+        yield
+
+
+def marked_attention(label: str) -> Any:
+    """A replacement that is the host's own attention, under a mark."""
+    attention = host("comfy.ldm.modules.attention")
+
+    def replace(q: Any, k: Any, v: Any, options: Any) -> Any:
+        with record_function(label):
+            return attention.optimized_attention(q, k, v, options["n_heads"])
+
+    return replace

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import re
 import statistics
 import subprocess
 import sys
-import time
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .setting import ROOT, Bench, Step, core, host, make_subject
+from .parts import marked, marked_attention
+from .setting import ROOT, Bench, Step, host, make_subject
 
 IMPORT = """
 import importlib.machinery, importlib.util, os, sys, asyncio, time
@@ -65,8 +67,6 @@ def mini_bench(subjects: int) -> Bench:
     mini = host("nodes.mini")
     anystory = mini.load_anystory()
     config = anystory.model.config
-    import dataclasses
-
     made = [
         dataclasses.replace(
             make_subject(config, i).map(lambda x: x.float()),
@@ -77,47 +77,59 @@ def mini_bench(subjects: int) -> Bench:
     return Bench(mini.load_unet(), anystory, made)
 
 
-def per_block(repetitions: int = 30, size: int = 256) -> dict[str, Any]:
-    """Microseconds of Python per block at the mini size: wall time minus operators' time.
+# Methods that a block of the patched model calls, in the host's glue.
+PATCHES = ("RoutePatch", "SelfAttentionPatch", "CrossAttentionPatch")
 
-    Operators' time is the sum of the profiler's own-time over all of them. The profiler slows both
-    down, so it counts operators only; wall time is taken without it."""
+
+def per_block(repetitions: int = 10, size: int = 128) -> dict[str, Any]:
+    """Microseconds of Python that a patched block adds at the mini pictures' size, N = 2.
+
+    Every call of a patch, and of the plain model's two attentions, is under a profiler mark; a
+    mark's own time is its wall time without its operators'. Of each call in a step the fewest of
+    all repetitions counts: calls are short, so some repetition is free of whoever else runs. What
+    the profiler does around an operator is in it: too large rather than too small.
+    """
     bench = mini_bench(2)
-    blocks = len(core("sites").build_sites(bench.anystory.model.config.unet))
-    models = {"plain": bench.unet.clone(), "N = 2": bench.patched(2)}
-    table: dict[str, Any] = {}
+    plain = bench.unet.clone()
+    for site in bench.anystory.model.sites:
+        for name, setter in (
+            ("attn1", plain.set_model_attn1_replace), ("attn2", plain.set_model_attn2_replace),
+        ):  # fmt: skip
+            setter(marked_attention(name), site.part, site.number, site.block_index)
+    models = {"plain": plain, "N = 2": bench.patched(2, fixed=False)}
+    marks = {"plain": ("attn1", "attn2"), "N = 2": PATCHES}
+    table: dict[str, Any] = {"repetitions": repetitions}
 
     def use(steps: dict[str, Step]) -> None:
-        for name, step in steps.items():
+        for step in steps.values():
             step()
-            wall = []
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
             for _ in range(repetitions):
-                start = time.process_time()
-                step()
-                wall.append(time.process_time() - start)
-            with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
-                start = time.process_time()
-                for _ in range(repetitions // 3):
+                for step in steps.values():
                     step()
-                under = (time.process_time() - start) / (repetitions // 3)
-            rows = profiler.key_averages()
-            operators = sum(row.self_cpu_time_total for row in rows) / (repetitions // 3)
-            table[name] = {
-                "step, us": round(statistics.median(wall) * 1e6),
-                "step under the profiler, us": round(under * 1e6),
-                "operators, us": round(operators),
-                "number of operators": sum(row.count for row in rows) // (repetitions // 3),
-            }
-        for key, out in (
-            ("step, us", "Python per block, us"),
-            ("step under the profiler, us", "Python per block under the profiler, us"),
-        ):
-            python = {name: table[name][key] - table[name]["operators, us"] for name in steps}
-            table[out] = round((python["N = 2"] - python["plain"]) / blocks, 1)
-        table["added per block in all, us"] = round(
-            (table["N = 2"]["step, us"] - table["plain"]["step, us"]) / blocks, 1
-        )
+        events = profiler.events()
+        for name, labels in marks.items():
+            table[name] = {label: _calls(events, label, repetitions) for label in labels}
 
-    with torch.inference_mode():
+    with contextlib.ExitStack() as stack, torch.inference_mode():
+        for name in PATCHES:
+            patch = getattr(host("nodes.host.patcher"), name)
+            stack.enter_context(marked(name, patch, "__call__"))
         bench.with_steps(models, (size, size), use)
+    for key in ("Python, us", "operators"):
+        sums = {name: sum(row[key] for row in table[name].values()) for name in marks}
+        table[f"{key}, added per block"] = round(sums["N = 2"] - sums["plain"], 1)
     return table
+
+
+def _calls(events: Any, label: str, repetitions: int) -> dict[str, float]:
+    """Own time and number of operators of a marked call: means over a step's calls."""
+    calls = [event for event in events if event.name == label]
+    count = len(calls) // repetitions  # in a step
+    own = [min(call.self_cpu_time_total for call in calls[i::count]) for i in range(count)]
+    operators = [len(call.cpu_children) for call in calls[:count]]
+    return {
+        "calls": count,
+        "Python, us": round(statistics.mean(own), 1),
+        "operators": round(statistics.mean(operators), 1),
+    }

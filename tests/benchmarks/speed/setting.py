@@ -7,6 +7,7 @@ are nested, so several variants of one model are ready at once and can be timed 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.machinery
@@ -14,6 +15,7 @@ import importlib.util
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,17 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[3]
 BACKGROUND = 0.4  # share of the tokens; the subjects have equal parts of the rest
 DTYPE = torch.bfloat16
+FREE = 8 * 2**30  # bytes that the host believes to have: both rows in one call, the same chunks
 
 Step = Callable[[], Tensor]
 
 
 def start_host(*flags: str) -> None:
-    """Import the host's code on the CPU, and register the pack as ``anystory_pack``."""
+    """Import the host's code on the CPU, and register the pack as ``anystory_pack``.
+
+    One thread: a step's processor time is then its wall time on a machine of its own. What the host
+    does by free memory does not hang on who else has some."""
+    torch.set_num_threads(1)
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     options = importlib.import_module("comfy.options")
     options.args_parsing = False
@@ -41,6 +48,11 @@ def start_host(*flags: str) -> None:
     spec.submodule_search_locations = [str(ROOT)]
     sys.modules["anystory_pack"] = importlib.util.module_from_spec(spec)
     logging.getLogger().setLevel(logging.WARNING)
+
+    def free(device: Any = None, torch_free_too: bool = False) -> Any:
+        return (FREE, FREE) if torch_free_too else FREE
+
+    host("comfy.model_management").get_free_memory = free
 
 
 def core(name: str) -> Any:
@@ -55,25 +67,29 @@ def host(name: str) -> Any:
 
 
 def fill(module: torch.nn.Module, seed: int) -> None:
-    """Random weights that keep activations near unit size: norms 1, biases 0."""
-    generator = torch.Generator().manual_seed(seed)
+    """Random weights that keep activations near unit size: norms 1, biases 0.
+
+    Billions of them: one pool of random numbers again and again, of a size that no layer has."""
+    pool = torch.empty(1_000_003).uniform_(-1, 1, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         for name, p in module.named_parameters():
             if p.ndim > 1:
-                bound = (3 / p[0].numel()) ** 0.5
-                p.uniform_(-bound, bound, generator=generator)
+                scaled = (pool * (3 / p[0].numel()) ** 0.5).to(p.dtype)
+                for part in p.view(-1).split(len(pool)):
+                    part.copy_(scaled[: len(part)])
             else:
                 p.fill_(1.0 if name.endswith("weight") else 0.0)
     module.eval().requires_grad_(False)
 
 
-def make_unet(config: Any, dtype: torch.dtype = DTYPE) -> Any:
+def make_unet(config: Any, dtype: torch.dtype = DTYPE, *, filled: bool = True) -> Any:
     """ModelPatcher of the host's SDXL."""
     arguments = core("mini.config").unet_arguments(config.unet)
     settings = host("comfy.supported_models").SDXL(arguments)
     settings.set_inference_dtype(dtype, None)
     model = settings.get_model({}, "", device="cpu")
-    fill(model.diffusion_model, 0)
+    if filled:
+        fill(model.diffusion_model, 0)
     patcher = host("comfy.model_patcher")
     kind = getattr(patcher, "CoreModelPatcher", patcher.ModelPatcher)
     cpu = torch.device("cpu")
@@ -84,12 +100,15 @@ def make_anystory(
     config: Any,
     parts: Sequence[str] = ("clip_projections", "reference_projections", "routers"),
     dtype: torch.dtype = DTYPE,
+    *,
+    filled: bool = True,
 ) -> Any:
     """ManagedAnyStory with the named parts."""
     managed = host("nodes.host.managed")
     model = core("build").build_model(config, parts, operations=managed.OPERATIONS, dtype=dtype)
     for number, (_, module) in enumerate(model.modules(), 1):
-        fill(module, number)
+        if filled:
+            fill(module, number)
     return managed.ManagedAnyStory(model, "random")
 
 
@@ -165,30 +184,39 @@ class Bench:
     anystory: Any
     subjects: list[Any]
     prepared: dict[int, Any] = dataclasses.field(default_factory=dict)  # N -> RunState
-    seconds: dict[int, list[float]] = dataclasses.field(default_factory=dict)  # of preparation
+    # Processor time of every start of a run: N -> its list
+    seconds: dict[int, list[float]] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def full_size(cls, subjects: int) -> Bench:
+    def full_size(cls, subjects: int, *, filled: bool = True) -> Bench:
+        """SDXL. Counts need no values: weights that are not ``filled`` take no time and no
+        memory before somebody reads them."""
         config = core("config").AnyStoryConfig.sdxl()
         return cls(
-            make_unet(config),
-            make_anystory(config),
+            make_unet(config, filled=filled),
+            make_anystory(config, filled=filled),
             [make_subject(config, i) for i in range(subjects)],
         )
 
-    def patched(self, count: int, *, fixed: bool = True) -> Any:
-        """The model with the pack's wrapper for the first ``count`` subjects."""
+    def patched(
+        self,
+        count: int,
+        *,
+        fixed: bool = True,
+        preparing: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> Any:
+        """The model with the pack's wrapper for the first ``count`` subjects. A run is prepared
+        inside ``preparing``, for counts that need no values."""
         sampling = host("nodes.host.sampling")
         records = host("nodes.host.records")
         bench = self
 
         class Wrapper(sampling.SamplingWrapper):
             def _prepare(self, guider: Any, windows: Any) -> Any:
-                import time
-
-                start = time.perf_counter()
-                state = super()._prepare(guider, windows)
-                bench.seconds.setdefault(count, []).append(time.perf_counter() - start)
+                start = time.process_time()
+                with preparing():
+                    state = super()._prepare(guider, windows)
+                bench.seconds.setdefault(count, []).append(time.process_time() - start)
                 if fixed:
                     source = FixedRoutes(state.run.source)
                     state.run = dataclasses.replace(state.run, source=source)

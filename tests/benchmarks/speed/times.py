@@ -1,11 +1,12 @@
 """Seconds of a step: every variant in turn, again and again, in one process.
 
 The machine may be shared, so ratios are of medians in one interleaved run, and the processor time
-of the (single-threaded) step stands beside the wall time: it does not see who else is running.
+of the step, which has one thread, stands beside the wall time: it does not see who else is running.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .setting import DTYPE, Bench, Step, core, host
+from .operations import count
+from .setting import DTYPE, Bench, Step, core, fill, host
 
 Clock = Callable[[], float]
 
@@ -57,11 +59,16 @@ def summary(taken: dict[str, dict[str, list[float]]], base: str) -> dict[str, An
 
 
 def measure(
-    bench: Bench, size: tuple[int, int], repetitions: int, *, peer: bool = True
+    bench: Bench,
+    size: tuple[int, int],
+    repetitions: int,
+    *,
+    counts: tuple[int, ...] = (1, 2, 3),
+    peer: bool = True,
 ) -> dict[str, Any]:
-    """Plain, N = 1, 2, 3, and the IP-Adapter-style peer at N = 1 and 3."""
+    """Plain, each number of subjects, and the IP-Adapter-style peer at N = 1 and 3."""
     models = {"plain": bench.unet.clone()}
-    models |= {str(n): bench.patched(n) for n in (1, 2, 3)}
+    models |= {str(n): bench.patched(n) for n in counts}
     if peer:
         maps = adapter_maps(bench)
         models |= {f"peer {n}": adapter(bench, n, maps) for n in (1, 3)}
@@ -71,7 +78,7 @@ def measure(
         result.update(summary(interleave(steps, repetitions), "plain"))
 
     bench.with_steps(models, size, use)
-    result["start of a run, s"] = {
+    result["start of a run, cpu s"] = {
         str(n): round(min(seconds), 2) for n, seconds in sorted(bench.seconds.items())
     }
     return result
@@ -137,38 +144,40 @@ def adapter(bench: Bench, subjects: int, maps: Any) -> Any:
 def reference_net(repetitions: int) -> dict[str, Any]:
     """One picture's pass (64x64 latent) against the original graph with cross-attention.
 
-    Both share one set of weights: the simplified graph's are part of the original's."""
-    import dataclasses
-
-    from .operations import count
-    from .setting import fill
-
+    All share one set of weights: the simplified graph's are part of the original's."""
     config = core("config").AnyStoryConfig.sdxl()
-    original_config = dataclasses.replace(
-        config, reference=dataclasses.replace(config.reference, cross_attention=True)
-    )
+    crossed = dataclasses.replace(config.reference, cross_attention=True)
+    graphs = {
+        "original": (dataclasses.replace(config, reference=crossed), True),
+        "simplified, full graph": (config, True),
+        "simplified, as built": (config, False),
+    }
     make = core("reference_net").ReferenceNet
-    original = make(original_config, full=True, dtype=DTYPE, device="meta").to_empty(device="cpu")
-    fill(original, 3)
-    state = original.state_dict()
-    nets = {"original": original}
-    for name, full in (("simplified, full graph", True), ("simplified, as built", False)):
-        nets[name] = make(config, full=full, dtype=DTYPE, device="meta")
-        own = {key: state[key] for key in nets[name].state_dict()}
-        nets[name].load_state_dict(own, strict=True, assign=True)
-        nets[name].requires_grad_(False)
+    nets = {
+        name: make(of, full=full, dtype=DTYPE, device="meta") for name, (of, full) in graphs.items()
+    }
     seeded = torch.Generator().manual_seed(4)
     side = config.reference.size // config.reference.latent_stride
     latents = torch.randn(1, config.unet.in_channels + 1, side, side, generator=seeded).to(DTYPE)
     context = torch.randn(1, 77, config.unet.context_dim, generator=seeded).to(DTYPE)
+
+    def run(name: str, device: str) -> Any:
+        text = context.to(device) if name == "original" else None
+        return nets[name](latents.to(device), text)
+
+    # Counted without values: the CPU's fused attention is an operator that the counter leaves out.
+    tera = {name: count(lambda name=name: run(name, "meta"), skip=False) / 1e12 for name in nets}
+    nets["original"].to_empty(device="cpu")
+    fill(nets["original"], 3)
+    state = nets["original"].state_dict()
+    for net in nets.values():
+        own = {key: state[key] for key in net.state_dict()}
+        net.load_state_dict(own, strict=True, assign=True)
+        net.requires_grad_(False)
+    passes = {name: (lambda name=name: run(name, "cpu")) for name in nets}
     with torch.no_grad():
-        runs = {
-            name: (lambda net=net, text=context if name == "original" else None: net(latents, text))
-            for name, net in nets.items()
-        }
-        out = summary(interleave(runs, repetitions), "original")
-        for name, net in nets.items():
-            parameters = sum(p.numel() for p in net.parameters())
-            out[name]["billion parameters"] = round(parameters / 1e9, 4)
-            out[name]["tera operations"] = round(count(runs[name], skip=False) / 1e12, 4)
+        out = summary(interleave(passes, repetitions), "original")
+    for name, net in nets.items():
+        parameters = sum(p.numel() for p in net.parameters())
+        out[name] |= {"billion parameters": parameters / 1e9, "tera operations": tera[name]}
     return out

@@ -7,8 +7,10 @@ strength 0).
 Each equation has several exact ways of computation, and a test holds them to each other:
 
 - *by region*: tokens are sorted by region, each region attends to its own keys only. Operations do
-  not grow with N, but the sizes of the regions must be known to the host: the way on a CPU.
-- *masked*: one call over all keys with an attention mask. Nothing leaves the device.
+  not grow with N, but the sizes of the regions must be known to the host, and every row and region
+  is a call of its own: the way for long rows on a CPU.
+- *masked*: one call over all keys with an attention mask. Nothing leaves the device: the way on a
+  GPU, and for short rows.
 - *dense* (Eq. 5 only): every candidate over every token, weighted; the way that has a gradient with
   respect to the weights, for training.
 

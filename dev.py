@@ -43,13 +43,13 @@ def demo(out: Path, graph: str, seed: int | None) -> None:
             say(text)
 
 
-def pictures() -> int:
-    """Draw the template browser's pictures again."""
+def pictures(graphs: list[str]) -> int:
+    """Draw the template browser's pictures of these graphs again."""
     host = environment.prepare_host()
     interpreter = environment.prepare_python(host)
     drawn: dict[str, list[list[str]]] = {}
     with running(host, interpreter, STATE / "base") as process:
-        for name in names(sdxl=True):
+        for name in graphs:
             parts = draw_template(Client(process.url), name)
             drawn[name] = [[str(file) for file in files] for files in parts]
             say(f"drew {name}")
@@ -138,7 +138,8 @@ def main() -> int:
     command.add_argument("--graph", choices=names(), default=DEMO, help="default: %(default)s")
     command = commands.add_parser("serve", help="the editor, for a person")
     command.add_argument("--port", type=int, help="default: a free one")
-    commands.add_parser("pictures", help="draw the pictures of the templates again")
+    command = commands.add_parser("pictures", help="draw the pictures of the templates again")
+    command.add_argument("graphs", nargs="*", help="names of templates; default: all")
     commands.add_parser("test", help="all tests; more arguments go to pytest")
     command = commands.add_parser("bench", help="a benchmark; more arguments go to it")
     command.add_argument("name")
@@ -149,7 +150,7 @@ def main() -> int:
         demo(options.out, options.graph, options.seed)
         return 0
     if options.command == "pictures":
-        return pictures()
+        return pictures(options.graphs or names(sdxl=True))
     if options.command == "serve":
         serve(options.port)
         return 0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -69,6 +71,15 @@ def test_curves_for_tensorboard(router_run: Any) -> None:
         assert drawn == pytest.approx(written, rel=1e-6)
 
 
+@pytest.fixture
+def another_precision() -> Iterator[None]:
+    """accelerate keeps the precision of a process's first run for all others."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("another_precision")
 def test_a_sheet_in_half_precision(world: Any, subject_run: Any, tmp_path: Path) -> None:
     """Stage 2 keeps its frozen parts in the base's precision, and draws with them."""
     run = trainer(
@@ -197,10 +208,10 @@ def test_the_cache_changes_nothing(world: Any, tmp_path: Path, changes: Any) -> 
             augment=changes,
         )  # fmt: skip
         Trainer(load_config(path)).run()
-        losses.append(
-            (tmp_path / folder / "losses.jsonl").read_text().splitlines()[-1].split("samples")[0]
-        )
-    assert losses[0] == losses[1] == losses[2]
+        last = (tmp_path / folder / "losses.jsonl").read_text().splitlines()[-1]
+        losses.append(json.loads(last)["loss"])
+    # What is not there yet is encoded in a smaller batch: the same up to float32 rounding.
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
     kept = [set(load_file(p)) for p in (tmp_path / "cache").rglob("*.safetensors")]
     kinds = set().union(*kept)
     # Augmented references differ every time: keeping them would only fill the disk.

@@ -160,13 +160,13 @@ class Editor:
             time.sleep(0.1)
         raise AssertionError("the queue gave nothing within 120 s")
 
-    def look_at(self, kind: str, scale: float = 1.0) -> None:
-        """Bring a node to the left of the window, beside the editor's own controls."""
+    def look_at(self, kind: str, scale: float = 1.0, left: float = 160) -> None:
+        """Bring a node to the upper left of the window."""
         self.js(
             NODE + "app.canvas.ds.scale = arguments[1];"
-            "app.canvas.ds.offset = [400 / arguments[1] - node.pos[0],"
+            "app.canvas.ds.offset = [arguments[2] / arguments[1] - node.pos[0],"
             " 140 / arguments[1] - node.pos[1]]; app.canvas.setDirty(true, true)",
-            kind, scale,
+            kind, scale, left,
         )  # fmt: skip
         self.frames()
 

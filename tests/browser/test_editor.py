@@ -14,6 +14,7 @@ from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
+BESIDE = 400  # pixels from the left where the editor's own controls hide no node
 VIEWER = ".anystory-viewer"
 PREVIEW = "RoutingMapPreview"
 KNOWN = "return arguments[0] in LiteGraph.registered_node_types"
@@ -129,7 +130,7 @@ def test_picture_and_viewer_appear(editor: Editor) -> None:
         pictures.add(drawn(editor))
     assert len(pictures) == 4  # every move of a slider showed another map
     ActionChains(editor.driver).move_to_element(element(editor, "fieldset")).perform()
-    editor.look_at(PREVIEW, 0.9)
+    editor.look_at(PREVIEW, 0.9, BESIDE)
     editor.screenshot(f"viewer_{'vue' if editor.vue else 'canvas'}", PREVIEW)
 
 
@@ -212,7 +213,7 @@ def test_one_more_input_than_is_used(editor: Editor) -> None:
     assert editor.inputs("SubjectRouter") == ["anystory", *pairs, "clip"]
     spare = editor.js(NODE + "return node.size[1] - node.computeSize()[1]", "SubjectRouter")
     assert editor.vue or abs(spare) <= 1  # the body is as high as its sockets
-    editor.look_at("SubjectRouter")
+    editor.look_at("SubjectRouter", 1.0, BESIDE)
     editor.screenshot(f"router_{'vue' if editor.vue else 'canvas'}", "SubjectRouter")
     editor.look_at("EncodeSubject", 0.8)
     start = editor.slot("EncodeSubject", "subject", output=True)

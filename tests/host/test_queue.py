@@ -90,6 +90,17 @@ def test_the_same_seed_gives_the_same_picture(client: Client) -> None:
     assert np.array_equal(a, again) and not np.array_equal(a, b)
 
 
+def test_a_subject_is_encoded_once(client: Client) -> None:
+    """With another seed alone, the host takes the encoded subjects from its cache."""
+    prompt = graph(client, "two_subjects")
+    for seed in (40, 41):
+        client.queue(quick(prompt, seed=seed))
+    entry = list(client.get("/history").values())[-1]
+    (said,) = [data for event, data in entry["status"]["messages"] if event == "execution_cached"]
+    cached = [prompt[number]["class_type"] for number in said["nodes"]]
+    assert cached.count("EncodeSubject") == 2 and "KSampler" not in cached
+
+
 def test_another_subject_gives_another_picture(client: Client) -> None:
     prompt = quick(graph(client, "two_subjects"), seed=5)
     (first,) = pictures(client, prompt)

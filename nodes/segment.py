@@ -55,13 +55,15 @@ def soft_maps(
     (0,1], with every noise of ``noise`` (R,4,h,w) as a row."""
     maps = RoutingMaps(keep_soft=True)
     patched = apply_routing(model, routing, Settings(), 0.0, 1.0, maps)
-    sigma = patched.get_model_object("model_sampling").percent_to_sigma(1 - level)
+    sampling = patched.get_model_object("model_sampling")
+    # The host's noise level at 0 % is a number beyond all of the model's.
+    sigma = min(float(sampling.percent_to_sigma(1 - level)), float(sampling.sigma_max))
     comfy.sample.sample_custom(
         patched,
         noise,
         1.0,
         comfy.samplers.sampler_object("euler"),
-        torch.tensor([float(sigma), 0.0]),
+        torch.tensor([sigma, 0.0]),
         positive,
         positive,
         latent.repeat(noise.shape[0], 1, 1, 1),

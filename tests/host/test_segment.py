@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from scene import module
 
 
 def segment(scene: Any, **inputs: Any) -> torch.Tensor:
@@ -53,6 +54,22 @@ def test_many_noises_are_the_mean_of_their_maps(scene: Any, pack: Any) -> None:
     wanted = node.segment.masks_of(torch.stack(single).mean(dim=0), (128, 96))
     differing = (wanted != segment(scene, noises=5)).float().mean()
     assert differing < 0.01  # pixels where two maps tie within that precision
+
+
+def test_noise_only(scene: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of the range is the model's own highest noise level, and works as the one below."""
+    levels: list[float] = []
+    sample = module("comfy.sample").sample_custom
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        levels.append(float(args[4][0]))
+        return sample(*args, **kwargs)
+
+    monkeypatch.setattr(module("comfy.sample"), "sample_custom", spy)
+    most, below = segment(scene, noise=1.0), segment(scene, noise=0.9999)
+    highest = float(scene.mini.model.get_model_object("model_sampling").sigma_max)
+    assert levels[0] == pytest.approx(highest) and levels[1] == pytest.approx(highest, rel=0.01)
+    assert (most != below).float().mean() < 0.05
 
 
 def test_the_model_is_not_changed(scene: Any) -> None:

@@ -92,10 +92,18 @@ class ApplyAnyStory(io.ComfyNode):
 
 
 def apply_routing(
-    model: Any, routing: Routing, settings: Settings, start: float, end: float, maps: RoutingMaps
+    model: Any,
+    routing: Routing,
+    settings: Settings,
+    start: float,
+    end: float,
+    maps: RoutingMaps,
+    *,
+    bar: bool = True,
 ) -> Any:
     """A clone of ``model`` (a ModelPatcher) whose sampling runs are routed, and recorded in
-    ``maps``; a plain clone without subjects. Values as in :class:`ApplyAnyStory`."""
+    ``maps``; a plain clone without subjects. Values as in :class:`ApplyAnyStory`. ``bar``: the
+    progress bar of the node that samples shows the preparations of a run."""
     # The overall values obey the same rules as a subject's own.
     SubjectOptions(
         strength=settings.strength,
@@ -114,7 +122,7 @@ def apply_routing(
     anystory = routing.anystory
     check_model(model, anystory.model.config, anystory.model.sites)
     check_latent_format(model, anystory.model.config)
-    wrapper = SamplingWrapper(routing, settings, start, end, maps)
+    wrapper = SamplingWrapper(routing, settings, start, end, maps, bar=bar)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, ids.WRAPPER_KEY, wrapper)
     if routing.mode != "masks":
         patched.set_additional_models(ids.WRAPPER_KEY, anystory.having("routers"))

@@ -188,6 +188,7 @@ class SamplingWrapper:
     start: float
     end: float
     maps: RoutingMaps
+    bar: bool = True  # the preparations move the progress bar of the node that samples
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SamplingWrapper:
         return self
@@ -210,7 +211,7 @@ class SamplingWrapper:
             return executor(
                 noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs
             )
-        state = self._prepare(guider, windows)
+        state = self._prepare(guider, windows, sigmas.shape[-1] - 1)
         options = guider.model_options
         before = options["transformer_options"]
 
@@ -252,7 +253,7 @@ class SamplingWrapper:
             for subject, window in zip(self.routing.subjects, windows, strict=True)
         )
 
-    def _prepare(self, guider: Any, windows: tuple[Window, ...]) -> RunState:
+    def _prepare(self, guider: Any, windows: tuple[Window, ...], steps: int) -> RunState:
         anystory, subjects = self.routing.anystory, self.routing.subjects
         model = guider.model_patcher
         check_model(model, anystory.model.config, anystory.model.sites)
@@ -263,10 +264,9 @@ class SamplingWrapper:
         texts = None
         if self.routing.mode.startswith("text"):
             texts = route_texts(self.routing.labels, empty_tokens(guider, roles), model, device)
-        progress = comfy.utils.ProgressBar(2)  # until the sampler begins its own
-        patchers = anystory.having("projections", "routers")
-        load(patchers)
-        progress.update(1)
+        advance = self._progress(steps)
+        load(anystory.having("projections", "routers"))
+        advance(1)
         try:
             moved = [s.map(lambda x: x.to(device, dtype)) for s in subjects]
             source = build_source(
@@ -275,7 +275,7 @@ class SamplingWrapper:
             run = prepare_run(anystory.model, moved, source, self.settings)
         finally:
             release(anystory.having("projections"))
-        progress.update(1)
+        advance(1)
         names = [s.label for s in subjects]
         return RunState(
             run,
@@ -285,6 +285,13 @@ class SamplingWrapper:
             first,
             _attention_precision(model),
         )
+
+    def _progress(self, steps: int) -> Callable[[int], None]:
+        """Advances a bar by one of the two parts of the preparations. Together they are half of the
+        first of ``steps``, so that the sampler's own bar goes on from there."""
+        if not self.bar:
+            return lambda _: None
+        return comfy.utils.ProgressBar(4 * max(1, steps)).update
 
     def _patched(self, before: dict[str, Any], state: RunState) -> dict[str, Any]:
         """A copy of the guider's transformer options with this run's patches and wrappers."""

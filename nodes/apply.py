@@ -124,6 +124,6 @@ def apply_routing(
     check_latent_format(model, anystory.model.config)
     wrapper = SamplingWrapper(routing, settings, start, end, maps, bar=bar)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, ids.WRAPPER_KEY, wrapper)
-    if routing.mode != "masks":
-        patched.set_additional_models(ids.WRAPPER_KEY, anystory.having("routers"))
+    if routing.routers():
+        patched.set_additional_models(ids.WRAPPER_KEY, routing.routers())
     return patched

@@ -44,6 +44,10 @@ class Routing:
         """What the host may count and free with this output."""
         return self.anystory.get_models()
 
+    def routers(self) -> list[Any]:
+        """The patchers of the routers, in the modes that ask them."""
+        return self.anystory.having("routers") if self.mode.startswith("learned") else []
+
 
 @dataclass(frozen=True)
 class Window:
@@ -265,7 +269,7 @@ class SamplingWrapper:
         if self.routing.mode.startswith("text"):
             texts = route_texts(self.routing.labels, empty_tokens(guider, roles), model, device)
         advance = self._progress(steps)
-        load(anystory.having("projections", "routers"))
+        load([*anystory.having("projections"), *self.routing.routers()])
         advance(1)
         try:
             moved = [s.map(lambda x: x.to(device, dtype)) for s in subjects]

@@ -19,17 +19,18 @@ FOLDER = "anystory_subjects"  # the host's name for the places below
 PLACES = ("output", "models")
 
 
-def place_of(name: str) -> Path:
-    """output/anystory_subjects, or the first models/anystory with /subjects behind it."""
-    if name == "output":
-        return Path(folder_paths.get_output_directory()) / FOLDER
-    return Path(folder_paths.models_dir) / ids.FOLDER / ids.SUBJECTS
+def folders_of(place: str) -> list[Path]:
+    """Where subjects of a place lie; new ones go to the first. output: output/anystory_subjects;
+    models: "subjects" in every models/anystory of the host, extra_model_paths.yaml included."""
+    if place == "output":
+        return [Path(folder_paths.get_output_directory()) / FOLDER]
+    return [Path(folder) / ids.SUBJECTS for folder in folder_paths.get_folder_paths(ids.FOLDER)]
 
 
 def register() -> None:
-    """Tell the host where subjects lie; both places, so that a saved subject is listed at once."""
-    for place in PLACES:
-        folder_paths.add_model_folder_path(FOLDER, os.fspath(place_of(place)))
+    """Tell the host where subjects lie; all places, so that a saved subject is listed at once."""
+    for folder in (folder for place in PLACES for folder in folders_of(place)):
+        folder_paths.add_model_folder_path(FOLDER, os.fspath(folder))
     paths, _ = folder_paths.folder_names_and_paths[FOLDER]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, {subject_files.EXTENSION})
 
@@ -79,7 +80,7 @@ class SaveAnyStorySubject(io.ComfyNode):
     ) -> io.NodeOutput:
         if place not in PLACES:
             raise SubjectError(f"place: got {place!r}, expected one of {list(PLACES)}")
-        path = subject_files.subject_path(place_of(place), name)
+        path = subject_files.subject_path(folders_of(place)[0], name)
         subject_files.save_subject(path, subject, overwrite=overwrite)
         shown = ui.PreviewImage(tensors.uint8_picture(subject.cutout), cls=cls).as_dict()
         shown["text"] = (f"{subject.label}: saved as {path.name} in {place}",)

@@ -8,17 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from refused_names import REFUSED
 
 
 @pytest.fixture
 def folders(scene: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Both places of saved subjects below a fresh folder."""
+    """Both places of saved subjects below a fresh folder; the host knows a second models folder,
+    as extra_model_paths.yaml gives it."""
     paths = importlib.import_module("folder_paths")
     node = importlib.import_module("anystory_pack.nodes.subject_files")
     monkeypatch.setattr(paths, "output_directory", str(tmp_path / "output"))
-    monkeypatch.setattr(paths, "models_dir", str(tmp_path / "models"))
-    places = [str(node.place_of(place)) for place in node.PLACES]
-    monkeypatch.setitem(paths.folder_names_and_paths, node.FOLDER, (places, {".safetensors"}))
+    models = [str(tmp_path / name / "anystory") for name in ("models", "extra")]
+    known = paths.folder_names_and_paths
+    monkeypatch.setitem(known, "anystory", (models, {".safetensors"}))
+    monkeypatch.setitem(known, node.FOLDER, ([], {".safetensors"}))
+    node.register()
     paths.filename_list_cache.pop(node.FOLDER, None)
     return tmp_path
 
@@ -42,6 +46,41 @@ def test_a_loaded_subject_draws_the_same_picture(scene: Any, folders: Path, plac
     before = node.fingerprint_inputs(subject_name="a ball.safetensors")
     scene.pack.SaveAnyStorySubject.execute(scene.subjects[1], "a ball", place, overwrite=True)
     assert node.fingerprint_inputs(subject_name="a ball.safetensors") != before
+
+
+def test_subjects_in_every_models_folder_are_found(scene: Any, folders: Path) -> None:
+    """The weights' own rule: what lies in a folder of extra_model_paths.yaml is listed too."""
+    scene.pack.SaveAnyStorySubject.execute(scene.subjects[0], "a ball", "models")
+    saved = folders / "models/anystory/subjects/a ball.safetensors"
+    moved = folders / "extra/anystory/subjects/moved.safetensors"
+    moved.parent.mkdir(parents=True)
+    saved.rename(moved)
+    node = scene.pack.LoadAnyStorySubject
+    assert node.define_schema().inputs[1].options == ["moved.safetensors"]
+    loaded = node.execute(scene.mini.anystory, "moved.safetensors").args[0]
+    assert torch.equal(loaded.tokens, scene.subjects[0].tokens)
+
+
+@pytest.mark.parametrize("place", ["output", "models"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_name_touches_nothing(scene: Any, folders: Path, name: str, place: str) -> None:
+    """Neither the folder nor anything beside or above it."""
+    node = importlib.import_module("anystory_pack.nodes.subject_files")
+    inside = node.folders_of(place)[0]
+    inside.mkdir(parents=True)
+    for folder in (inside, inside.parent):
+        (folder / "x.safetensors").write_bytes(b"as it was")
+
+    def tree() -> dict[str, bytes | None]:
+        return {
+            str(path.relative_to(folders)): path.read_bytes() if path.is_file() else None
+            for path in folders.rglob("*")
+        }
+
+    before = tree()
+    with pytest.raises(scene.errors.SubjectError, match="^SaveAnyStorySubject: name: got"):
+        scene.pack.SaveAnyStorySubject.execute(scene.subjects[0], name, place, overwrite=True)
+    assert tree() == before
 
 
 def test_errors_name_the_node(scene: Any, folders: Path) -> None:

@@ -88,7 +88,8 @@ class ApplyAnyStory(io.ComfyNode):
             keep_references_in_uncond=references_in_uncond,
         )
         maps = RoutingMaps()
-        return io.NodeOutput(apply_routing(model, routing, settings, start, end, maps), maps)
+        patched = apply_routing(model, routing, settings, start, end, maps, node="ApplyAnyStory")
+        return io.NodeOutput(patched, maps)
 
 
 def apply_routing(
@@ -99,11 +100,13 @@ def apply_routing(
     end: float,
     maps: RoutingMaps,
     *,
+    node: str | None = None,
     bar: bool = True,
 ) -> Any:
     """A clone of ``model`` (a ModelPatcher) whose sampling runs are routed, and recorded in
-    ``maps``; a plain clone without subjects. Values as in :class:`ApplyAnyStory`. ``bar``: the
-    progress bar of the node that samples shows the preparations of a run."""
+    ``maps``; a plain clone without subjects. Values as in :class:`ApplyAnyStory`. ``node`` is named
+    by what goes wrong in another node's sampling; ``bar``: that node's progress bar shows the
+    preparations of a run."""
     # The overall values obey the same rules as a subject's own.
     SubjectOptions(
         strength=settings.strength,
@@ -122,7 +125,7 @@ def apply_routing(
     anystory = routing.anystory
     check_model(model, anystory.model.config, anystory.model.sites)
     check_latent_format(model, anystory.model.config)
-    wrapper = SamplingWrapper(routing, settings, start, end, maps, bar=bar)
+    wrapper = SamplingWrapper(routing, settings, start, end, maps, node, bar)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, ids.WRAPPER_KEY, wrapper)
     if routing.routers():
         patched.set_additional_models(ids.WRAPPER_KEY, routing.routers())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 from comfy_api.latest import io
@@ -21,8 +22,7 @@ Routing = io.Custom("ANYSTORY_ROUTING")
 Maps = io.Custom("ANYSTORY_MAPS")
 
 WRAPPER_KEY = "anystory"  # our wrappers and additional models on a ModelPatcher
-ROLES_KEY = "anystory_roles"  # transformer_options: role of each conds index
-CROPS_KEY = "anystory_crops"  # transformer_options: area of each cond's uuid
+EVALUATION_KEY = "anystory_evaluation"  # transformer_options: what its lists of conds are
 CALL_KEY = "anystory_call"  # transformer_options: the Call of this forward pass
 
 MAX_SUBJECTS = 8
@@ -41,9 +41,16 @@ def named_errors(execute: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(execute)
     def wrapped(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> Any:
-        try:
+        with named(node):
             return execute(cls, *args, **kwargs)
-        except AnyStoryError as error:
-            raise type(error)(f"{node}: {error}") from error
 
     return wrapped
+
+
+@contextlib.contextmanager
+def named(node: str) -> Generator[None, None, None]:
+    """An :class:`AnyStoryError` inside gets the node's name in front."""
+    try:
+        yield
+    except AnyStoryError as error:
+        raise type(error)(f"{node}: {error}") from error

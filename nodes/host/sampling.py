@@ -7,6 +7,7 @@ keys and values, puts this run's patches and inner wrappers into the guider's ow
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,8 @@ from ...anystory_core.run import Run, Settings, build_source, prepare_run
 from ...anystory_core.subject import Subject
 from . import patcher
 from .checks import check_latent_format, check_model
-from .ids import CALL_KEY, CROPS_KEY, ROLES_KEY, WRAPPER_KEY
+from .conds import Evaluation, Roles
+from .ids import CALL_KEY, EVALUATION_KEY, WRAPPER_KEY, named
 from .managed import ManagedAnyStory, load, release
 from .records import RoutingMaps
 from .texts import empty_tokens, route_texts
@@ -60,31 +62,6 @@ class Window:
         return self.end <= sigma <= self.start
 
 
-@dataclass(frozen=True)
-class Areas:
-    """Where on the latent each cond of one evaluation acts (area conditioning)."""
-
-    size: tuple[int, int]
-    of_cond: dict[Any, list[tuple[int, ...]]]  # uuid -> (height, width, y, x) in latent pixels
-
-    @classmethod
-    def of(cls, conds: Sequence[Sequence[dict[str, Any]] | None], x: Tensor) -> Areas | None:
-        """None when no cond has an area."""
-        found: dict[Any, list[tuple[int, ...]]] = {}
-        for entry in (entry for entries in conds for entry in entries or ()):
-            if "area" in entry:
-                found.setdefault(entry.get("uuid"), []).append(tuple(entry["area"]))
-        return cls((x.shape[-2], x.shape[-1]), found) if found else None
-
-    def crop(self, uuid: Any, x: Tensor) -> Crop | None:
-        """The part that a call with latent ``x`` shows; the host cuts areas at the border."""
-        for height, width, top, left in self.of_cond.get(uuid, ()):
-            part = min(height, self.size[0] - top), min(width, self.size[1] - left)
-            if part == (x.shape[-2], x.shape[-1]):
-                return Crop(top, left, *part, *self.size)
-        return None
-
-
 @dataclass
 class RunState:
     """What the inner wrappers of one run share."""
@@ -92,8 +69,7 @@ class RunState:
     run: Run
     windows: tuple[Window, ...]
     record: RoutingRecord
-    roles: dict[Any, str]  # cond uuid -> "cond" or "uncond"
-    first_positive: Any  # uuid of the positive cond whose rows are recorded
+    roles: Roles
     precision: Any
     fresh: bool = True  # the next call is the first of a model evaluation
 
@@ -118,20 +94,11 @@ class RunState:
     ) -> Any:
         """Tells the calls inside which ``conds`` index is conditional. ``cond_or_uncond`` alone
         does not: SAG runs the negative as number 0, DualCFG has two positives."""
-        roles = tuple(self._role(i, entries) for i, entries in enumerate(conds))
         options = dict(model_options.get("transformer_options", {}))
-        options[ROLES_KEY] = roles
-        options[CROPS_KEY] = Areas.of(conds, x)
+        options[EVALUATION_KEY] = Evaluation.of(self.roles, conds, x)
         return executor(
             model, conds, x, timestep, {**model_options, "transformer_options": options}
         )
-
-    def _role(self, index: int, entries: Sequence[dict[str, Any]] | None) -> str:
-        for entry in entries or ():
-            role = self.roles.get(entry.get("uuid"))
-            if role is not None:
-                return role
-        return "cond" if index == 0 else "uncond"
 
     def diffusion_model(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Hands a fresh :class:`Call` to the patches of this forward pass."""
@@ -154,8 +121,7 @@ class RunState:
             return None
         chunks: list[int] = options["cond_or_uncond"]
         uuids: list[Any] = options.get("uuids", [None] * len(chunks))
-        roles: tuple[str, ...] = options.get(ROLES_KEY, ())
-        areas: Areas | None = options.get(CROPS_KEY)
+        evaluation: Evaluation = options.get(EVALUATION_KEY, Evaluation())
         size = x.shape[0] // len(chunks)
         cond: list[int] = []
         uncond: list[int] = []
@@ -163,10 +129,10 @@ class RunState:
         record: tuple[int, ...] = ()
         for place, (index, uuid) in enumerate(zip(chunks, uuids, strict=True)):
             rows = range(place * size, (place + 1) * size)
-            role = roles[index] if index < len(roles) else ("uncond" if index else "cond")
-            (cond if role == "cond" else uncond).extend(rows)
-            crops += [areas.crop(uuid, x) if areas else None] * size
-            if uuid == self.first_positive and self.fresh:
+            (cond if evaluation.is_cond(index) else uncond).extend(rows)
+            crops += [evaluation.crop(uuid, x)] * size
+            recorded = index == evaluation.recorded and uuid == self.roles.first_positive
+            if self.fresh and recorded:
                 record = tuple(rows)
         if record:
             self.fresh = False
@@ -192,6 +158,7 @@ class SamplingWrapper:
     start: float
     end: float
     maps: RoutingMaps
+    node: str | None = None  # whose settings these are, when it is not the node that samples
     bar: bool = True  # the preparations move the progress bar of the node that samples
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SamplingWrapper:
@@ -215,7 +182,8 @@ class SamplingWrapper:
             return executor(
                 noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs
             )
-        state = self._prepare(guider, windows, sigmas.shape[-1] - 1)
+        with contextlib.nullcontext() if self.node is None else named(self.node):
+            state = self._prepare(guider, windows, sigmas.shape[-1] - 1)
         options = guider.model_options
         before = options["transformer_options"]
 
@@ -264,10 +232,11 @@ class SamplingWrapper:
         check_latent_format(model, anystory.model.config)
         dtype = model.model.manual_cast_dtype or model.model.get_dtype()
         device = model.load_device
-        roles, first = _read_conds(guider)
+        roles = Roles.of(guider)
         texts = None
         if self.routing.mode.startswith("text"):
-            texts = route_texts(self.routing.labels, empty_tokens(guider, roles), model, device)
+            empty = empty_tokens(guider, dict(roles.of_cond))
+            texts = route_texts(self.routing.labels, empty, model, device)
         advance = self._progress(steps)
         load([*anystory.having("projections"), *self.routing.routers()])
         advance(1)
@@ -286,7 +255,6 @@ class SamplingWrapper:
             windows,
             RoutingRecord(tuple(names), anystory.model.sites, self.maps.keep_soft),
             roles,
-            first,
             _attention_precision(model),
         )
 
@@ -308,20 +276,6 @@ class SamplingWrapper:
         ):
             comfy.patcher_extension.add_wrapper_with_key(kind, WRAPPER_KEY, wrapper, options)
         return options
-
-
-def _read_conds(guider: Any) -> tuple[dict[Any, str], Any]:
-    """Role of every cond by uuid, and the first positive one. A guider's lists named like
-    "negative" are unconditional (PerpNeg has two of them); all others are conditional."""
-    roles: dict[Any, str] = {}
-    first: Any = None
-    for name, entries in guider.conds.items():
-        role = "uncond" if "negative" in name or "uncond" in name else "cond"
-        for entry in entries:
-            roles[entry["uuid"]] = role
-            if first is None and role == "cond":
-                first = entry["uuid"]
-    return roles, first
 
 
 def _attention_precision(model: Any) -> Any:

@@ -61,6 +61,20 @@ def scene(comfy: ModuleType, pack: ModuleType, mini: SimpleNamespace) -> Any:
     return Scene(comfy, pack, mini)
 
 
+@pytest.fixture
+def split(scene: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cond is a call of its own."""
+    scene.split(monkeypatch)
+
+
+@pytest.fixture(params=["by region", "masked"])
+def way(pack: ModuleType, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of the two ways of injection in turn: pictures of this size take the second alone."""
+    conditioner = sys.modules["anystory_pack.anystory_core.conditioner"]
+    monkeypatch.setattr(conditioner, "by_region", lambda q: request.param == "by region")
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _no_gradients() -> Iterator[None]:
     with torch.inference_mode():

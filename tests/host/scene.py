@@ -6,6 +6,7 @@ import importlib
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -115,6 +116,11 @@ class Scene:
         return custom.SamplerCustomAdvanced.execute(
             noise, guider, sampler, sigmas, self.latent()
         ).args[0]["samples"]
+
+    def split(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The host believes that memory holds one cond only: every cond is a call of its own."""
+        model = self.mini.model.model
+        monkeypatch.setattr(model, "memory_required", lambda *_, **__: 1e30)
 
     def preview(self, maps: Any, latent: Tensor, **inputs: Any) -> Any:
         return self.pack.RoutingMapPreview.execute(maps=maps, latent={"samples": latent}, **inputs)

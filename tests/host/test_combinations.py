@@ -57,7 +57,7 @@ def test_changed_tokens_are_said_once_per_block(
     assert said and len(said) == len(set(said))
 
 
-def test_two_neighbours_at_once(scene: Scene, ours: Tensor) -> None:
+def test_two_neighbours_at_once(scene: Scene, ours: Tensor, way: str) -> None:
     model = scene.mini.model
     for name in ("IP-Adapter, pair keys", "SAG"):
         model = PATCHES[name](scene, model)
@@ -80,6 +80,23 @@ def test_rows_alone_equal_rows_together(scene: Scene) -> None:
     alone = scene.sample(row_by_row(scene, model), latent_image=latent)
     scale = together.abs().max()
     torch.testing.assert_close(alone / scale, together / scale, **ROWS)
+
+
+def test_reference_strengths_between(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strength that is neither 0 nor 1 biases the logits (Eq. 7); both ways of injection do."""
+    conditioner = module("anystory_pack.anystory_core.conditioner")
+    options = scene.pack.AnyStorySubjectOptions.execute
+    weak = options(scene.subjects[0], 1.0, 0.5, 0.0, 1.0).args[0]
+    model = scene.apply(routing=scene.route(weak, scene.subjects[1]), reference_strength=3.0)
+    out = {}
+    for by_region in (True, False):
+        monkeypatch.setattr(conditioner, "by_region", lambda q, way=by_region: way)
+        out[by_region] = scene.sample(model, steps=1)
+    scale = out[True].abs().max()
+    torch.testing.assert_close(out[False] / scale, out[True] / scale, **ROWS)
+    for strength in (0.0, 1.0):
+        other = scene.sample(scene.apply(reference_strength=strength), steps=1)
+        assert differs(out[False], other)
 
 
 def control_net(scene: Scene) -> Any:
@@ -137,19 +154,82 @@ def test_hires_fix(scene: Scene) -> None:
     assert len(maps.find(second).steps) == 4 and len(maps.find(first).steps) == 2
 
 
-@pytest.mark.parametrize("mode", ["learned", "masks", "learned within masks"])
-def test_area_conditioning(scene: Scene, mode: str) -> None:
-    """Two prompts on two areas of which one has masks narrowed to it."""
+MODES = pytest.mark.parametrize("mode", ["learned", "masks", "learned within masks"])
+
+
+def two_areas(scene: Scene) -> Any:
+    """Two prompts on two areas, the left one first."""
     area, combine = scene.comfy.ConditioningSetArea(), scene.comfy.ConditioningCombine()
     left = area.append(scene.text("a ball"), 64, 128, 0, 0, 1.0)[0]
     right = area.append(scene.text("a box"), 72, 128, 56, 0, 1.0)[0]
+    return combine.combine(left, right)[0]
+
+
+def assert_left_half_recorded(record: Any, mode: str, steps: int = 2) -> None:
+    """Every block of every step shows the first positive's area, once."""
+    assert len(record.steps) == steps
+    for step in record.steps:
+        assert list(step.ids) == [site.index for site in record.sites]
+        # 8 columns of latent pixels, at strides 2 and 4; its masks are subject 1's alone.
+        assert {step.grids[site.index][1] * site.stride for site in record.sites} == {8}
+        if mode == "masks":
+            assert all(bool((ids == 0).all()) for ids in step.ids.values())
+
+
+@MODES
+def test_area_conditioning(scene: Scene, mode: str) -> None:
+    positive = two_areas(scene)
+    model, maps = scene.apply_with_maps(routing=scene.route(mode=mode, masks=halves()))
+    out = scene.sample(model, positive=positive)
+    assert differs(out, scene.sample(scene.mini.model, positive=positive))
+    assert_left_half_recorded(maps.find(out), mode)
+
+
+@MODES
+def test_area_conditioning_in_split_calls(scene: Scene, mode: str, split: None) -> None:
+    """The host gives the negative list a copy of each positive area, its uuid included."""
+    model, maps = scene.apply_with_maps(routing=scene.route(mode=mode, masks=halves()))
+    out = scene.sample(model, positive=two_areas(scene))
+    assert_left_half_recorded(maps.find(out), mode)
+
+
+@MODES
+@pytest.mark.parametrize("apart", [False, True], ids=["together", "split"])
+@pytest.mark.parametrize("style", ["regular", "nested"])
+def test_area_conditioning_with_two_guidances(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, mode: str, apart: bool, style: str
+) -> None:
+    """DualCFG: the copies of a positive area are in a second conditional list as well."""
+    if apart:
+        scene.split(monkeypatch)
+    model, maps = scene.apply_with_maps(routing=scene.route(mode=mode, masks=halves()))
+    node = module("comfy_extras.nodes_custom_sampler").DualCFGGuider
+    guider = node.execute(
+        model, two_areas(scene), scene.text("a kite"), scene.negative, 4.0, 3.0, style
+    ).args[0]
+    assert_left_half_recorded(maps.find(scene.guide(guider)), mode)
+
+
+@MODES
+@pytest.mark.parametrize("bounds", ["default", "mask bounds"])
+def test_masked_prompts(scene: Scene, mode: str, bounds: str) -> None:
+    """Each prompt acts inside a mask: on the whole picture, or on the box around the mask."""
+    combine = scene.comfy.ConditioningCombine()
+    left, right = (
+        scene.comfy.ConditioningSetMask().append(scene.text(words), mask, bounds, 1.0)[0]
+        for words, mask in zip(("a ball", "a box"), halves(128), strict=True)
+    )
     positive = combine.combine(left, right)[0]
     model, maps = scene.apply_with_maps(routing=scene.route(mode=mode, masks=halves()))
     out = scene.sample(model, positive=positive)
     assert differs(out, scene.sample(scene.mini.model, positive=positive))
     record = maps.find(out)
-    if mode == "masks":  # the recorded call shows the left half, which is subject 1's alone
-        assert all(bool((ids == 0).all()) for ids in record.steps[0].ids.values())
+    if bounds == "mask bounds":
+        assert_left_half_recorded(record, mode)
+        return
+    assert len(record.steps) == 2
+    for step in record.steps:
+        assert {step.grids[site.index][1] * site.stride for site in record.sites} == {16}
 
 
 def test_masks_are_followed(scene: Scene) -> None:
@@ -224,7 +304,7 @@ def test_several_pictures_of_one_subject(scene: Scene) -> None:
     assert torch.isfinite(out).all()
 
 
-def test_torch_compile(scene: Scene) -> None:
+def test_torch_compile(scene: Scene, way: str) -> None:
     """The host's compile node around the U-Net, with the backend that needs no C++ compiler; the
     graph breaks at our patches, and the result is that of the plain call."""
     compile_ = module("comfy_api.torch_helpers").set_torch_compile_wrapper

@@ -55,22 +55,78 @@ def test_unet_types(scene: Scene, flag: str, monkeypatch: pytest.MonkeyPatch) ->
     assert not torch.allclose(out, plain, rtol=0.01, atol=0.01)
 
 
-def test_partly_loaded_modules_give_the_same(scene: Scene) -> None:
+def load_partly(patcher: Any, device: str = "cpu") -> tuple[int, int]:
+    """Load half of a module's bytes, as a host short of memory does, though a CPU never is:
+    (casting layers that were loaded, those that were left where they are)."""
+    patcher.detach()
+    budget = patcher.model_size() // 2
+    patcher.load(torch.device(device), lowvram_model_memory=budget)
+    layers = [m for m in patcher.model.modules() if hasattr(m, "comfy_cast_weights")]
+    loaded = sum(bool(getattr(m, "comfy_patched_weights", False)) for m in layers)
+    return loaded, len(layers) - loaded
+
+
+@pytest.fixture
+def short_of_memory(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[int, int]]:
+    """Our modules are loaded partly wherever our code loads them; counts by patcher, at the time
+    at which the code that uses them takes over."""
+    counts: dict[int, tuple[int, int]] = {}
+
+    def load(patchers: Any) -> None:
+        counts.update({id(patcher): load_partly(patcher) for patcher in patchers})
+
+    for name in ("encode", "host.sampling"):
+        monkeypatch.setattr(module(f"anystory_pack.nodes.{name}"), "load", load)
+    return counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
+def test_partly_loaded_modules_give_the_same(
+    scene: Scene, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
     """With a budget of half their size, layers are cast where they stand; results are equal."""
-    anystory = stored_as(scene, torch.float16)
-    exact = scene.encode(0, anystory=anystory)
-    for patcher in anystory.patchers.values():
-        patcher.detach()
-        budget = patcher.model_size() // 2
-        patcher.load(torch.device("cpu"), lowvram_model_memory=budget)
-        cast = sum(
-            m.weight.nbytes for m in patcher.model.modules()
-            if getattr(m, "comfy_patched_weights", None) is not True
-            and isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))
-        )  # fmt: skip
-        assert cast > 0
+    anystory = stored_as(scene, dtype)
+    subject = scene.encode(0, anystory=anystory)
+    latent = picture_with(scene, anystory)
+    counts = request.getfixturevalue("short_of_memory")
     again = scene.encode(0, anystory=anystory)
-    assert torch.equal(again.tokens, exact.tokens)
+    assert torch.equal(again.tokens, subject.tokens)
+    assert torch.equal(again.routing, subject.routing)
+    assert all(torch.equal(a, b) for a, b in zip(again.features, subject.features, strict=True))
+    assert torch.equal(picture_with(scene, anystory), latent)
+    assert set(counts) == {id(patcher) for patcher in anystory.patchers.values()}
+    for loaded, left in counts.values():
+        assert loaded > 0 and left > 0
+
+
+def test_what_is_left_behind_goes_through_casting_layers(scene: Scene) -> None:
+    """Nothing mixes devices. "meta" stands for the load device: what is loaded goes there, and an
+    operation between it and a tensor that was left on the CPU is an error."""
+    anystory = stored_as(scene, torch.float16)
+    model, config = anystory.model, anystory.model.config
+    for patcher in anystory.patchers.values():
+        loaded, left = load_partly(patcher, "meta")
+        devices = {p.device.type for p in patcher.model.parameters()}
+        assert loaded > 0 and left > 0 and devices == {"cpu", "meta"}
+
+    def there(*shape: int) -> Tensor:
+        return torch.zeros(shape, device="meta")
+
+    tokens, routing = model.encoder(there(2, config.clip.tokens, config.clip.width))
+    side = config.reference.size // config.reference.latent_stride
+    assert model.reference_net is not None and model.routers is not None
+    features = model.reference_net(there(1, config.unet.in_channels + 1, side, side))
+    made = [tokens, routing, *features]
+    for site in model.sites:
+        assert model.projections.clip is not None and model.projections.reference is not None
+        made.append(model.projections.clip.at(site.index)(tokens).k)
+        if site.index > 1:
+            feature = features[site.index - 2]
+            made.append(model.projections.reference.at(site.index)(feature).v)
+        router = model.routers.at(site.index)
+        keys = router.prepare(routing[None])
+        made.append(router.logits(there(1, 16, site.channels), keys).refined)
+    assert {x.device.type for x in made} == {"meta"}
 
 
 def test_subjects_and_models_are_let_go(scene: Scene) -> None:

@@ -183,7 +183,13 @@ CASES: dict[str, Case] = {
         lambda s: s.route(*[s.subjects[0]] * 9),
         "SubjectRouter: subject_9: unknown input; .*subject_1 to subject_8",
     ),
-    "several subjects and no router": (no_router, "SubjectRouter: .*router.*mask"),
+    "several subjects and no router": (no_router, "SubjectRouter: .*needs for 2 subjects; .*mask"),
+    "one subject, its mask and no router": (
+        lambda s: route_with(
+            s, without(s, "routers"), s.subjects[0], mode="learned within masks", mask_1=halves()[0]
+        ),
+        "SubjectRouter: .*needs for 1 subject; .*mask",
+    ),
     "a mask is missing": (
         lambda s: s.route(mode="masks", masks=halves()[:1]),
         r"SubjectRouter: .*the mask of subject \[2\] is missing; connect one mask for each",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,14 +27,6 @@ def calls(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Calls:
     return seen
 
 
-@pytest.fixture
-def split(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The host believes that memory holds one cond only, so every cond is a call of its own."""
-    model = scene.mini.model.model
-    monkeypatch.setattr(model, "memory_required", lambda *_, **__: 1e30)
-    yield
-
-
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_cfg_together(scene: Scene, calls: Calls, batch: int) -> None:
     scene.sample(scene.apply(), latent_image=scene.latent(batch=batch), steps=1)
@@ -54,7 +45,7 @@ def test_cfg_in_split_calls(scene: Scene, calls: Calls, batch: int, split: None)
 def test_split_calls_equal_one_call(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     model = scene.apply()
     together = scene.sample(model, steps=1)
-    monkeypatch.setattr(scene.mini.model.model, "memory_required", lambda *_, **__: 1e30)
+    scene.split(monkeypatch)
     apart = scene.sample(model, steps=1)
     scale = together.abs().max()  # float32 rounding of other batch sizes, one step
     torch.testing.assert_close(apart / scale, together / scale, rtol=1e-3, atol=1e-3)

@@ -26,7 +26,7 @@ def twin(mini: Any) -> Any:
 @pytest.mark.parametrize("size", [(16, 16), (13, 22)])
 @pytest.mark.parametrize("subjects", [0, 1, 3])
 def test_the_same_prediction(
-    scene: Any, mini: Any, twin: Any, subjects: int, size: tuple[int, int]
+    scene: Any, mini: Any, twin: Any, subjects: int, size: tuple[int, int], way: str
 ) -> None:
     core = "anystory_pack.anystory_core"
     run, conditioner = module(f"{core}.run"), module(f"{core}.conditioner")

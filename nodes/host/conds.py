@@ -1,0 +1,101 @@
+"""What the conds of a guider are: conditional or not, on which area, and which one is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ...anystory_core.routes import Crop
+
+Entries = Sequence[Mapping[str, Any]]  # one list of conds
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Read from a guider before it samples. A list named like "negative" is unconditional (PerpNeg
+    has two of them); all others are conditional."""
+
+    of_cond: Mapping[Any, str]  # uuid -> "cond" or "uncond"
+    first_positive: Any  # uuid of the cond whose rows are recorded
+
+    @classmethod
+    def of(cls, guider: Any) -> Roles:
+        roles: dict[Any, str] = {}
+        first: Any = None
+        for name, entries in guider.conds.items():
+            role = "uncond" if "negative" in name or "uncond" in name else "cond"
+            for entry in entries:
+                roles[entry["uuid"]] = role
+                if first is None and role == "cond":
+                    first = entry["uuid"]
+        return cls(roles, first)
+
+    def of_list(self, number: int, entries: Entries | None) -> str:
+        """Role of list ``number`` of an evaluation."""
+        for entry in entries or ():
+            role = self.of_cond.get(entry.get("uuid"))
+            if role is not None:
+                return role
+        return "uncond" if number else "cond"
+
+    def recorded(self, conds: Sequence[Entries | None]) -> int:
+        """Number of the list that begins with the first positive cond, -1 when none does. The uuid
+        alone does not tell: the host gives every list that has no cond of the same area a copy,
+        uuid included, behind the list's own."""
+        for number, entries in enumerate(conds):
+            if entries and entries[0].get("uuid") == self.first_positive:
+                return number
+        return -1
+
+
+@dataclass(frozen=True)
+class Areas:
+    """Where on the latent each cond of one evaluation acts (area conditioning)."""
+
+    size: tuple[int, int]
+    of_cond: Mapping[Any, Sequence[tuple[int, ...]]]  # uuid -> (height, width, y, x), latent pixels
+
+    @classmethod
+    def of(cls, conds: Sequence[Entries | None], x: Tensor) -> Areas | None:
+        """None when no cond has an area."""
+        found: dict[Any, list[tuple[int, ...]]] = {}
+        for entry in (entry for entries in conds for entry in entries or ()):
+            if "area" in entry:
+                found.setdefault(entry.get("uuid"), []).append(tuple(entry["area"]))
+        return cls((x.shape[-2], x.shape[-1]), found) if found else None
+
+    def crop(self, uuid: Any, x: Tensor) -> Crop | None:
+        """The part that a call with latent ``x`` shows; the host cuts areas at the border."""
+        for height, width, top, left in self.of_cond.get(uuid, ()):
+            part = min(height, self.size[0] - top), min(width, self.size[1] - left)
+            if part == (x.shape[-2], x.shape[-1]):
+                return Crop(top, left, *part, *self.size)
+        return None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The lists of conds of one evaluation of the model; calls name them by number."""
+
+    roles: tuple[str, ...] = ()
+    recorded: int = 0
+    areas: Areas | None = None
+
+    @classmethod
+    def of(cls, roles: Roles, conds: Sequence[Entries | None], x: Tensor) -> Evaluation:
+        return cls(
+            tuple(roles.of_list(number, entries) for number, entries in enumerate(conds)),
+            roles.recorded(conds),
+            Areas.of(conds, x),
+        )
+
+    def is_cond(self, number: int) -> bool:
+        """List 0 is conditional and the others are not, where nobody has said."""
+        return self.roles[number] == "cond" if number < len(self.roles) else number == 0
+
+    def crop(self, uuid: Any, x: Tensor) -> Crop | None:
+        """The part of the latent that a cond's rows show; None: all of it."""
+        return None if self.areas is None else self.areas.crop(uuid, x)

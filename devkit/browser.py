@@ -27,6 +27,11 @@ def _program(names: tuple[str, ...], what: str) -> str:
     )
 
 
+def programs() -> tuple[str, str]:
+    """Browser and driver on this machine; SetupError names what is not installed."""
+    return _program(BROWSERS, "browser"), _program(DRIVERS, "browser driver")
+
+
 def prepare_front_end(version: str, interpreter: Path) -> Path:
     """Folder of the editor's files for the host's `--front-end-root`, from its Python package."""
     folder = STATE / "front_ends" / version
@@ -45,7 +50,7 @@ def prepare_front_end(version: str, interpreter: Path) -> Path:
 def chromium(profile: Path) -> Iterator[Any]:
     """A headless selenium driver with a fresh profile; all console messages are kept. SetupError
     names what is not installed."""
-    browser, driver = _program(BROWSERS, "browser"), _program(DRIVERS, "browser driver")
+    browser, driver = programs()
     try:
         from selenium import webdriver
     except ImportError as error:

@@ -36,22 +36,37 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(clone: Path, variables: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
-    # A shell's background jobs, and so tests run from one, ignore Ctrl-C; a person's do not.
-    def heed() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
+    """dev.py at the head of a group of its own, as a shell starts it."""
     return subprocess.Popen(
         [sys.executable, str(clone / "dev.py"), *arguments],
         env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        preexec_fn=heed,
+        start_new_session=True,
     )  # fmt: skip
 
 
+def read_until(process: subprocess.Popen[str], words: str) -> None:
+    """Read what it prints, progress without line ends too, until ``words`` appear."""
+    assert process.stdout is not None
+    text = ""
+    while words not in text:
+        character = process.stdout.read(1)
+        assert character, text
+        text += character
+
+
+def assert_all_end(process: subprocess.Popen[str], clone: Path) -> None:
+    assert process.wait(timeout=60) == 130
+    end = time.monotonic() + 10
+    while list(of_clone(clone)) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert list(of_clone(clone)) == []
+
+
 def of_clone(clone: Path) -> Iterator[psutil.Process]:
-    """Running processes that were started for the clone."""
+    """Running processes that were started for the clone: they name it, or work in it."""
     for process in psutil.process_iter():
         try:
-            if any(str(clone) in word for word in process.cmdline()):
+            if any(str(clone) in word for word in (process.cwd(), *process.cmdline())):
                 yield process
         except psutil.Error:
             continue
@@ -70,26 +85,83 @@ def test_demo_writes_its_pictures(clone: Path, variables: dict[str, str], tmp_pa
     assert list(of_clone(clone)) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.fixture
+def nothing_left(clone: Path) -> Iterator[None]:
+    """A failed test leaves no process either."""
+    yield
+    for left in of_clone(clone):
+        left.kill()
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "number"),
+    [
+        ("serve", "Ctrl-C ends it", signal.SIGINT),
+        ("serve", "Ctrl-C ends it", signal.SIGTERM),
+        ("demo", "starting the host", signal.SIGHUP),
+        ("demo", "KSampler: ", signal.SIGINT),
+    ],
+)
+@pytest.mark.usefixtures("nothing_left")
 def test_an_interrupt_leaves_no_process(
-    clone: Path, variables: dict[str, str], number: signal.Signals
+    clone: Path, variables: dict[str, str], command: str, words: str, number: signal.Signals
 ) -> None:
-    process = start(clone, variables, "serve")
-    assert process.stdout is not None
+    process = start(clone, variables, command)
+    read_until(process, words)
+    assert len(list(of_clone(clone))) >= 2  # dev.py and the host
+    process.send_signal(number)
+    assert_all_end(process, clone)
+
+
+# Starts something in a session of its own, as tests start hosts, and takes a while to stop it.
+SLOW_TO_TIDY = """
+import subprocess, sys, time
+
+def test_waits():
+    host = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(600)", __file__], start_new_session=True
+    )
     try:
-        for line in process.stdout:
-            if "Ctrl-C ends it" in line:
-                break
-        assert len(list(of_clone(clone))) >= 2  # dev.py and the host
-        process.send_signal(number)
-        assert process.wait(timeout=60) == 130
-        end = time.monotonic() + 10
-        while list(of_clone(clone)) and time.monotonic() < end:
-            time.sleep(0.2)
-        assert list(of_clone(clone)) == []
+        print("the host is up", flush=True)
+        time.sleep(600)
     finally:
-        for left in of_clone(clone):
-            left.kill()
+        time.sleep(1)
+        host.kill()
+        host.wait()
+"""
+
+
+@pytest.mark.parametrize("to", ["dev.py alone", "the terminal's whole group"])
+@pytest.mark.usefixtures("nothing_left")
+def test_interrupted_tests_stop_their_hosts(
+    clone: Path, variables: dict[str, str], to: str
+) -> None:
+    """pytest is told once, and has the time to tidy."""
+    folder = clone / "tests"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(ROOT / "tests" / "conftest.py", folder)
+    (folder / "test_waits.py").write_text(SLOW_TO_TIDY)
+    process = start(clone, variables, "test", "tests/test_waits.py", "-s")
+    read_until(process, "the host is up")
+    assert len(list(of_clone(clone))) == 3  # dev.py, pytest's test and its host
+    if to == "dev.py alone":
+        process.send_signal(signal.SIGTERM)
+    else:
+        os.killpg(process.pid, signal.SIGINT)
+    assert_all_end(process, clone)
+
+
+@pytest.mark.parametrize(("ci", "code"), [("", 0), ("true", 1)])
+def test_without_a_browser_its_tests_are_skipped_and_ci_fails(
+    variables: dict[str, str], ci: str, code: int
+) -> None:
+    command = [sys.executable, "-m", "pytest", "-rs", "tests/browser", "-k", "test_editor"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**variables, "PATH": "/nowhere", "CI": ci}, capture_output=True,
+        text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout
+    assert "browser: none of chromium" in done.stdout and "chromium-driver" in done.stdout
 
 
 @pytest.mark.parametrize(

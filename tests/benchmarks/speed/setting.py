@@ -212,10 +212,10 @@ class Bench:
         bench = self
 
         class Wrapper(sampling.SamplingWrapper):
-            def _prepare(self, guider: Any, windows: Any) -> Any:
+            def _prepare(self, *args: Any) -> Any:
                 start = time.process_time()
                 with preparing():
-                    state = super()._prepare(guider, windows)
+                    state = super()._prepare(*args)
                 bench.seconds.setdefault(count, []).append(time.process_time() - start)
                 if fixed:
                     source = FixedRoutes(state.run.source)

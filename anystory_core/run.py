@@ -228,7 +228,7 @@ def build_source(
         return given
     within = given if mode.endswith("within masks") else None
     if mode.startswith("text") and texts is not None:
-        return TextRoutes(texts, window=len(model.sites), masks=within)
+        return TextRoutes(texts, model.sites, masks=within)
     if model.routers is None:
         return SingleRoute()
     features = [*(s.routing for s in subjects), subjects[0].background_routing]

@@ -1,26 +1,42 @@
 """Routes without a trained router: the words of a label find its subject.
 
 The U-Net's own cross-attention knows where a word belongs. With ``q`` the query of block l, ``k``
-its key map (``attn2.to_k``, LoRAs included) of text states, and C = N + 1 candidates of which the
-last is the background (the prompt's start and padding tokens, which name nothing):
+its key map (``attn2.to_k``, LoRAs included) of the tokens t of subject i's label, and <x> the mean
+of x over the picture's tokens u:
 
-    s_i(u) = mean over heads of max over i's tokens t of <q_u, k_t> / sqrt(d_head)
-    p_i(u) = softmax over i of s_i(u) / temperature
+    s_t(u) = <q_u, k_t> / sqrt(d_head), for each head
+    s_i(u) = log of the mean over heads of exp(max over t of (s_t(u) - <s_t>))
 
-One block at one step is noisy, so the map that routes is a running mean over the sequence of blocks
-and steps, on the finest token grid that has occurred (bilinear up, area average back down):
+(so heads are averaged as attention weights are: one head that knows the place is not outvoted).
+One block at one step is noisy, so what routes is a running mean over the sequence of blocks and
+steps, on the finest token grid that has occurred (bilinear up, area average back down). A block
+counts by its number of tokens, w_l = (smallest stride / its stride)^2:
 
-    m <- m + (p - m) / min(n, window),    n = blocks seen so far in this run
+    m <- m + (s - m) w_l / min(W, sum of all w),    W = sum of w_l seen so far in this run
 
-It is the plain mean of all that was seen until ``window`` blocks have passed (one whole U-Net by
-default), and from then on forgets with that time constant, so it follows a subject that moves
-during the first steps. The first block of a step starts from what the step before has found. No
-second pass through the U-Net is made.
+It is the plain mean of all that was seen until one whole U-Net has passed, and from then on forgets
+with that time constant, so it follows a subject that moves during the first steps. The first block
+of a step starts from what the step before has found. The map of block l is then
+
+    z_i(u) = (m_i(u) - <m_i>) / deviation of m_i over the picture
+    p(u) = softmax over (z_1(u) ... z_N(u), THRESHOLD), the last for the background
+
+Only how a word's score differs over the picture says where it belongs. Its level does not: in a
+trained U-Net, SDXL's above all, some tokens draw attention everywhere, the start token most of all
+(an attention sink), and beside it no word would win anywhere. A token that is the same everywhere
+is no evidence after <s_t> is taken away, whether it stands in a label or not; and a start token
+that is compared with nothing can outweigh nothing. The background is therefore no token but a
+level, in deviations of the subject's own map. A subject that covers the share f of the picture
+evenly has z = sqrt((1 - f) / f) there, more than the level up to f = 0.8. A picture, or a crop of
+one, in which a subject is not at all gives it its best place nevertheless.
+
+No second pass through the U-Net is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,59 +48,47 @@ from .sites import Site
 
 KeyMap = Callable[[Site, Tensor], Tensor]  # a block's attn2.to_k: (1,T,C) -> (1,T,D)
 
+THRESHOLD = 0.5  # of the background, in deviations
+_FLAT = 1e-4  # the least deviation: below it is rounding
+
 
 @dataclass(frozen=True)
 class Texts:
-    """Text states of the candidates, and the maps that make keys of them.
-
-    labels: one (T_i,C) per subject, its own tokens only; background (T,C): start and padding."""
+    """Text states of the labels, one (T_i,C) per subject, its own tokens only; and the maps that
+    make keys of them."""
 
     labels: tuple[Tensor, ...]
-    background: Tensor
     keys: KeyMap
 
     def __post_init__(self) -> None:
-        for number, states in enumerate((*self.labels, self.background), 1):
+        for number, states in enumerate(self.labels, 1):
             if states.ndim != 2 or states.shape[0] == 0:
                 raise RoutingError(
-                    f"text: candidate {number} has states of shape {tuple(states.shape)}, expected "
+                    f"text: subject {number} has states of shape {tuple(states.shape)}, expected "
                     "(tokens, width) with at least one token; is its label empty?"
                 )
 
 
 @dataclass
 class _Memory:
-    """The running mean of one kind of call."""
+    """The running mean m of one kind of call: ``mean`` (B,N,Q) on ``grid``; ``weight`` is W."""
 
-    soft: SoftMaps
-    count: int
+    mean: SoftMaps
+    weight: float
 
 
 @dataclass(frozen=True)
 class TextRoutes:
-    """Routes of one sampling run by the labels' words.
-
-    temperature: above 1 softens the map of a block before it enters the mean. window: blocks that
-    the mean remembers. centre: take from every candidate's score its mean over the picture, so that
-    a token that draws attention everywhere does not outweigh the others everywhere. masks forbid
-    subject i where mask_i < 0.5.
-    """
+    """Routes of one sampling run by the labels' words; ``sites`` are all of the U-Net's. ``masks``
+    forbid subject i where mask_i < 0.5."""
 
     texts: Texts
-    window: int
-    temperature: float = 1.0
-    centre: bool = False
+    sites: Sequence[Site]
     masks: MaskRoutes | None = None
     _keys: dict[int, Tensor] = field(default_factory=dict[int, Tensor], repr=False)
     _memory: dict[tuple[Crops, int, int], _Memory] = field(
         default_factory=dict[tuple[Crops, int, int], _Memory], repr=False
     )
-
-    def __post_init__(self) -> None:
-        if self.window < 1:
-            raise RoutingError(f"window: got {self.window}, expected 1 block or more")
-        if not self.temperature > 0:
-            raise RoutingError(f"temperature: got {self.temperature}, expected more than 0")
 
     @property
     def candidates(self) -> int:
@@ -97,46 +101,47 @@ class TextRoutes:
         """q (B,Q,D): the attn2 query of the block; its first ``conditional`` rows are conditional.
 
         Calls of one kind (as many rows of each role, the same crops) share a running mean."""
-        scores = self.scores(site, q)
-        if self.masks is not None:
-            allowed = self.masks.allowed(grid, crops, q.device)
-            scores = scores.masked_fill(~allowed, -torch.inf)
-        fresh = SoftMaps((scores / self.temperature).softmax(dim=1), grid)
-        return self.resize(
-            self._remember(fresh, (tuple(crops), conditional, q.shape[0])), grid, crops
-        )
+        fresh = SoftMaps(self.scores(site, q), grid)
+        mean = self._remember(site, fresh, (tuple(crops), conditional, q.shape[0]))
+        centred = _centred(mean.maps, dim=-1)
+        z = centred / centred.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(_FLAT)
+        z = torch.cat((z, torch.full_like(z[:, :1], THRESHOLD)), dim=1)
+        return self.resize(SoftMaps(z.softmax(dim=1), mean.grid), grid, crops)
 
     def scores(self, site: Site, q: Tensor) -> Tensor:
-        """s (B,C,Q) float32 of one block."""
-        parts = (*self.texts.labels, self.texts.background)
+        """s (B,N,Q) float32 of one block."""
         if site.index not in self._keys:
-            states = torch.cat(parts)[None].to(q)
+            states = torch.cat(self.texts.labels)[None].to(q)
             self._keys[site.index] = self.texts.keys(site, states)[0]
-        keys = self._keys[site.index].to(q)  # (T,D), all candidates' tokens in a row
+        keys = self._keys[site.index].to(q)  # (T,D), all labels' tokens in a row
         q = q.reshape(*q.shape[:2], site.heads, -1).transpose(1, 2)  # (B,H,Q,d)
         keys = keys.reshape(keys.shape[0], site.heads, -1).permute(1, 2, 0)  # (H,d,T)
         logits = torch.matmul(q, keys).float() / q.shape[-1] ** 0.5  # (B,H,Q,T)
-        sizes = [part.shape[0] for part in parts]
-        best = [x.amax(dim=-1).mean(dim=1) for x in torch.split(logits, sizes, dim=-1)]
-        scores = torch.stack(best, dim=1)  # (B,C,Q)
-        if self.centre:
-            scores = scores - scores.mean(dim=-1, keepdim=True)
-        return scores
+        sizes = [states.shape[0] for states in self.texts.labels]
+        parts = torch.split(_centred(logits, dim=-2), sizes, dim=-1)
+        best = torch.stack([x.amax(dim=-1) for x in parts], dim=1)  # (B,N,H,Q)
+        return best.logsumexp(dim=2) - math.log(site.heads)
 
     def resize(self, soft: SoftMaps, grid: Grid, crops: Crops) -> SoftMaps:
         """The same maps on another grid, inside the masks there: resizing blurs their borders."""
         resized = resize_soft(soft, grid)
         return resized if self.masks is None else self.masks.confine(resized, crops)
 
-    def _remember(self, fresh: SoftMaps, kind: tuple[Crops, int, int]) -> SoftMaps:
-        """Take a block's map into the running mean and return it, on the finest grid so far."""
+    def _remember(self, site: Site, fresh: SoftMaps, kind: tuple[Crops, int, int]) -> SoftMaps:
+        """Take a block's scores into the running mean and return it, on the finest grid so far."""
+        smallest = min(s.stride for s in self.sites)
+        weights = {s.index: (smallest / s.stride) ** 2 for s in self.sites}
+        weight = weights[site.index]
         memory = self._memory.get(kind)
         if memory is None:
-            memory = self._memory[kind] = _Memory(fresh, 1)
-            return memory.soft
-        finest = max(memory.soft.grid, fresh.grid, key=lambda g: g[0] * g[1])
-        mean, new = resize_soft(memory.soft, finest).maps, resize_soft(fresh, finest).maps
-        memory.count += 1
-        step = 1 / min(memory.count, self.window)
-        memory.soft = SoftMaps(torch.lerp(mean, new.to(mean), step), finest)
-        return memory.soft
+            self._memory[kind] = _Memory(fresh, weight)
+            return fresh
+        finest = max(memory.mean.grid, fresh.grid, key=lambda g: g[0] * g[1])
+        mean, new = resize_soft(memory.mean, finest).maps, resize_soft(fresh, finest).maps
+        memory.weight = min(memory.weight + weight, sum(weights.values()))
+        memory.mean = SoftMaps(torch.lerp(mean, new.to(mean), weight / memory.weight), finest)
+        return memory.mean
+
+
+def _centred(x: Tensor, dim: int) -> Tensor:
+    return x - x.mean(dim=dim, keepdim=True)

@@ -29,7 +29,7 @@ from .conds import Evaluation, Roles
 from .ids import CALL_KEY, EVALUATION_KEY, WRAPPER_KEY, named
 from .managed import ManagedAnyStory, load, release
 from .records import RoutingMaps
-from .texts import empty_tokens, route_texts
+from .texts import route_texts
 
 
 @dataclass(frozen=True)
@@ -235,8 +235,7 @@ class SamplingWrapper:
         roles = Roles.of(guider)
         texts = None
         if self.routing.mode.startswith("text"):
-            empty = empty_tokens(guider, dict(roles.of_cond))
-            texts = route_texts(self.routing.labels, empty, model, device)
+            texts = route_texts(self.routing.labels, model, device)
         advance = self._progress(steps)
         load([*anystory.having("projections"), *self.routing.routers()])
         advance(1)

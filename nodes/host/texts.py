@@ -1,4 +1,4 @@
-"""Text states from the host's text encoders: labels on their own, and the prompt's empty tokens."""
+"""Text states of labels from the host's text encoders."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from ...anystory_core.config import AnyStoryConfig
 from ...anystory_core.errors import ModelMismatchError, RoutingError
 from ...anystory_core.sites import Site
 from ...anystory_core.text_routes import Texts
-
-CHUNK = 77  # tokens that CLIP encodes at a time: start, 75 words or padding, end or padding
 
 
 def encode_label(clip: Any, label: str, config: AnyStoryConfig) -> tuple[Tensor, int]:
@@ -48,26 +46,7 @@ def label_states(clip: Any, labels: Sequence[str], config: AnyStoryConfig) -> tu
     return tuple(found)
 
 
-def empty_tokens(guider: Any, roles: dict[Any, str]) -> Tensor:
-    """States (T,C) of the positive prompts' tokens that surely hold no word: the start of every
-    chunk, and its last token (padding, or the end mark of a full chunk). A cond does not say which
-    of its other tokens are padding."""
-    found: list[Tensor] = []
-    for entries in guider.conds.values():
-        for entry in entries:
-            states = entry.get("cross_attn")
-            if states is None or roles.get(entry.get("uuid")) != "cond":
-                continue
-            chunk = CHUNK if states.shape[1] % CHUNK == 0 else states.shape[1]
-            first = torch.arange(0, states.shape[1], chunk)
-            places = torch.cat((first, first + chunk - 1))
-            found.append(states[:, places].flatten(0, 1))
-    if not found:
-        raise RoutingError("mode 'text': the positive prompt has no text states to compare with")
-    return torch.cat([states.to(found[0]) for states in found])
-
-
-def route_texts(labels: Sequence[Tensor], background: Tensor, model: Any, device: Any) -> Texts:
+def route_texts(labels: Sequence[Tensor], model: Any, device: Any) -> Texts:
     """What routing by text needs of one sampling run. Keys are made by each block's own ``to_k``
     when the U-Net is loaded, patched weights (LoRA) included."""
     unet = model.model.diffusion_model
@@ -75,8 +54,4 @@ def route_texts(labels: Sequence[Tensor], background: Tensor, model: Any, device
     def keys(site: Site, states: Tensor) -> Tensor:
         return unet.get_submodule(site.ldm).attn2.to_k(states)
 
-    return Texts(
-        tuple(states.to(device, torch.float32) for states in labels),
-        background.to(device, torch.float32),
-        keys,
-    )
+    return Texts(tuple(states.to(device, torch.float32) for states in labels), keys)

@@ -64,8 +64,7 @@ def test_keys_are_the_blocks_own_with_patches(scene: Scene, sources: list[Any]) 
     scene.sample(scene.apply(model, routing))
     scene.sample(scene.apply(scene.mini.model, routing))
     patched, plain = sources
-    background = scene.positive[0][0][0][[0, -1]].float()
-    states = torch.cat((*routing.labels, background))
+    states = torch.cat(routing.labels)
     for site in sites:
         weight = scene.mini.model.model.diffusion_model.get_submodule(site.ldm).attn2.to_k.weight
         own = states @ weight.float().T
@@ -111,21 +110,23 @@ def test_what_is_missing_is_said(scene: Scene) -> None:
     assert len(twins.labels) == 2
 
 
-def test_empty_tokens_of_long_prompts(scene: Scene) -> None:
-    """Start and last token of each chunk of the positive prompts; negatives do not count."""
-    texts = module("anystory_pack.nodes.host.texts")
-    states = torch.arange(154.0).reshape(1, 154, 1)
-    guider = type(
-        "Guider",
-        (),
-        {
-            "conds": {
-                "positive": [{"cross_attn": states, "uuid": 1}],
-                "negative": [{"cross_attn": -states - 1, "uuid": 2}],
-            }
-        },
-    )
-    found = texts.empty_tokens(guider, {1: "cond", 2: "uncond"})
-    assert sorted(found.flatten().tolist()) == [0, 76, 77, 153]
-    with pytest.raises(scene.errors.RoutingError, match="no text states"):
-        texts.empty_tokens(guider, {1: "uncond", 2: "uncond"})
+def test_an_error_while_sampling_names_the_node_of_its_settings(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host calls it the sampler's; a node that samples on its own is named once."""
+    message = "routing: made for 3 subjects"
+
+    def fail(*args: Any) -> Any:
+        raise scene.errors.RoutingError(message)
+
+    monkeypatch.setattr(scene.sampling, "build_source", fail)
+    with pytest.raises(scene.errors.RoutingError, match=f"^ApplyAnyStory: {message}"):
+        scene.sample(scene.apply(routing=route(scene)))
+    with pytest.raises(scene.errors.RoutingError, match=f"^AnyStorySegment: {message}"):
+        scene.pack.AnyStorySegment.execute(
+            model=scene.mini.model,
+            vae=scene.mini.vae,
+            image=torch.rand(1, 64, 64, 3),
+            routing=route(scene),
+            positive=scene.positive,
+        )

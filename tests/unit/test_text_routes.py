@@ -27,7 +27,7 @@ TOLERANCE = 2e-5
 
 
 class Words:
-    """Random text states of ``sizes`` tokens (the background's last) and random key maps."""
+    """Random text states of labels of ``sizes`` tokens, and random key maps."""
 
     def __init__(self, seed: int, sizes: tuple[int, ...]) -> None:
         make = torch.Generator().manual_seed(seed)
@@ -43,24 +43,43 @@ class Words:
         return states @ self.weights[site.index].T
 
     def texts(self) -> Texts:
-        return Texts(tuple(self.states[:-1]), self.states[-1], self.keys)
+        return Texts(tuple(self.states), self.keys)
 
 
 def naive_scores(words: Words, site: Site, q: Tensor) -> Tensor:
-    """(B,C,Q): mean over heads of the largest logit over a candidate's tokens, loop by loop."""
+    """(B,N,Q), loop by loop: the largest logit over a label's tokens, each less its mean over the
+    picture; of the heads' exponentials the mean's logarithm."""
     q, weight = q.double(), words.weights[site.index].double()
     size = site.channels // site.heads
+    places = range(q.shape[1])
     out = torch.zeros(q.shape[0], len(words.states), q.shape[1], dtype=torch.float64)
     for b in range(q.shape[0]):
         for i, states in enumerate(words.states):
-            for u in range(q.shape[1]):
-                for h in range(site.heads):
-                    part = slice(h * size, (h + 1) * size)
-                    logits = [
-                        float(q[b, u, part] @ (weight @ token.double())[part]) / math.sqrt(size)
-                        for token in states
-                    ]
-                    out[b, i, u] += max(logits) / site.heads
+            for h in range(site.heads):
+                part = slice(h * size, (h + 1) * size)
+                logits = []
+                for token in states:
+                    key = (weight @ token.double())[part]
+                    row = [float(q[b, u, part] @ key) / math.sqrt(size) for u in places]
+                    logits.append([value - sum(row) / len(row) for value in row])
+                for u in places:
+                    out[b, i, u] += math.exp(max(row[u] for row in logits)) / site.heads
+    return out.log()
+
+
+def naive_maps(mean: Tensor) -> Tensor:
+    """m (B,N,Q) -> p (B,N+1,Q): deviations of each subject's map against the background's level."""
+    out = torch.zeros(mean.shape[0], mean.shape[1] + 1, mean.shape[2], dtype=torch.float64)
+    for b, row in enumerate(mean):
+        z = []
+        for m in row:
+            middle = float(m.sum()) / len(m)
+            deviation = math.sqrt(sum((float(x) - middle) ** 2 for x in m) / len(m))
+            z.append([(float(x) - middle) / deviation for x in m])
+        for u in range(mean.shape[2]):
+            powers = [math.exp(values[u]) for values in z] + [math.exp(0.5)]
+            for i, power in enumerate(powers):
+                out[b, i, u] = power / sum(powers)
     return out
 
 
@@ -92,43 +111,89 @@ def grid_of(site: Site) -> Grid:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("temperature", "centre"), [(1.0, False), (0.4, True)])
-def test_rule_over_blocks_and_steps(seed: int, temperature: float, centre: bool) -> None:
-    """Two steps of all 17 blocks on their own grids, the window shorter than a step."""
-    words = Words(seed, (1 + seed, 3, 2))
-    window = 11
-    routes = TextRoutes(words.texts(), window=window, temperature=temperature, centre=centre)
+def test_rule_over_blocks_and_steps(seed: int) -> None:
+    """Two steps of all 17 blocks on their own grids; the second forgets the first."""
+    words = Words(seed, (1 + seed, 3))
+    routes = TextRoutes(words.texts(), SITES)
     make = torch.Generator().manual_seed(100 + seed)
-    mean: Tensor | None = None
-    count = 0
     finest = grid_of(SITES[0])
-    assert all(grid_of(s)[0] <= finest[0] for s in SITES)
+    tokens = [grid_of(site)[0] * grid_of(site)[1] for site in SITES]
+    assert max(tokens) == finest[0] * finest[1] > min(tokens)
+    mean: Tensor | None = None
+    total = 0.0
     for _ in range(2):
         for site in SITES:
             grid = grid_of(site)
             q = 2 * torch.randn(2, grid[0] * grid[1], site.channels, generator=make)
             soft = routes.maps_of_query(site, q, grid, (), conditional=1)
-            scores = naive_scores(words, site, q)
-            if centre:
-                scores = scores - scores.mean(-1, keepdim=True)
-            fresh = resized(torch.softmax(scores / temperature, dim=1), grid, finest)
-            count += 1
-            mean = fresh if mean is None else mean + (fresh - mean) / min(count, window)
-            expected = resized(mean, finest, grid)
+            fresh = resized(naive_scores(words, site, q), grid, finest)
+            weight = grid[0] * grid[1] / max(tokens)
+            total = min(total + weight, sum(tokens) / max(tokens))
+            mean = fresh if mean is None else mean + (fresh - mean) * weight / total
+            expected = resized(naive_maps(mean), finest, grid)
             assert soft.grid == grid
             assert float((soft.maps - expected).abs().max()) < TOLERANCE
             assert torch.allclose(soft.maps.sum(1), torch.ones(2, grid[0] * grid[1]), atol=1e-5)
     assert words.projected == [site.index for site in SITES]  # once per run, not per step
 
 
+def test_scores_alone() -> None:
+    words = Words(4, (1, 4))
+    routes = TextRoutes(words.texts(), SITES)
+    for site in (SITES[0], SITES[3]):
+        q = torch.randn(2, 32, site.channels, generator=torch.Generator().manual_seed(4))
+        assert (
+            float((routes.scores(site, q) - naive_scores(words, site, q)).abs().max()) < TOLERANCE
+        )
+
+
+def test_a_token_that_draws_attention_everywhere_changes_nothing() -> None:
+    """One word's logits are raised by 30 all over the picture, as an attention sink's are."""
+    site = SITES[0]
+    height, width = grid_of(site)
+    make = torch.Generator().manual_seed(11)
+    q = torch.randn(1, height * width, site.channels, generator=make)
+    q[..., :: site.channels // site.heads] = 1  # one coordinate of every head is the same anywhere
+    maps = []
+    for sink in (0.0, 30.0):
+        words = Words(12, (2, 2))
+        own = words.states[0][0]
+        size = site.channels // site.heads
+
+        def keys(_: Site, states: Tensor, words: Words = words, sink: float = sink) -> Tensor:
+            out = states @ words.weights[site.index].T
+            raised = (states == own).all(dim=-1)  # noqa: B023
+            out[..., ::size] += sink * size**0.5 * raised[..., None]  # noqa: B023
+            return out
+
+        routes = TextRoutes(Texts(tuple(words.states), keys), SITES)
+        maps.append(routes.maps_of_query(site, q, (height, width), (), conditional=1).maps)
+    assert float((maps[0] - maps[1]).abs().max()) < 1e-4
+    assert all(int((maps[0].argmax(1) == i).sum()) > 0 for i in range(3))
+
+
+def test_a_subject_of_four_fifths_of_the_picture_is_found() -> None:
+    """The background's level leaves room for it; and for one of a tenth."""
+    site, count = SITES[0], 100
+    word = torch.ones(1, WIDTH)
+    for share in (10, 79):
+        inside = torch.arange(count) < share
+        q = torch.where(inside[:, None], 1.0, -1.0).expand(count, site.channels)[None]
+        routes = TextRoutes(
+            Texts((word,), lambda _, states: states[..., :1].expand(1, 1, site.channels)), SITES
+        )
+        maps = routes.maps_of_query(site, q, (10, 10), (), conditional=1).maps
+        assert torch.equal(maps.argmax(1)[0] == 0, inside)
+
+
 def test_kinds_of_calls_do_not_mix() -> None:
     """Conditional and unconditional rows that come in calls of their own keep their own means."""
-    words = Words(5, (2, 2))
+    words = Words(5, (2,))
     site, grid = SITES[0], grid_of(SITES[0])
     make = torch.Generator().manual_seed(6)
     q = [torch.randn(1, grid[0] * grid[1], site.channels, generator=make) for _ in range(4)]
-    mixed = TextRoutes(words.texts(), window=9)
-    alone = TextRoutes(words.texts(), window=9)
+    mixed = TextRoutes(words.texts(), SITES)
+    alone = TextRoutes(words.texts(), SITES)
     mixed.maps_of_query(site, q[0], grid, (), conditional=1)
     mixed.maps_of_query(site, q[1], grid, (), conditional=0)
     a = mixed.maps_of_query(site, q[2], grid, (), conditional=1)
@@ -139,11 +204,11 @@ def test_kinds_of_calls_do_not_mix() -> None:
 
 def test_masks_confine_the_words() -> None:
     """A subject never leaves its mask, at any grid; inside, the words still decide."""
-    words = Words(7, (2, 3, 2))
+    words = Words(7, (2, 3))
     masks = torch.zeros(2, 16, 8)
     masks[0, :, :4] = 1
     masks[1, :6] = 1
-    routes = TextRoutes(words.texts(), window=17, masks=MaskRoutes(tuple(masks)))
+    routes = TextRoutes(words.texts(), SITES, masks=MaskRoutes(tuple(masks)))
     make = torch.Generator().manual_seed(8)
     free = 0
     for site in SITES:
@@ -172,13 +237,12 @@ def test_call_routes_by_the_query() -> None:
     left[:, : width // 2] = True
     direction = torch.randn(site.channels, generator=torch.Generator().manual_seed(9))
     q = torch.where(left.flatten()[:, None], direction, -direction)[None]
-    word, nothing = torch.zeros(1, WIDTH), torch.zeros(1, WIDTH)
-    word[0, 0] = 1
+    word = torch.ones(1, WIDTH)
 
     def keys(_: Site, states: Tensor) -> Tensor:
         return states[..., :1] * direction
 
-    routes = TextRoutes(Texts((word,), nothing, keys), window=4)
+    routes = TextRoutes(Texts((word,), keys), SITES)
     make = torch.Generator().manual_seed(10)
 
     def kv() -> KeyValue:
@@ -202,10 +266,5 @@ def test_call_routes_by_the_query() -> None:
 
 
 def test_wrong_values_are_named() -> None:
-    with pytest.raises(RoutingError, match="candidate 2 has states of shape"):
-        Texts((torch.zeros(1, 4), torch.zeros(0, 4)), torch.zeros(1, 4), lambda s, x: x)
-    texts = Words(0, (1, 1)).texts()
-    with pytest.raises(RoutingError, match="window: got 0"):
-        TextRoutes(texts, window=0)
-    with pytest.raises(RoutingError, match="temperature: got 0"):
-        TextRoutes(texts, window=1, temperature=0)
+    with pytest.raises(RoutingError, match="subject 2 has states of shape"):
+        Texts((torch.zeros(1, 4), torch.zeros(0, 4)), lambda s, x: x)

@@ -87,8 +87,8 @@ class Encoder:
         return out
 
 
-def make_run(variant: Variant, encoder: Encoder, tasks: Sequence[Task], text: Tensor) -> Run:
-    """Keys and values of a batch, a row per task. text (B,77,D): the captions' states."""
+def make_run(variant: Variant, encoder: Encoder, tasks: Sequence[Task]) -> Run:
+    """Keys and values of a batch, a row per task."""
     model = encoder.model
     encoded = [encoder.subjects(task) for task in tasks]
     places = range(len(encoded[0]))
@@ -107,7 +107,7 @@ def make_run(variant: Variant, encoder: Encoder, tasks: Sequence[Task], text: Te
     biases = tuple(0.0 if f else -math.inf for f in features)
     return Run(
         conditions,
-        _source(variant, encoder, encoded, tasks, text),
+        _source(variant, encoder, encoded, tasks),
         (1.0,) * (count + 1),
         (*biases, -math.inf),
     )
@@ -136,14 +136,13 @@ def _source(
     encoder: Encoder,
     encoded: Sequence[Sequence[Subject]],
     tasks: Sequence[Task],
-    text: Tensor,
 ) -> RouteSource | TextRoutes:
     model = encoder.model
     if variant.routes == "masks":
         return BoxRoutes.of(tasks)
     if variant.routes == "text":
-        (one,), (prompt,) = tasks, text
-        return TextRoutes(encoder.stack.texts(one.names(), prompt), window=len(model.sites))
+        (one,) = tasks
+        return TextRoutes(encoder.stack.texts(one.names()), model.sites)
     if variant.routes != "router":
         return SingleRoute()
     if model.routers is None:
@@ -202,7 +201,7 @@ def draw(
     empty, empty_pooled = stack.encode_text([""])
     run = None
     if variant.model is not None:
-        run = make_run(variant, Encoder(stack, variant.model), tasks, text)
+        run = make_run(variant, Encoder(stack, variant.model), tasks)
     z = torch.stack([task.noise((4, SIDE, SIDE)) for task in tasks])
     alphas = alphas_cumprod().float()
     times = torch.linspace(len(alphas) - 1, 0, steps).round().long()

@@ -160,7 +160,7 @@ def _look(
     noise = torch.stack([t.noise((4, SIDE, SIDE), salt=level) for t in tasks])
     alpha = alphas_cumprod().float()[level]
     noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-    call = make_call(make_run(Variant(model, routes), encoder, tasks, text), model, count)
+    call = make_call(make_run(Variant(model, routes), encoder, tasks), model, count)
     with autocast():
         diffusers_unet.predict(
             stack.unet, stack.slot, call, noisy, torch.full((count,), level), text, pooled,

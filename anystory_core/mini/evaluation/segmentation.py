@@ -66,7 +66,7 @@ def maps_of(encoder: Encoder, tasks: Sequence[Task], noise: Tensor) -> list[Tens
     clean = stack.encode_pictures(to_signed(pictures))
     states = torch.zeros(rows, LENGTH, CONFIG.unet.context_dim)
     pooled = torch.zeros(rows, TEXT["hidden_size"])
-    run = make_run(Variant(model, "router"), encoder, tasks, states)
+    run = make_run(Variant(model, "router"), encoder, tasks)
     alpha = alphas_cumprod().float()[LEVEL]
     total: list[Tensor] = [torch.zeros(run.subjects + 1, SIDE, SIDE) for _ in tasks]
     for one in noise.unbind(dim=1):

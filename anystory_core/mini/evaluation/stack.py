@@ -44,9 +44,8 @@ class Stack:
         return torch.from_numpy(states).float(), torch.from_numpy(pooled).float()
 
     @torch.no_grad()
-    def texts(self, labels: Sequence[str], prompt: Tensor) -> Texts:
-        """What routing by text needs: each label's own tokens, encoded alone, and the start and the
-        last token of the prompt's states (77,D)."""
+    def texts(self, labels: Sequence[str]) -> Texts:
+        """What routing by text needs: each label's own tokens, encoded alone."""
         states, _ = self.encode_text(labels)
         ends = (tokenize(list(labels)) == END).int().argmax(dim=1)
         own = [row[1 : int(end)] for row, end in zip(states, ends, strict=True)]
@@ -54,7 +53,7 @@ class Stack:
         def keys(site: Site, given: Tensor) -> Tensor:
             return self.unet.get_submodule(site.diffusers).attn2.to_k(given)
 
-        return Texts(tuple(own), prompt[[0, -1]], keys)
+        return Texts(tuple(own), keys)
 
     @torch.no_grad()
     def clip_states(self, pixels: Tensor) -> Tensor:

@@ -85,6 +85,7 @@ def test_templates_open(opened: Editor, name: str) -> None:
     assert opened.errors() == []
 
 
+@pytest.mark.parametrize("opened", [False], indirect=True, ids=["canvas"])
 def test_template_browser_shows_every_picture(opened: Editor) -> None:
     opened.browse_templates()
     for name in TEMPLATES:

@@ -114,5 +114,23 @@ def test_notes_say_what_to_change_first(path: Path) -> None:
 def test_the_graphs_are_there() -> None:
     large = {"single_subject", "two_subjects", "two_subjects_masks"}
     small = {"three_subjects", "routes", "segmentation", "hires_fix", "story"}
-    assert set(BOTH) == large | small | {f"{name}_sdxl" for name in large}
+    assert set(BOTH) == large | small | {f"{name}_sdxl" for name in (*large, "public_weights")}
     assert {path.stem for path in FOLDER.glob("*.json")} == set(BOTH)
+
+
+def test_the_graph_of_public_weights_names_what_the_builder_writes(host: Host) -> None:
+    """The file under its default name, its words wired as the mode needs them, and each public
+    file in the note as the page on public weights has it."""
+    builder = Client(host.url).get("/object_info")["BuildAnyStory"]["input"]["required"]
+    api = json.loads((FOLDER / "api" / "public_weights_sdxl.json").read_text())
+    of = {node["class_type"]: node["inputs"] for node in api.values()}
+    assert of["LoadAnyStory"]["anystory_name"] == f"{builder['name'][1]['default']}.safetensors"
+    assert of["SubjectRouter"]["mode"] == "text"
+    assert of["SubjectRouter"]["clip"] == of["CLIPTextEncode"]["clip"]
+    nodes = json.loads((FOLDER / "public_weights_sdxl.json").read_text())["nodes"]
+    (note,) = [node["widgets_values"][0] for node in nodes if node["type"] in NOTES]
+    page = (FOLDER.parent / "docs" / "public_weights.md").read_text()
+    files = set(re.findall(r"`([^`]+\.safetensors)`", note))
+    assert of["CLIPVisionLoader"]["clip_name"] in files and len(files) == 4
+    assert all(file in page for file in files)
+    assert all(f"models/{folder}" in note for folder in ("checkpoints", "ipadapter", "clip_vision"))

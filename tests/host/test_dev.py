@@ -41,7 +41,13 @@ def start(clone: Path, variables: dict[str, str], *arguments: str) -> subprocess
         [sys.executable, str(clone / "dev.py"), *arguments],
         env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
+        preexec_fn=_hear_hang_ups,
     )  # fmt: skip
+
+
+def _hear_hang_ups() -> None:
+    """As under a terminal; tests started by nohup would hand on that it is ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def read_until(process: subprocess.Popen[str], words: str) -> None:

@@ -110,6 +110,10 @@ class Editor:
     def load_template(self, name: str) -> None:
         """Open one of the pack's templates as a person does, in the template browser."""
         self.browse_templates()
+        self.choose(name)
+
+    def choose(self, name: str) -> None:
+        """Pick a card of the open template browser, which closes it."""
         before = self.js("return app.graph.id")
         self.press("return document.querySelector(arguments[0])", CARD.format(name))
         self.wait("return app.graph.id !== arguments[0] && app.graph._nodes.length", before)

@@ -96,8 +96,7 @@ def test_template_browser_shows_every_picture(opened: Editor) -> None:
             CARD.format(name),
         )
     opened.screenshot("templates")
-    ActionChains(opened.driver).send_keys(Keys.ESCAPE).perform()
-    opened.wait("return !document.querySelector('[role=dialog]')")
+    opened.choose(next(iter(TEMPLATES)))  # Escape does not close it in every editor
     assert opened.errors() == []
 
 

@@ -140,7 +140,8 @@ PATCHES: dict[str, Patch] = {
     "IP-Adapter, triple keys": ip_adapter_triples,
     "IP-Adapter, pair keys": ip_adapter_pairs,
     "attn1 replacement": attn1_replacement,
-    "PAG": _extra("pag", "PerturbedAttentionGuidance", scale=3.0),
+    # The mini model's middle block, with 16 tokens, says little: the node's largest scale.
+    "PAG": _extra("pag", "PerturbedAttentionGuidance", scale=100.0),
     "SAG": _extra("sag", "SelfAttentionGuidance", scale=0.5, blur_sigma=2.0),
     "FreeU": _extra("freelunch", "FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2),
     "HyperTile": _extra(

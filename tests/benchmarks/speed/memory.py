@@ -73,8 +73,8 @@ def measure(bench: Bench) -> dict[str, Any]:
 def held(bench: Bench, state: Any) -> int:
     """Bytes of the ReferenceNet and of the projections that a run still refers to.
 
-    Load and offload device are one here; tests/host/test_load_device.py shows that the host takes both
-    off a load device of its own."""
+    Load and offload device are one here; tests/host/test_load_device.py shows that the host takes
+    both off a load device of its own."""
     model = bench.anystory.model
     parts = (model.reference_net, model.projections.clip, model.projections.reference)
     ours = {t.untyped_storage().data_ptr() for part in parts for t in tensors(part)}

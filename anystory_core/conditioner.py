@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import injection
-from .injection import Attention, KeyValue, Regions
+from .injection import Attention, Candidates, Regions
 from .routes import Crops, Grid, SoftMaps
 from .run import Run
 from .sites import Site
@@ -94,9 +94,7 @@ class Call:
         self._crops = tuple(self.crops[row] for row in self._routed) if self.crops else ()
         on = (*self.active, True)
         self._eta = tuple(e if a else 0.0 for e, a in zip(self.run.strengths, on, strict=True))
-        self._referenced = tuple(
-            a and g > -math.inf for g, a in zip(self.run.biases, on, strict=True)
-        )
+        self._gamma = tuple(g if a else -math.inf for g, a in zip(self.run.biases, on, strict=True))
 
     def begin_cross_attention(self, index: int, z: Tensor, grid: Grid) -> None:
         """z (B,Q,D): ``norm2`` output of block ``index``; grid: its (h,w), h*w = Q."""
@@ -151,39 +149,58 @@ class Call:
         heads = self.sites[index - 1].heads
         self._begin_by_query(index, q)
         route = self._routes.get(index)
-        rows: tuple[int, ...] = ()
+        cond = self.rows.cond if route is not None else ()
+        uncond = self.rows.uncond if conditions[-1] is not None else ()
+        if route is not None and cond and self._masked(route, q) and conditions.rows == 1:
+            # Unconditional rows are all background: one call serves both.
+            rows = tuple(sorted(cond + uncond))
+            ids = self._spread(route.ids[: len(cond)], tuple(map(rows.index, cond)), len(rows))
+            term = injection.clip_masked(
+                _take(q, rows), conditions, self._eta, ids, heads, self.attention, self.run.tables
+            )
+            return _add(text, rows, term)
         terms: list[Tensor] = []
-        if self.rows.cond and route is not None:
-            rows += self.rows.cond
-            own = _take(q, self.rows.cond)
-            terms.append(self._routed_clip(route, own, conditions, heads))
-        if self.rows.uncond and conditions[-1] is not None:
-            rows += self.rows.uncond
-            own, background = _take(q, self.rows.uncond), conditions[-1].to(q)
+        if route is not None and cond:
+            terms.append(self._routed_clip(route, _take(q, cond), conditions, heads))
+        if uncond and conditions[-1] is not None:
+            own, background = _take(q, uncond), conditions[-1].to(q)
             terms.append(
                 injection.clip_everywhere(own, background, self._eta[-1], heads, self.attention)
             )
         if not terms:
             return text
-        return _add(text, rows, terms[0] if len(terms) == 1 else torch.cat(terms))
+        return _add(text, cond + uncond, terms[0] if len(terms) == 1 else torch.cat(terms))
 
-    def _routed_clip(
-        self, route: _Route, q: Tensor, conditions: Sequence[KeyValue | None], heads: int
-    ) -> Tensor:
-        conditions = [
+    def _routed_clip(self, route: _Route, q: Tensor, conditions: Candidates, heads: int) -> Tensor:
+        if self._masked(route, q):
+            ids = route.ids[: q.shape[0]]
+            return injection.clip_masked(
+                q, conditions, self._eta, ids, heads, self.attention, self.run.tables
+            )
+        own = [
             c.to(q) if c is not None and eta > 0 else None
             for c, eta in zip(conditions, self._eta, strict=True)
         ]
         if route.weights is not None:
             weights = route.weights[: q.shape[0]]
-            return injection.clip_dense(q, conditions, self._eta, weights, heads, self.attention)
-        if by_region(q):
-            regions = route.sorted().head(q.shape[0])
-            return injection.clip_by_region(
-                q, conditions, self._eta, regions, heads, self.attention
-            )
-        ids = route.ids[: q.shape[0]]
-        return injection.clip_masked(q, conditions, self._eta, ids, heads, self.attention)
+            return injection.clip_dense(q, own, self._eta, weights, heads, self.attention)
+        regions = route.sorted().head(q.shape[0])
+        return injection.clip_by_region(q, own, self._eta, regions, heads, self.attention)
+
+    def _masked(self, route: _Route, q: Tensor) -> bool:
+        return route.weights is None and not by_region(q)
+
+    def _spread(self, ids: Tensor, places: tuple[int, ...], rows: int) -> Tensor:
+        """Row i of ``ids`` becomes row ``places[i]`` of ``rows``; the others are background."""
+        if _is_range(places):
+            if len(places) == rows:
+                return ids
+            after = rows - places[0] - len(places)
+            background = self.run.subjects
+            return torch.nn.functional.pad(ids, (0, 0, places[0], after), value=background)
+        spread = ids.new_full((rows, ids.shape[1]), self.run.subjects)
+        spread[list(places)] = ids
+        return spread
 
     def self_attention(
         self, index: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid
@@ -192,32 +209,35 @@ class Call:
         when this block has nothing to add and the plain attention is right."""
         if index == 1 or not self._routed:
             return None
-        references = [
-            r.to(q) if r is not None and on else None
-            for r, on in zip(
-                self.run.conditions[index - 1].reference, self._referenced, strict=True
-            )
-        ]
-        if all(r is None for r in references):
+        references = self.run.conditions[index - 1].reference
+        if all(b == -math.inf or r is None for r, b in zip(references, self._gamma, strict=True)):
             return None
         route = self._route_on(index - 1, grid)
         if route is None:
             return None
-        heads = self.sites[index - 1].heads
-        q_, k_, v_ = (_take(x, self._routed) for x in (q, k, v))
+        heads, attention = self.sites[index - 1].heads, self.attention
+        # Where rows are short a second call costs more than keys that are closed to plain rows.
+        together = q.shape[1] < LEAST_SORTED and not by_region(q) and references.rows == 1
+        rows = tuple(range(q.shape[0])) if together else self._routed
+        q_, k_, v_ = (_take(x, rows) for x in (q, k, v))
         if by_region(q):
+            open_ = [
+                r.to(q) if r is not None and b > -math.inf else None
+                for r, b in zip(references, self._gamma, strict=True)
+            ]
             routed = injection.reference_by_region(
-                q_, k_, v_, references, self.run.biases, route.sorted(), heads, self.attention
+                q_, k_, v_, open_, self._gamma, route.sorted(), heads, attention
             )
         else:
+            ids = self._spread(route.ids, self._routed, len(rows)) if together else route.ids
             routed = injection.reference_masked(
-                q_, k_, v_, references, self.run.biases, route.ids, heads, self.attention
+                q_, k_, v_, references, self._gamma, ids, heads, attention, self.run.tables
             )
-        plain = tuple(row for row in range(q.shape[0]) if row not in self._routed)
+        plain = tuple(row for row in range(q.shape[0]) if row not in rows)
         if not plain:
-            return _scatter(routed, self._routed)
-        rest = self.attention(_take(q, plain), _take(k, plain), _take(v, plain), heads)
-        return _scatter(torch.cat((routed, rest)), self._routed + plain)
+            return _scatter(routed, rows)
+        rest = attention(_take(q, plain), _take(k, plain), _take(v, plain), heads)
+        return _scatter(torch.cat((routed, rest)), rows + plain)
 
 
 def straight_through(logits: Tensor, seeds: Sequence[int]) -> Tensor:
@@ -250,7 +270,7 @@ def _is_range(rows: tuple[int, ...]) -> bool:
 def _take(x: Tensor, rows: tuple[int, ...]) -> Tensor:
     """Rows of a batch; a view when they lie together."""
     if _is_range(rows):
-        return x[rows[0] : rows[0] + len(rows)]
+        return x if len(rows) == x.shape[0] else x[rows[0] : rows[0] + len(rows)]
     return x[list(rows)]
 
 

@@ -19,8 +19,9 @@ Axes: B rows, Q image tokens, T subject tokens, G reference tokens, D channels, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
@@ -52,11 +53,90 @@ class KeyValue:
 
     def rows(self, batch: int) -> KeyValue:
         """Expanded to (batch,T,D)."""
+        if self.k.shape[0] == batch:
+            return self
         return KeyValue(self.k.expand(batch, -1, -1), self.v.expand(batch, -1, -1))
 
     def to(self, like: Tensor) -> KeyValue:
         """In the dtype and on the device of ``like``; itself when it is there already."""
+        if self.k.dtype == like.dtype and self.k.device == like.device:
+            return self
         return KeyValue(self.k.to(like), self.v.to(like))
+
+
+@dataclass
+class Candidates:
+    """Keys and values of all C candidates at one block; None: it has none."""
+
+    parts: list[KeyValue | None]
+    _joined: KeyValue | None = None
+
+    def __getitem__(self, place: int) -> KeyValue | None:
+        return self.parts[place]
+
+    def __iter__(self) -> Iterator[KeyValue | None]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    @property
+    def rows(self) -> int:
+        """1, or B where some candidate differs from row to row."""
+        return max((p.k.shape[0] for p in self.parts if p is not None), default=1)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each candidate, 0 for None."""
+        return tuple(0 if p is None else p.k.shape[1] for p in self.parts)
+
+    def joined(self) -> KeyValue | None:
+        """All of them one after the other: (R,T_1+..+T_C,D). The parts become views of it, so that
+        nothing is held twice."""
+        there = [p.rows(self.rows) for p in self.parts if p is not None]
+        if self._joined is None and there:
+            k, v = torch.cat([p.k for p in there], dim=1), torch.cat([p.v for p in there], dim=1)
+            self._joined = KeyValue(k, v)
+            sizes = self.lengths
+            pieces = zip(k.split(sizes, dim=1), v.split(sizes, dim=1), strict=True)
+            self.parts = [
+                KeyValue(*piece) if size else None
+                for piece, size in zip(pieces, sizes, strict=True)
+            ]
+        return self._joined
+
+
+@dataclass
+class Tables:
+    """What masked calls look up by region id. Regions change with every block and step, but a row
+    of the bias matrix is the same for all tokens of a region: rows are made once for a run."""
+
+    _made: dict[Any, Tensor] = field(default_factory=dict[Any, Tensor], repr=False)
+
+    def bias(
+        self, own: int, lengths: Sequence[int], biases: Sequence[float], like: Tensor
+    ) -> Tensor:
+        """Eq. 7 and 8 for a token of each region: (C,own+T), 0 on the block's ``own`` keys,
+        ``biases[i]`` on candidate i's keys in row i, -inf on all others. A row that would have no
+        key at all is 0: it looks anywhere, and its strength is 0."""
+        key = own, tuple(lengths), tuple(biases), like.dtype, like.device
+        if key not in self._made:
+            table = torch.full((len(lengths), own + sum(lengths)), -torch.inf, dtype=torch.float64)
+            table[:, :own] = 0
+            start = own
+            for i, (length, bias) in enumerate(zip(lengths, biases, strict=True)):
+                table[i, start : start + length] = bias
+                start += length
+            table[table.isneginf().all(dim=1)] = 0
+            self._made[key] = table.to(like)
+        return self._made[key]
+
+    def strengths(self, strengths: Sequence[float], like: Tensor) -> Tensor:
+        """(C,1)."""
+        key = tuple(strengths), like.dtype, like.device
+        if key not in self._made:
+            self._made[key] = torch.tensor(strengths, dtype=torch.float64)[:, None].to(like)
+        return self._made[key]
 
 
 @dataclass(frozen=True)
@@ -124,30 +204,23 @@ def clip_by_region(
 
 def clip_masked(
     q: Tensor,
-    conditions: Sequence[KeyValue | None],
+    conditions: Candidates,
     strengths: Sequence[float],
     route: Tensor,
     heads: int,
     attention: Attention,
+    tables: Tables,
 ) -> Tensor:
     """As :func:`clip_by_region` in one call: keys of all candidates, masked by region."""
-    batch = q.shape[0]
-    present = [(i, c.rows(batch)) for i, c in enumerate(conditions) if c is not None]
-    if not present:
+    kv = conditions.joined()
+    if kv is None:
         return torch.zeros_like(q)
-    owner = torch.cat([torch.full((c.k.shape[1],), i, device=q.device) for i, c in present])
-    foreign = route[:, :, None] != owner  # (B,Q,K)
-    if len(present) < len(conditions):
-        # A token of a region without keys may look anywhere: its strength below is zero.
-        foreign = foreign & ~foreign.all(dim=-1, keepdim=True)
-    mask = torch.zeros_like(foreign, dtype=q.dtype).masked_fill_(foreign, -torch.inf)
-    k = torch.cat([c.k for _, c in present], dim=1)
-    v = torch.cat([c.v for _, c in present], dim=1)
-    out = attention(q, k, v, heads, mask)
-    eta = [s if c is not None else 0.0 for s, c in zip(strengths, conditions, strict=True)]
-    if all(s == 1 for s in eta):
-        return out
-    return out * torch.tensor(eta, dtype=q.dtype, device=q.device)[route.long()][..., None]
+    kv = kv.to(q).rows(q.shape[0])
+    lengths = conditions.lengths
+    eta = tuple(s if length else 0.0 for s, length in zip(strengths, lengths, strict=True))
+    mask = tables.bias(0, lengths, [0.0 if s else -math.inf for s in eta], q)[route]
+    out = attention(q, kv.k, kv.v, heads, mask)
+    return out if all(s == 1 for s in eta) else out * tables.strengths(eta, q)[route]
 
 
 def clip_dense(
@@ -215,29 +288,22 @@ def reference_masked(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    references: Sequence[KeyValue | None],
+    references: Candidates,
     biases: Sequence[float],
     route: Tensor,
     heads: int,
     attention: Attention,
+    tables: Tables,
 ) -> Tensor:
-    """As :func:`reference_by_region` in one call with the bias matrix of Eq. 7."""
-    batch, tokens, _ = q.shape
-    present = [
-        (i, r.rows(batch), b)
-        for i, (r, b) in enumerate(zip(references, biases, strict=True))
-        if r is not None
-    ]
-    if not present:
+    """As :func:`reference_by_region` in one call with the bias matrix of Eq. 7. A bias of -inf
+    closes a candidate's keys to its own region too."""
+    kv = references.joined()
+    if kv is None:
         return attention(q, k, v, heads)
-    bias = [q.new_zeros(batch, tokens, k.shape[1])]
-    for i, reference, gamma in present:
-        outside = (route != i)[..., None]  # (B,Q,1); Eq. 8
-        block = q.new_full((batch, tokens, 1), gamma).masked_fill(outside, -torch.inf)
-        bias.append(block.expand(-1, -1, reference.k.shape[1]))
-    keys = torch.cat([k, *(r.k for _, r, _ in present)], dim=1)
-    values = torch.cat([v, *(r.v for _, r, _ in present)], dim=1)
-    return attention(q, keys, values, heads, torch.cat(bias, dim=-1))
+    kv = kv.to(q).rows(q.shape[0])
+    keys, values = torch.cat((k, kv.k), dim=1), torch.cat((v, kv.v), dim=1)
+    mask = tables.bias(k.shape[1], references.lengths, biases, q)[route]
+    return attention(q, keys, values, heads, mask)
 
 
 def _bias_row(q: Tensor, own: int, reference: int, bias: float) -> Tensor:

@@ -29,8 +29,10 @@ from .sites import Site
 class RouterKeys:
     """What a router needs of the routing features; constant over a sampling run."""
 
-    routing: Tensor  # (R,C,E), R = 1 or B
-    scores: Tensor  # (R,C*(1+H),D): the coarse key of each candidate, then its H queries
+    candidates: int
+    scores: Tensor  # (R,C*(1+H),D), R = 1 or B: each candidate's coarse key, then its H queries
+    refined: Tensor | None = None  # (R,C,D): W4^T W3 R_i / sqrt(d_k)
+    update: Tensor | None = None  # (K,D): W4^T W3 W_o / sqrt(d_k), what attention adds to it
 
 
 @dataclass(frozen=True)
@@ -76,15 +78,26 @@ class Router(nn.Module):
 
     def prepare(self, routing: Tensor) -> RouterKeys:
         """Fold the routing features (R,C,E) into keys on the hidden states' side."""
+        candidates = routing.shape[1]
         coarse = self.coarse_z(self.coarse_r(routing)) / self.key_dim**0.5  # (R,C,D)
         if not self.refine:
-            return RouterKeys(routing, coarse)
+            return RouterKeys(candidates, coarse)
         query = self.query(self.norm(routing)).unflatten(-1, (self.heads, -1))  # (R,C,H,K/H)
         # One row per head, zero outside that head's slice: the transposed key map then acts on each
         # head alone although it is one ordinary Linear.
         spread = torch.diag_embed(query.transpose(-1, -2), dim1=-3, dim2=-2)  # (R,C,H,H,K/H)
         queries = self.key(spread.flatten(-2)) / (self.key_dim / self.heads) ** 0.5  # (R,C,H,D)
-        return RouterKeys(routing, torch.cat((coarse, queries.flatten(1, 2)), dim=1))
+        # R'_i is linear in what attention finds, and so is its key: three maps become one.
+        unit = torch.eye(self.key_dim, dtype=routing.dtype, device=routing.device)
+        both = torch.cat((routing.flatten(0, 1), self.out(unit).to(routing)))
+        both = self.refine_z(self.refine_r(both)) / self.key_dim**0.5
+        refined, update = both.split((len(both) - self.key_dim, self.key_dim))
+        return RouterKeys(
+            candidates,
+            torch.cat((coarse, queries.flatten(1, 2)), dim=1),
+            refined.unflatten(0, (-1, candidates)),
+            update,
+        )
 
     def logits(self, z: Tensor, keys: RouterKeys, allowed: Tensor | None = None) -> RoutingLogits:
         """Scores of every candidate at every token.
@@ -92,28 +105,27 @@ class Router(nn.Module):
         z (B,Q,D): the block's ``norm2`` output. allowed (B or 1, C, Q) bool: candidates forbidden
         at a token score -inf; each token must keep at least one.
         """
-        candidates = keys.routing.shape[1]
-        scores = torch.matmul(keys.scores.to(z), z.transpose(1, 2))  # (B,C*(1+H),Q)
+        candidates = keys.candidates
+        across = z.transpose(1, 2)
+        scores = torch.matmul(keys.scores.to(z), across)  # (B,C*(1+H),Q)
         coarse = _forbid(scores[:, :candidates].float(), allowed)
-        if not self.refine:
+        if keys.refined is None or keys.update is None:
             return RoutingLogits(coarse, coarse)
 
         with torch.no_grad():  # the mask is hard: no gradient passes through it
             winner = coarse.argmax(dim=1, keepdim=True)  # (B,1,Q)
-            index = torch.arange(candidates, device=z.device)[None, :, None]
-            inside = winner == index  # (B,C,Q)
-            inside = inside | ~inside.any(dim=-1, keepdim=True)  # empty: every token
-        attention = scores[:, candidates:].reshape(-1, candidates, self.heads, z.shape[1]).float()
-        attention = attention.masked_fill(~inside[:, :, None], -torch.inf).softmax(dim=-1)
+            inside = torch.zeros_like(coarse, dtype=torch.bool).scatter_(1, winner, True)
+            # (B,C,Q); a candidate whose region is empty attends to every token
+            outside = ~inside & inside.any(dim=-1, keepdim=True)
+        attention = scores[:, candidates:].float().unflatten(1, (candidates, self.heads))
+        attention = attention.masked_fill(outside[:, :, None], -torch.inf).softmax(dim=-1)
         summed = torch.matmul(attention.flatten(1, 2).to(z), z)  # (B,C*H,D): sum_u a_u Z_u
         value: Tensor = self.value(summed)  # (B,C*H,K)
         # (B,C,H,H,K/H): head h keeps its own slice
         value = value.reshape(-1, candidates, self.heads, self.heads, self.key_dim // self.heads)
         value = value.diagonal(dim1=2, dim2=3).transpose(-1, -2).flatten(2)  # (B,C,K)
-        routing = keys.routing.to(z) + self.out(value)
-        key = self.refine_z(self.refine_r(routing)) / self.key_dim**0.5  # (B,C,D)
-        refined = torch.matmul(key, z.transpose(1, 2)).float()
-        return RoutingLogits(coarse, _forbid(refined, allowed))
+        key = keys.refined.to(z) + torch.matmul(value, keys.update.to(z))  # (B,C,D)
+        return RoutingLogits(coarse, _forbid(torch.matmul(key, across).float(), allowed))
 
 
 def _forbid(logits: Tensor, allowed: Tensor | None) -> Tensor:

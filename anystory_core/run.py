@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .build import AnyStoryModel, Projections
 from .errors import ModelMismatchError, RoutingError
-from .injection import KeyValue
+from .injection import Candidates, Tables
 from .routes import LearnedRoutes, MaskRoutes, RouteSource, SingleRoute
 from .sites import Site
 from .subject import Subject
@@ -39,10 +39,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class SiteConditions:
-    """Projected keys and values of all C = N + 1 candidates at one block; None: it has none."""
+    """Projected keys and values of all C = N + 1 candidates at one block."""
 
-    clip: tuple[KeyValue | None, ...]
-    reference: tuple[KeyValue | None, ...]
+    clip: Candidates
+    reference: Candidates
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Run:
     strengths: tuple[float, ...]  # eta_i for N subjects and the background
     biases: tuple[float, ...]  # gamma_i, the same
     keep_references_in_uncond: bool = False
+    tables: Tables = field(default_factory=Tables, compare=False, repr=False)
 
     @property
     def subjects(self) -> int:
@@ -88,10 +89,12 @@ def project(
             reference = projections.reference.at(site.index)
         conditions.append(
             SiteConditions(
-                tuple(None if clip is None or e is None else clip(e) for e in tokens),
-                tuple(
-                    None if reference is None or not g else reference(g[site.index - 2])
-                    for g in features
+                Candidates([None if clip is None or e is None else clip(e) for e in tokens]),
+                Candidates(
+                    [
+                        None if reference is None or not g else reference(g[site.index - 2])
+                        for g in features
+                    ]
                 ),
             )
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from anystory_core.conditioner import Call, Rows, straight_through
-from anystory_core.injection import KeyValue
+from anystory_core.injection import Candidates, KeyValue
 from anystory_core.router import RoutingLogits
 from anystory_core.routes import Crops, Grid, SoftMaps
 from anystory_core.run import Run, SiteConditions
@@ -53,9 +53,12 @@ def test_equation_5_is_sampled_and_equation_6_is_not() -> None:
     width, heads = sites[0].channels, sites[0].heads
     logits = 0.3 * torch.randn(ROWS, 3, TOKENS, dtype=torch.float64)
     keys = [KeyValue(*torch.randn(2, ROWS, 3, width, dtype=torch.float64)) for _ in range(5)]
-    clip, reference = tuple(keys[:3]), (*keys[3:], None)
+    clip, reference = keys[:3], [*keys[3:], None]
     run = Run(
-        (SiteConditions(clip, (None,) * 3), SiteConditions(clip, reference)),
+        tuple(
+            SiteConditions(Candidates([*clip]), Candidates(given))
+            for given in ([None] * 3, [*reference])
+        ),
         GivenLogits(logits),
         (1.0, 0.5, 1.0),
         (0.0, 0.0, -torch.inf),

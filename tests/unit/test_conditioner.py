@@ -13,7 +13,7 @@ from torch import Tensor
 from anystory_core import conditioner
 from anystory_core.conditioner import Call, Rows
 from anystory_core.config import RouterConfig, UNetConfig
-from anystory_core.injection import KeyValue
+from anystory_core.injection import Candidates, KeyValue
 from anystory_core.router import Routers
 from anystory_core.routes import LearnedRoutes, MaskRoutes, resize_soft
 from anystory_core.run import Run, SiteConditions
@@ -47,16 +47,20 @@ class World:
         self.routing = 3 * normal(1, subjects + 1, E)
         self.conditions = [
             SiteConditions(
-                tuple(
-                    KeyValue(normal(1, 3, s.channels), normal(1, 3, s.channels))
-                    for _ in range(subjects + 1)
+                Candidates(
+                    [
+                        KeyValue(normal(1, 3, s.channels), normal(1, 3, s.channels))
+                        for _ in range(subjects + 1)
+                    ]
                 ),
-                (
-                    *(
-                        KeyValue(normal(1, 4, s.channels), normal(1, 4, s.channels))
-                        for _ in range(subjects)
-                    ),
-                    None,
+                Candidates(
+                    [
+                        *(
+                            KeyValue(normal(1, 4, s.channels), normal(1, 4, s.channels))
+                            for _ in range(subjects)
+                        ),
+                        None,
+                    ]
                 ),
             )
             for s in SITES
@@ -200,7 +204,9 @@ def test_exchanging_two_subjects_exchanges_their_regions_and_nothing_else() -> N
     world.eta = tuple(world.eta[i] for i in swap)
     world.gamma = tuple(world.gamma[i] for i in swap)
     world.conditions = [
-        SiteConditions(tuple(c.clip[i] for i in swap), tuple(c.reference[i] for i in swap))
+        SiteConditions(
+            Candidates([c.clip[i] for i in swap]), Candidates([c.reference[i] for i in swap])
+        )
         for c in world.conditions
     ]
     after = world.call(world.run(), Rows((0, 1, 2)))
@@ -251,7 +257,9 @@ def test_the_same_subject_twice_equals_once() -> None:
     twice = world.run(
         source=MaskRoutes((left, right)),
         conditions=tuple(
-            SiteConditions((c.clip[0], *c.clip), (c.reference[0], *c.reference))
+            SiteConditions(
+                Candidates([c.clip[0], *c.clip]), Candidates([c.reference[0], *c.reference])
+            )
             for c in world.conditions
         ),
         strengths=(world.eta[0], *world.eta),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anystory_core import injection
-from anystory_core.injection import KeyValue, Regions
+from anystory_core.injection import Candidates, KeyValue, Regions, Tables
 
 HEADS, WIDTH = 2, 8
 TOLERANCE = 1e-10  # float64 sums in another order
@@ -58,6 +58,19 @@ class Case:
             out.append(None if one is None else (one.k[0], one.v[0]))
         return out
 
+    def clip_masked(self, eta: list[float]) -> Tensor:
+        conditions = Candidates(list(self.conditions))
+        return injection.clip_masked(
+            self.q, conditions, eta, self.route, HEADS, naive.dense_attention, Tables()
+        )
+
+    def reference_masked(self) -> Tensor:
+        references = Candidates(list(self.references))
+        return injection.reference_masked(
+            self.q, self.k, self.v, references, self.gamma, self.route, HEADS,
+            naive.dense_attention, Tables(),
+        )  # fmt: skip
+
     @property
     def regions(self) -> Regions:
         return Regions.of(self.route, len(self.conditions))
@@ -81,7 +94,7 @@ def test_equation_5(case: Case) -> None:
     one_hot = torch.nn.functional.one_hot(case.route, len(case.conditions)).movedim(-1, 1)
     ways = {
         "by region": injection.clip_by_region(*args, case.regions, HEADS, attention),
-        "masked": injection.clip_masked(*args, case.route, HEADS, attention),
+        "masked": case.clip_masked(case.eta),
         "dense": injection.clip_dense(*args, one_hot.double(), HEADS, attention),
     }
     for row in range(len(case.q)):
@@ -104,7 +117,7 @@ def test_equations_6_to_8(case: Case) -> None:
     attention = naive.dense_attention
     ways = {
         "by region": injection.reference_by_region(*args, case.regions, HEADS, attention),
-        "masked": injection.reference_masked(*args, case.route, HEADS, attention),
+        "masked": case.reference_masked(),
     }
     for row in range(len(case.q)):
         wanted = naive.equation_6(
@@ -133,7 +146,7 @@ def test_odd_and_large_grids(grid: tuple[int, int]) -> None:
     tail = HEADS, naive.dense_attention
     second = {
         "by region": injection.clip_by_region(*clip, case.regions, *tail)[0],
-        "masked": injection.clip_masked(*clip, case.route, *tail)[0],
+        "masked": case.clip_masked(case.eta)[0],
     }
     wanted = naive.equation_5(
         q[sampled], text[sampled], route[sampled], case.of_row(case.conditions, 0), case.eta, HEADS
@@ -143,7 +156,7 @@ def test_odd_and_large_grids(grid: tuple[int, int]) -> None:
     assert torch.allclose(*second.values(), atol=TOLERANCE)
     routed = {
         "by region": injection.reference_by_region(*reference, case.regions, *tail)[0],
-        "masked": injection.reference_masked(*reference, case.route, *tail)[0],
+        "masked": case.reference_masked()[0],
     }
     wanted = naive.equation_6(
         q[sampled], k, v, route[sampled], case.of_row(case.references, 0), case.gamma, HEADS
@@ -159,9 +172,24 @@ def test_strength_zero_and_absent_give_nothing() -> None:
         case.q, case.conditions, [0.0] * 3, case.regions, HEADS, naive.dense_attention
     )
     assert torch.count_nonzero(zero) == 0
-    none: list[KeyValue | None] = [None] * 3
-    masked = injection.clip_masked(case.q, none, case.eta, case.route, HEADS, naive.dense_attention)
-    assert torch.count_nonzero(masked) == 0
+    assert torch.count_nonzero(case.clip_masked([0.0] * 3)) == 0
+    case.conditions = [None] * 3
+    assert torch.count_nonzero(case.clip_masked(case.eta)) == 0
+
+
+def test_joined_keys_hold_nothing_twice() -> None:
+    case = Case(1, 2, 6, 2, True)
+    candidates = Candidates([case.conditions[0], None, case.conditions[2]])
+    before = [None if p is None else (p.k.clone(), p.v.clone()) for p in candidates]
+    joined = candidates.joined()
+    assert joined is not None and candidates.joined() is joined
+    assert candidates.lengths == (3, 0, 5) and candidates.rows == 2
+    for part, old in zip(candidates, before, strict=True):
+        assert (part is None) == (old is None)
+        if part is not None and old is not None:
+            assert torch.equal(part.k, old[0]) and torch.equal(part.v, old[1])
+            assert part.k.untyped_storage().data_ptr() == joined.k.untyped_storage().data_ptr()
+            assert part.v.untyped_storage().data_ptr() == joined.v.untyped_storage().data_ptr()
 
 
 def test_sorting_is_undone_exactly() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anystory_core.conditioner import Call, Rows
 from anystory_core.errors import RoutingError
-from anystory_core.injection import KeyValue
+from anystory_core.injection import Candidates, KeyValue
 from anystory_core.routes import Grid, MaskRoutes
 from anystory_core.run import Run, SiteConditions
 from anystory_core.sites import Site, build_sites
@@ -249,8 +249,8 @@ def test_call_routes_by_the_query() -> None:
         return KeyValue(*(torch.randn(1, 3, site.channels, generator=make) for _ in range(2)))
 
     conditions = (
-        SiteConditions((kv(), None), (None, None)),
-        SiteConditions((None, None), (kv(), None)),
+        SiteConditions(Candidates([kv(), None]), Candidates([None, None])),
+        SiteConditions(Candidates([None, None]), Candidates([kv(), None])),
     )
     run = Run(conditions, routes, (1.0, 1.0), (0.0, -math.inf))
     call = Call(run, Rows((0,)), (True,), SITES, dense_attention)

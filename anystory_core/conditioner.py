@@ -150,7 +150,8 @@ class Call:
         self._begin_by_query(index, q)
         route = self._routes.get(index)
         cond = self.rows.cond if route is not None else ()
-        uncond = self.rows.uncond if conditions[-1] is not None else ()
+        background = conditions[-1]
+        uncond = self.rows.uncond if background is not None else ()
         if route is not None and cond and self._masked(route, q) and conditions.rows == 1:
             # Unconditional rows are all background: one call serves both.
             rows = tuple(sorted(cond + uncond))
@@ -162,10 +163,12 @@ class Call:
         terms: list[Tensor] = []
         if route is not None and cond:
             terms.append(self._routed_clip(route, _take(q, cond), conditions, heads))
-        if uncond and conditions[-1] is not None:
-            own, background = _take(q, uncond), conditions[-1].to(q)
+        if uncond and background is not None:
+            own = _take(q, uncond)
             terms.append(
-                injection.clip_everywhere(own, background, self._eta[-1], heads, self.attention)
+                injection.clip_everywhere(
+                    own, background.to(q), self._eta[-1], heads, self.attention
+                )
             )
         if not terms:
             return text

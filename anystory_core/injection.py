@@ -98,7 +98,7 @@ class Candidates:
             k, v = torch.cat([p.k for p in there], dim=1), torch.cat([p.v for p in there], dim=1)
             self._joined = KeyValue(k, v)
             sizes = self.lengths
-            pieces = zip(k.split(sizes, dim=1), v.split(sizes, dim=1), strict=True)
+            pieces = zip(*(torch.split(x, list(sizes), dim=1) for x in (k, v)), strict=True)
             self.parts = [
                 KeyValue(*piece) if size else None
                 for piece, size in zip(pieces, sizes, strict=True)

@@ -117,7 +117,8 @@ class Router(nn.Module):
             inside = torch.zeros_like(coarse, dtype=torch.bool).scatter_(1, winner, True)
             # (B,C,Q); a candidate whose region is empty attends to every token
             outside = ~inside & inside.any(dim=-1, keepdim=True)
-        attention = scores[:, candidates:].float().unflatten(1, (candidates, self.heads))
+        attention = scores[:, candidates:].float()
+        attention = attention.reshape(-1, candidates, self.heads, z.shape[1])
         attention = attention.masked_fill(outside[:, :, None], -torch.inf).softmax(dim=-1)
         summed = torch.matmul(attention.flatten(1, 2).to(z), z)  # (B,C*H,D): sum_u a_u Z_u
         value: Tensor = self.value(summed)  # (B,C*H,K)

@@ -34,6 +34,7 @@ from .weights import FOLDER
 from .weights import path as weights_path
 
 ROUTING_SAMPLES = 500
+CONVERTED = "converted "  # begins the names of models that are made without training
 
 
 def find_models(work: Path, *, shipped: bool) -> dict[str, AnyStoryModel]:
@@ -53,7 +54,7 @@ def convert_models(stack: Stack, models: dict[str, AnyStoryModel]) -> dict[str, 
     branch = models.get("no reference", models.get("full"))
     if branch is None:
         return {}
-    return {f"converted {kind}": made for kind, made in converted(stack.unet, branch).items()}
+    return {f"{CONVERTED}{kind}": made for kind, made in converted(stack.unet, branch).items()}
 
 
 class Table:
@@ -95,15 +96,20 @@ def measure_all(
     wanted: Sequence[str],
 ) -> None:
     """Every row that ``wanted`` names, or all; those of models that are not there are left out."""
+    known = dict(models)
     for row in rows.DRAWN if judge is not None else ():
         name = f"{row.subjects} subject{'s' * (row.subjects > 1)}: {row.title}"
-        if (row.model != "base" and row.model not in models) or not report.asked(name, wanted):
+        if not report.asked(name, wanted):
+            continue
+        if row.model.startswith(CONVERTED) and row.model not in known:
+            known.update(convert_models(stack, models))
+        if row.model not in ("base", "real", *known):
             continue
         sheet = report.Sheet(table.folder / f"{report.slug(name)}.jpg")
 
         def draw(row: rows.Drawn = row, sheet: report.Sheet = sheet) -> rows.Result:
             assert judge is not None
-            return rows.measure_drawn(row, models, stack, judge, samples, sheet.keep)
+            return rows.measure_drawn(row, known, stack, judge, samples, sheet.keep)
 
         table.add(name, samples, draw)
     count = min(samples, ROUTING_SAMPLES)
@@ -150,7 +156,6 @@ def main() -> None:
         print(f"no measuring networks ({error}): routing only", flush=True)
     key = "-".join((stack.fingerprint, *(m.fingerprint for m in models.values())))
     table = Table(given.out, key)
-    models |= convert_models(stack, models)
     measure_all(stack, models, subjects, judge, table, given.samples, given.rows)
 
 

@@ -141,7 +141,8 @@ def test_rows_name_models_that_can_be_there(
     assert torch.equal(
         from_full["encoder.subject.latents"], full.state_dict()["encoder.subject.latents"]
     )
-    wanted = {row.model for row in rows.DRAWN} - {"base", "full", "no clip", "no reference"}
+    without = {"real", "base", "full", "no clip", "no reference"}
+    wanted = {row.model for row in rows.DRAWN} - without
     assert wanted == models.keys()
     assert {row.routes for row in rows.DRAWN if row.model in models} == {"single", "masks", "text"}
 

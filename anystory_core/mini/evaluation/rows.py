@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ...build import AnyStoryModel
 from ...conditioner import Call
-from ...routing_maps import StepRecord
 from ...segment import mean_maps
-from ...training import diffusers_unet
-from ...training.bases import alphas_cumprod
-from ..base import size_ids
+from ...training.losses import target_maps
 from ..emoji import Emoji
-from ..phase import autocast
 from ..vae import to_signed
 from . import draw, measures
-from .draw import SIDE, Encoder, Variant, make_call, make_run
+from .draw import SIDE, Encoder, Variant, make_run
 from .judge import Judge, Verdict
+from .looking import BATCH, batches, clean_latents, look, record_of
 from .stack import Stack
-from .tasks import Task, task
+from .tasks import Task
 
-BATCH = 20
 LEVELS = (200, 500, 800)  # of 1000
 
 Result = dict[str, measures.Estimate]
@@ -36,7 +33,8 @@ Keep = Callable[[Sequence[Task], Tensor], None]
 class Drawn:
     """A row of drawn pictures. ``model``: "full", "no clip", "no reference", "base", or "converted
     simplified", "converted original" and "converted none", made without training
-    (:mod:`..public`); "plain" captions say "an object" for every name."""
+    (:mod:`..public`); "real" shows the measuring networks the scenes themselves. "plain" captions
+    say "an object" for every name."""
 
     title: str
     subjects: int
@@ -48,6 +46,7 @@ class Drawn:
 
 
 DRAWN = (
+    *(Drawn("real pictures", count, "real") for count in (1, 2, 3)),
     Drawn("full", 1),
     Drawn("full, subject's name in the caption", 1, captions="named"),
     Drawn("full, routed everywhere", 1, routes="single"),
@@ -88,14 +87,19 @@ def measure_drawn(
     keep: Keep | None = None,
 ) -> Result:
     """Draw ``samples`` tasks and count. KeyError names a model that is not there."""
-    model = None if row.model == "base" else models[row.model]
+    model = models.get(row.model)
+    if model is None and row.model not in ("base", "real"):
+        raise KeyError(row.model)
     routes = row.routes if model is None or model.routers is not None else _without(row.routes)
     variant = Variant(model, routes, row.clip, row.reference)
     verdicts: list[Verdict] = []
     size = 1 if routes == "text" else BATCH
-    for tasks in _batches(judge.subjects, row.subjects, samples, size):
-        captions = [t.caption(row.captions) for t in tasks]
-        pictures = draw.draw(stack, tasks, captions, variant)
+    for tasks in batches(judge.subjects, row.subjects, samples, size):
+        if row.model == "real":
+            pictures = torch.stack([torch.from_numpy(t.scene.picture.copy()) for t in tasks])
+            pictures = to_signed(pictures)
+        else:
+            pictures = draw.draw(stack, tasks, [t.caption(row.captions) for t in tasks], variant)
         if keep is not None:
             keep(tasks, pictures)
         verdicts += judge.judge(pictures, tasks)
@@ -104,16 +108,6 @@ def measure_drawn(
 
 def _without(routes: draw.Routes) -> draw.Routes:
     return "single" if routes == "router" else routes
-
-
-def _batches(
-    subjects: Sequence[Emoji], count: int, samples: int, size: int = BATCH
-) -> list[list[Task]]:
-    numbers = range(samples)
-    return [
-        [task(subjects, count, n) for n in numbers[start : start + size]]
-        for start in range(0, samples, size)
-    ]
 
 
 def counted(verdicts: Sequence[Verdict], subjects: int) -> Result:
@@ -140,33 +134,22 @@ def counted(verdicts: Sequence[Verdict], subjects: int) -> Result:
 class _Routing:
     """IoU sums of one noise level."""
 
-    layers: dict[int, list[float]]
-    coarse_layers: dict[int, list[float]]
-    over: list[float]
-    coarse_over: list[float]
-    ceiling: list[float]
+    layers: dict[int, list[float]] = dataclasses.field(default_factory=dict[int, list[float]])
+    coarse_layers: dict[int, list[float]] = dataclasses.field(
+        default_factory=dict[int, list[float]]
+    )
+    over: list[float] = dataclasses.field(default_factory=list[float])
+    coarse_over: list[float] = dataclasses.field(default_factory=list[float])
+    perfect_over: list[float] = dataclasses.field(default_factory=list[float])
+    ceiling: list[float] = dataclasses.field(default_factory=list[float])
 
 
-@torch.no_grad()
-def _look(
-    encoder: Encoder, tasks: Sequence[Task], level: int, routes: draw.Routes = "router"
-) -> Call:
-    """One conditional pass over the tasks' scenes noised to ``level``, their captions and
-    injection on: the call, with its maps."""
-    stack, model, count = encoder.stack, encoder.model, len(tasks)
-    text, pooled = stack.encode_text([t.caption("named") for t in tasks])
-    pictures = torch.stack([torch.from_numpy(t.scene.picture.copy()) for t in tasks])
-    clean = stack.encode_pictures(to_signed(pictures))
+def _look(encoder: Encoder, tasks: Sequence[Task], level: int, routes: draw.Routes) -> Call:
+    """The tasks' scenes noised to ``level`` with their captions."""
     noise = torch.stack([t.noise((4, SIDE, SIDE), salt=level) for t in tasks])
-    alpha = alphas_cumprod().float()[level]
-    noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-    call = make_call(make_run(Variant(model, routes), encoder, tasks), model, count)
-    with autocast():
-        diffusers_unet.predict(
-            stack.unet, stack.slot, call, noisy, torch.full((count,), level), text, pooled,
-            size_ids(count),
-        )  # fmt: skip
-    return call
+    text = encoder.stack.encode_text([t.caption("named") for t in tasks])
+    run = make_run(Variant(encoder.model, routes), encoder, tasks)
+    return look(encoder, run, clean_latents(encoder, tasks), noise, level, text)
 
 
 def measure_routing(
@@ -174,16 +157,17 @@ def measure_routing(
 ) -> Result:
     """Real held-out scenes of two and three subjects, noised to ``level``: IoU of the routes with
     the true masks."""
-    sums = _Routing({}, {}, [], [], [])
+    sums = _Routing()
     encoder = Encoder(stack, model)
     for count in (2, 3):
-        for tasks in _batches(subjects, count, samples // 2):
-            call = _look(encoder, tasks, level)
+        for tasks in batches(subjects, count, samples // 2):
+            call = _look(encoder, tasks, level, "router")
             for row, one in enumerate(tasks):
                 _add(sums, call, row, one)
     result = {
         "over layers": measures.bootstrap(sums.over),
         "over layers, coarse": measures.bootstrap(sums.coarse_over),
+        "over layers, each block's map perfect": measures.bootstrap(sums.perfect_over),
         "perfect masks": measures.bootstrap(sums.ceiling),
     }
     for index in sorted(sums.layers):
@@ -201,13 +185,10 @@ def measure_text_routing(
     ceilings: list[float] = []
     encoder = Encoder(stack, model)
     for count in (2, 3):
-        for (one,) in _batches(subjects, count, samples // 2, 1):
-            call = _look(encoder, [one], level, "text")
-            maps = {index: soft.maps.float() for index, soft in call.soft_maps.items()}
-            grids = {index: soft.grid for index, soft in call.soft_maps.items()}
+        for (one,) in batches(subjects, count, samples // 2, 1):
+            record = record_of(_look(encoder, [one], level, "text"), 0)
             true = one.masks()
-            mean = mean_maps(_step(maps, grids), (SIDE, SIDE))
-            over.append(measures.picture_iou(mean, true))
+            over.append(measures.picture_iou(mean_maps(record, (SIDE, SIDE)), true))
             ceilings.append(measures.mean_ceiling(true, (SIDE, SIDE)))
     return {
         "over layers": measures.bootstrap(over),
@@ -215,23 +196,20 @@ def measure_text_routing(
     }
 
 
-def _add(sums: _Routing, call: Any, row: int, one: Task) -> None:
+def _add(sums: _Routing, call: Call, row: int, one: Task) -> None:
     true = one.masks()
-    refined: dict[int, Tensor] = {}
+    refined = record_of(call, row)
     coarse: dict[int, Tensor] = {}
-    grids: dict[int, tuple[int, int]] = {}
     for index, soft in call.soft_maps.items():
-        grids[index] = soft.grid
-        refined[index] = soft.maps[row : row + 1].float()
+        assert soft.logits is not None
         coarse[index] = soft.logits.coarse[row : row + 1].float().softmax(dim=1)
-        for store, maps in ((sums.layers, refined), (sums.coarse_layers, coarse)):
+        for store, maps in ((sums.layers, refined.soft), (sums.coarse_layers, coarse)):
             value = measures.grid_iou(maps[index][0], true, soft.grid)
             store.setdefault(index, []).append(value)
-    for store, maps in ((sums.over, refined), (sums.coarse_over, coarse)):
-        mean = mean_maps(_step(maps, grids), (SIDE, SIDE))
+    perfect = {index: target_maps(true[None], grid) for index, grid in refined.grids.items()}
+    for store, maps in (
+        (sums.over, refined.soft), (sums.coarse_over, coarse), (sums.perfect_over, perfect),
+    ):  # fmt: skip
+        mean = mean_maps(dataclasses.replace(refined, soft=maps), (SIDE, SIDE))
         store.append(measures.picture_iou(mean, true))
     sums.ceiling.append(measures.mean_ceiling(true, (SIDE, SIDE)))
-
-
-def _step(maps: dict[int, Tensor], grids: dict[int, tuple[int, int]]) -> StepRecord:
-    return StepRecord(sigma=0.0, active=(), grids=grids, soft=maps)

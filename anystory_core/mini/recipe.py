@@ -37,7 +37,7 @@ from .identity import train_identity
 from .phase import run_shared, shares
 from .scenes import write_shard
 from .shipped import restore
-from .stages import SUBJECT_FILE, stage1, stage2, write_data
+from .stages import LEARNING_RATE, SUBJECT_FILE, stage1, stage2, write_data
 from .vae import load_vae, train_decoder, train_vae
 
 PHASES = (
@@ -74,6 +74,13 @@ class Options:
     stage2_steps: int
     processes: int
     start_file: str
+    learning_rate: float
+
+    def start(self, name: str) -> dict[str, Any]:
+        """Where a stage begins."""
+        return {
+            "name": name, "start_file": self.start_file, "learning_rate": self.learning_rate,
+        }  # fmt: skip
 
     def training_emoji(self) -> list[emoji.Emoji]:
         """All subjects but the held-out families; fetched first when missing."""
@@ -114,12 +121,12 @@ def run_phase(name: str, options: Options) -> None:
         run_shared(task, options.processes)
     elif name == "stage1":
         write_data(options.training_emoji(), work, "pairs", options.sample_shards)
-        start = {"name": name, "start_file": options.start_file}
-        run_shared(partial(train_stage, work, 1, options.stage1_steps, **start), options.processes)
+        task = partial(train_stage, work, 1, options.stage1_steps, **options.start(name))
+        run_shared(task, options.processes)
     elif name == "stage2":
         write_data(options.training_emoji(), work, "scenes", options.sample_shards)
-        start = {"name": name, "start_file": options.start_file}
-        run_shared(partial(train_stage, work, 2, options.stage2_steps, **start), options.processes)
+        task = partial(train_stage, work, 2, options.stage2_steps, **options.start(name))
+        run_shared(task, options.processes)
     else:
         for part, size in export(work).items():
             print(f"export: {part} {size / 2**20:.2f} MiB", flush=True)
@@ -161,6 +168,9 @@ def main() -> None:
     parser.add_argument("--stage1-steps", type=int, default=20_000)
     parser.add_argument("--stage2-steps", type=int, default=8_000)
     parser.add_argument("--start-file", default="", help="AnyStory weights a stage goes on from")
+    parser.add_argument(
+        "--learning-rate", type=float, default=LEARNING_RATE, help="of a stage; default %(default)s"
+    )
     given = vars(parser.parse_args())
     phase = given.pop("phase")
     options = Options(**given)

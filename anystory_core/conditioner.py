@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import injection
-from .injection import Attention, Candidates, Regions
+from .injection import Attention, Candidates, KeyValue, Regions
 from .routes import Crops, Grid, SoftMaps
 from .run import Run
 from .sites import Site
@@ -152,46 +152,51 @@ class Call:
         cond = self.rows.cond if route is not None else ()
         background = conditions[-1]
         uncond = self.rows.uncond if background is not None else ()
-        if route is not None and cond and self._masked(route, q) and conditions.rows == 1:
-            # Unconditional rows are all background: one call serves both.
+        if route is not None and cond and route.weights is None and conditions.rows == 1:
+            # One set of keys for all rows, and unconditional rows are all background: they attend
+            # together.
             rows = tuple(sorted(cond + uncond))
             ids = self._spread(route.ids[: len(cond)], tuple(map(rows.index, cond)), len(rows))
-            term = injection.clip_masked(
-                _take(q, rows), conditions, self._eta, ids, heads, self.attention, self.run.tables
-            )
-            return _add(text, rows, term)
+            return _add(text, rows, self._routed_clip(_take(q, rows), conditions, ids, heads))
         terms: list[Tensor] = []
         if route is not None and cond:
-            terms.append(self._routed_clip(route, _take(q, cond), conditions, heads))
-        if uncond and background is not None:
-            own = _take(q, uncond)
-            terms.append(
-                injection.clip_everywhere(
-                    own, background.to(q), self._eta[-1], heads, self.attention
+            own = _take(q, cond)
+            if route.weights is None:
+                terms.append(self._routed_clip(own, conditions, route.ids[: len(cond)], heads))
+            else:
+                weights = route.weights[: len(cond)]
+                given = self._given(conditions, own)
+                terms.append(
+                    injection.clip_dense(own, given, self._eta, weights, heads, self.attention)
                 )
+        if uncond and background is not None:
+            own, shared = _take(q, uncond), background.to(q)
+            terms.append(
+                injection.clip_everywhere(own, shared, self._eta[-1], heads, self.attention)
             )
         if not terms:
             return text
         return _add(text, cond + uncond, terms[0] if len(terms) == 1 else torch.cat(terms))
 
-    def _routed_clip(self, route: _Route, q: Tensor, conditions: Candidates, heads: int) -> Tensor:
-        if self._masked(route, q):
-            ids = route.ids[: q.shape[0]]
+    def _routed_clip(self, q: Tensor, conditions: Candidates, ids: Tensor, heads: int) -> Tensor:
+        """q (b,Q,D), each token by its region ``ids`` (b,Q)."""
+        if not by_region(q):
             return injection.clip_masked(
                 q, conditions, self._eta, ids, heads, self.attention, self.run.tables
             )
-        own = [
+        given = self._given(conditions, q)
+        tokens = q.flatten(0, 1)[None] if conditions.rows == 1 else q
+        regions = Regions.of(ids.reshape(tokens.shape[:2]), len(given))
+        return injection.clip_by_region(
+            tokens, given, self._eta, regions, heads, self.attention
+        ).view_as(q)
+
+    def _given(self, conditions: Candidates, q: Tensor) -> list[KeyValue | None]:
+        """What candidates that are on have, like q."""
+        return [
             c.to(q) if c is not None and eta > 0 else None
             for c, eta in zip(conditions, self._eta, strict=True)
         ]
-        if route.weights is not None:
-            weights = route.weights[: q.shape[0]]
-            return injection.clip_dense(q, own, self._eta, weights, heads, self.attention)
-        regions = route.sorted().head(q.shape[0])
-        return injection.clip_by_region(q, own, self._eta, regions, heads, self.attention)
-
-    def _masked(self, route: _Route, q: Tensor) -> bool:
-        return route.weights is None and not by_region(q)
 
     def _spread(self, ids: Tensor, places: tuple[int, ...], rows: int) -> Tensor:
         """Row i of ``ids`` becomes row ``places[i]`` of ``rows``; the others are background."""

@@ -20,7 +20,7 @@ Axes: B rows, Q image tokens, T subject tokens, G reference tokens, D channels, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -160,12 +160,6 @@ class Regions:
         rows = cast("list[list[int]]", cast(Any, sizes).tolist())
         return cls(order, inverse, tuple(tuple(row) for row in rows))
 
-    def head(self, rows: int) -> Regions:
-        """Only the first rows."""
-        if rows == len(self.sizes):
-            return self
-        return Regions(self.order[:rows], self.inverse[:rows], self.sizes[:rows])
-
     def sort(self, x: Tensor, row: int, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
         """(B,Q,D) -> the tokens of a row as one (1,n,D) piece per region."""
         ordered = x[row].index_select(0, self.order[row])[None]
@@ -268,20 +262,42 @@ def reference_by_region(
     rows: list[Tensor] = []
     for row, sizes in enumerate(regions.sizes):
         tokens = regions.sort(q, row, sizes)
-        own_k, own_v = k[row : row + 1], v[row : row + 1]
+        own = KeyValue(k[row : row + 1], v[row : row + 1])
+        given = {
+            i: r.row(row)
+            for i, (size, r) in enumerate(zip(sizes, references, strict=True))
+            if size and r is not None
+        }
+        there = list(given)
+        keys: dict[int, tuple[KeyValue, tuple[int, int]]] = {}
+        # Two regions share one copy of the own keys, with a reference on either side of them.
+        for first, second in zip(there[::2], [*there[1::2], None], strict=False):
+            keys |= _between(own, given, first, second)
         pieces: list[Tensor] = []
-        for piece, reference, bias in zip(tokens, references, biases, strict=True):
+        for i, (piece, bias) in enumerate(zip(tokens, biases, strict=True)):
             if piece.shape[1] == 0:
                 continue
-            if reference is None:
-                pieces.append(attention(piece, own_k, own_v, heads))
-                continue
-            kv = reference.row(row)
-            keys, values = torch.cat((own_k, kv.k), dim=1), torch.cat((own_v, kv.v), dim=1)
-            mask = None if bias == 0 else _bias_row(piece, own_k.shape[1], kv.k.shape[1], bias)
-            pieces.append(attention(piece, keys, values, heads, mask))
+            kv, (before, after) = keys.get(i, (own, (0, 0)))
+            mask = None
+            if bias != 0 and before + after:
+                mask = _bias_row(piece, before, k.shape[1], after, bias)
+            pieces.append(attention(piece, kv.k, kv.v, heads, mask))
         rows.append(regions.unsort(pieces, row))
     return torch.stack(rows)
+
+
+def _between(
+    own: KeyValue, given: Mapping[int, KeyValue], first: int, second: int | None
+) -> dict[int, tuple[KeyValue, tuple[int, int]]]:
+    """[reference, own, reference] in one tensor: for each of the two regions the part that is
+    its, and how many reference keys stand before and after the own ones."""
+    parts = [given[first], own, *([] if second is None else [given[second]])]
+    k, v = torch.cat([p.k for p in parts], dim=1), torch.cat([p.v for p in parts], dim=1)
+    before, middle = given[first].k.shape[1], own.k.shape[1]
+    out = {first: (KeyValue(k[:, : before + middle], v[:, : before + middle]), (before, 0))}
+    if second is not None:
+        out[second] = (KeyValue(k[:, before:], v[:, before:]), (0, given[second].k.shape[1]))
+    return out
 
 
 def reference_masked(
@@ -306,7 +322,7 @@ def reference_masked(
     return attention(q, keys, values, heads, mask)
 
 
-def _bias_row(q: Tensor, own: int, reference: int, bias: float) -> Tensor:
-    """(1,Q,own+reference): gamma on the reference keys, the same for every token."""
-    row = torch.cat((q.new_zeros(own), q.new_full((reference,), bias)))
-    return row.expand(1, q.shape[1], -1)
+def _bias_row(q: Tensor, before: int, own: int, after: int, bias: float) -> Tensor:
+    """(1,Q,before+own+after): gamma on the reference keys, the same for every token."""
+    parts = (q.new_full((before,), bias), q.new_zeros(own), q.new_full((after,), bias))
+    return torch.cat(parts).expand(1, q.shape[1], -1)

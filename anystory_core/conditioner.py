@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import injection
-from .injection import Attention, Candidates, KeyValue, Regions
+from .injection import Attention, Candidates, Regions
 from .routes import Crops, Grid, SoftMaps
 from .run import Run
 from .sites import Site
@@ -52,17 +52,11 @@ def by_region(q: Tensor) -> bool:
 
 @dataclass
 class _Route:
-    """The route of one block, and what was derived from it for one grid."""
+    """The route of one block on one grid."""
 
     soft: SoftMaps
     ids: Tensor  # (b,Q) long
     weights: Tensor | None = None  # straight-through one-hot (b,C,Q), training only
-    regions: Regions | None = None
-
-    def sorted(self) -> Regions:
-        if self.regions is None:
-            self.regions = Regions.of(self.ids, self.soft.maps.shape[1])
-        return self.regions
 
 
 @dataclass
@@ -165,7 +159,7 @@ class Call:
                 terms.append(self._routed_clip(own, conditions, route.ids[: len(cond)], heads))
             else:
                 weights = route.weights[: len(cond)]
-                given = self._given(conditions, own)
+                given = conditions.given([eta > 0 for eta in self._eta], own)
                 terms.append(
                     injection.clip_dense(own, given, self._eta, weights, heads, self.attention)
                 )
@@ -184,19 +178,12 @@ class Call:
             return injection.clip_masked(
                 q, conditions, self._eta, ids, heads, self.attention, self.run.tables
             )
-        given = self._given(conditions, q)
+        given = conditions.given([eta > 0 for eta in self._eta], q)
         tokens = q.flatten(0, 1)[None] if conditions.rows == 1 else q
         regions = Regions.of(ids.reshape(tokens.shape[:2]), len(given))
         return injection.clip_by_region(
             tokens, given, self._eta, regions, heads, self.attention
         ).view_as(q)
-
-    def _given(self, conditions: Candidates, q: Tensor) -> list[KeyValue | None]:
-        """What candidates that are on have, like q."""
-        return [
-            c.to(q) if c is not None and eta > 0 else None
-            for c, eta in zip(conditions, self._eta, strict=True)
-        ]
 
     def _spread(self, ids: Tensor, places: tuple[int, ...], rows: int) -> Tensor:
         """Row i of ``ids`` becomes row ``places[i]`` of ``rows``; the others are background."""
@@ -229,12 +216,10 @@ class Call:
         rows = tuple(range(q.shape[0])) if together else self._routed
         q_, k_, v_ = (_take(x, rows) for x in (q, k, v))
         if by_region(q):
-            open_ = [
-                r.to(q) if r is not None and b > -math.inf else None
-                for r, b in zip(references, self._gamma, strict=True)
-            ]
+            given = references.given([gamma > -math.inf for gamma in self._gamma], q)
+            regions = Regions.of(route.ids, len(given))
             routed = injection.reference_by_region(
-                q_, k_, v_, open_, self._gamma, route.sorted(), heads, attention
+                q_, k_, v_, given, self._gamma, regions, heads, attention
             )
         else:
             ids = self._spread(route.ids, self._routed, len(rows)) if together else route.ids

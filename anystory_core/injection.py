@@ -90,11 +90,19 @@ class Candidates:
         """Tokens of each candidate, 0 for None."""
         return tuple(0 if p is None else p.k.shape[1] for p in self.parts)
 
+    def given(self, on: Sequence[bool], like: Tensor) -> list[KeyValue | None]:
+        """What the candidates that are ``on`` have, in the dtype and on the device of ``like``."""
+        return [
+            part.to(like) if part is not None and o else None
+            for part, o in zip(self.parts, on, strict=True)
+        ]
+
     def joined(self) -> KeyValue | None:
         """All of them one after the other: (R,T_1+..+T_C,D). The parts become views of it, so that
         nothing is held twice."""
-        there = [p.rows(self.rows) for p in self.parts if p is not None]
-        if self._joined is None and there:
+        if self._joined is None and any(self.lengths):
+            batch = self.rows
+            there = [p.rows(batch) for p in self.parts if p is not None]
             k, v = torch.cat([p.k for p in there], dim=1), torch.cat([p.v for p in there], dim=1)
             self._joined = KeyValue(k, v)
             sizes = self.lengths

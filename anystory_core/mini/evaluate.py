@@ -103,7 +103,7 @@ def measure_all(
             continue
         if row.model.startswith(CONVERTED) and row.model not in known:
             known.update(convert_models(stack, models))
-        if row.model not in ("base", "real", *known):
+        if row.model not in (*rows.WITHOUT_MODEL, *known):
             continue
         sheet = report.Sheet(table.folder / f"{report.slug(name)}.jpg")
 

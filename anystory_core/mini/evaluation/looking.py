@@ -30,11 +30,14 @@ def batches(
         yield [task(subjects, count, n) for n in range(start, min(start + size, samples))]
 
 
-@torch.no_grad()
+def scenes_of(tasks: Sequence[Task]) -> Tensor:
+    """The tasks' own pictures (B,3,H,W) in [-1,1]."""
+    return to_signed(torch.stack([torch.from_numpy(t.scene.picture.copy()) for t in tasks]))
+
+
 def clean_latents(encoder: Encoder, tasks: Sequence[Task]) -> Tensor:
-    """The tasks' scenes as latents (B,4,h,w)."""
-    pictures = torch.stack([torch.from_numpy(t.scene.picture.copy()) for t in tasks])
-    return encoder.stack.encode_pictures(to_signed(pictures))
+    """The same as latents (B,4,h,w)."""
+    return encoder.stack.encode_pictures(scenes_of(tasks))
 
 
 @torch.no_grad()

@@ -15,15 +15,15 @@ from ...conditioner import Call
 from ...segment import mean_maps
 from ...training.losses import target_maps
 from ..emoji import Emoji
-from ..vae import to_signed
 from . import draw, measures
 from .draw import SIDE, Encoder, Variant, make_run
 from .judge import Judge, Verdict
-from .looking import BATCH, batches, clean_latents, look, record_of
+from .looking import BATCH, batches, clean_latents, look, record_of, scenes_of
 from .stack import Stack
 from .tasks import Task
 
 LEVELS = (200, 500, 800)  # of 1000
+WITHOUT_MODEL = ("base", "real")  # values of Drawn.model that name no AnyStory weights
 
 Result = dict[str, measures.Estimate]
 Keep = Callable[[Sequence[Task], Tensor], None]
@@ -87,17 +87,14 @@ def measure_drawn(
     keep: Keep | None = None,
 ) -> Result:
     """Draw ``samples`` tasks and count. KeyError names a model that is not there."""
-    model = models.get(row.model)
-    if model is None and row.model not in ("base", "real"):
-        raise KeyError(row.model)
+    model = None if row.model in WITHOUT_MODEL else models[row.model]
     routes = row.routes if model is None or model.routers is not None else _without(row.routes)
     variant = Variant(model, routes, row.clip, row.reference)
     verdicts: list[Verdict] = []
     size = 1 if routes == "text" else BATCH
     for tasks in batches(judge.subjects, row.subjects, samples, size):
         if row.model == "real":
-            pictures = torch.stack([torch.from_numpy(t.scene.picture.copy()) for t in tasks])
-            pictures = to_signed(pictures)
+            pictures = scenes_of(tasks)
         else:
             pictures = draw.draw(stack, tasks, [t.caption(row.captions) for t in tasks], variant)
         if keep is not None:

@@ -56,7 +56,7 @@ def measure(bench: Bench) -> dict[str, Any]:
             routers = size(bench.anystory.model.routers)
             clip = size([site.clip for site in run.conditions])
             reference = size([site.reference for site in run.conditions])
-            folded = size([keys.update for keys in run.source.keys.values()])
+            folded = folded_maps(run)
             source = size(run.source) - routers - folded
             table[f"N = {n}"] = {
                 "keys and values, CLIP branch": clip / GIB,
@@ -70,6 +70,11 @@ def measure(bench: Bench) -> dict[str, Any]:
 
     bench.with_steps(models, (512, 512), use)
     return table
+
+
+def folded_maps(run: Any) -> int:
+    """Bytes of what the routers fold when a run starts, whatever the number of subjects."""
+    return size([keys.update for keys in run.source.keys.values()])
 
 
 def held(bench: Bench, state: Any) -> int:
@@ -116,7 +121,7 @@ def gpu_1024(bench: Bench, subjects: int = 2) -> dict[str, Any]:
     lines = {
         "U-Net weights": size(bench.unet.model.diffusion_model),
         "routers": size(bench.anystory.model.routers),
-        "routers' folded maps": size([keys.update for keys in run.source.keys.values()]),
+        "routers' folded maps": folded_maps(run),
         "keys and values, CLIP branch": size([site.clip for site in run.conditions]),
         "keys and values, reference branch": size([site.reference for site in run.conditions]),
         "activations": alive["N"].most,
@@ -135,6 +140,6 @@ def _masks_per_head(bench: Bench, run: Any, latent: int = 128, width: int = 2) -
     sizes = []
     for site, conditions in zip(bench.anystory.model.sites, run.conditions, strict=True):
         tokens = (latent // site.stride) ** 2
-        references = sum(r.k.shape[1] for r in conditions.reference if r is not None)
+        references = sum(conditions.reference.lengths)
         sizes.append(site.heads * tokens * (tokens + references) * width)
     return max(sizes)

@@ -90,6 +90,7 @@ class OptimiserSettings:
     epsilon: float = 1e-8
     weight_decay: float = 0.01
     warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"  # cosine: to zero at the last step
     clip_norm: float = 1.0
     ema: float = 0.0  # decay of the moving average; 0 keeps none
 

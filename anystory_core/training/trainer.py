@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..build import PARTS
 from ..checkpoint import merge_files, open_tensors, save_model, save_tensors
@@ -24,16 +24,10 @@ from .batches import Batch, SampleDataset, load_batches
 from .cache import Encodings
 from .config import TrainingConfig, seconds
 from .data import BadSamples, DataError, Index
-from .diffusers_unet import time_ids
+from .diffusers_unet import attention_kernels, time_ids
 from .initial import ROUTER_PARTS, build_trained_model
 from .sheets import draw_sheet
 from .stages import Noised, Stage, add_noise, build_stage, gumbel_seeds
-
-
-def attention_kernels(device: torch.device) -> AbstractContextManager[Any]:
-    """What attention may run on in a training step. On a CPU the fused kernel's backward pass takes
-    2 to 4 times the plain one's at small sizes; elsewhere torch chooses."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def check_distribution(kind: str) -> None:
@@ -177,7 +171,8 @@ class Trainer:
             rate = per_step / (time.monotonic() - started)
             bar.set_postfix_str(f"loss {totals['loss']:.4f}, {rate:.2f} samples/s")
             bar.update()
-            yield {**totals, "samples_per_second": rate}
+            lr = self.optimiser.param_groups[0]["lr"]
+            yield {**totals, "learning_rate": lr, "samples_per_second": rate}
         bar.close()
 
     def _micro_step(self, batch: Batch) -> dict[str, float]:
@@ -233,8 +228,11 @@ class Trainer:
     def _set_rate(self) -> None:
         settings = self.config.optimiser
         warm = min(1.0, (self.step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+        left = 1.0
+        if settings.schedule == "cosine":
+            left = 0.5 * (1 + math.cos(math.pi * self.step / self.config.run.steps))
         for group in self.optimiser.param_groups:
-            group["lr"] = settings.learning_rate * warm
+            group["lr"] = settings.learning_rate * warm * left
 
     def _update_average(self) -> None:
         target = self.config.optimiser.ema

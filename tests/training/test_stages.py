@@ -192,6 +192,18 @@ def test_ema_and_accumulation(world: Any, tmp_path: Path) -> None:
     assert torch.equal(exported[name], run.average[name]) and not torch.equal(exported[name], live)
 
 
+def test_the_learning_rate_warms_up_and_decays(world: Any, tmp_path: Path) -> None:
+    path = tiny.run_toml(
+        tmp_path, world.base, world.pairs, "subject", steps=4, run={"log_every": 1},
+        optimiser={"learning_rate": 0.01, "warmup_steps": 2, "schedule": "cosine"},
+    )  # fmt: skip
+    Trainer(load_config(path)).run()
+    lines = (tmp_path / "losses.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["learning_rate"] for line in lines]
+    # Half of cos(0), then cos(pi / 4), cos(pi / 2), cos(3 pi / 4), each raised to [0, 1].
+    assert rates == pytest.approx([0.005, 0.0085355, 0.005, 0.0014645], rel=1e-4)
+
+
 PLAIN = {"rotate": 0.0, "crop": 0.0, "pad": 0.0, "flip": 0.0}
 
 

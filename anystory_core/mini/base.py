@@ -1,31 +1,36 @@
 """The base: a U-Net of SDXL's topology, trained from scratch on the world's scenes (Eq. 1).
 
 Latents and text states come from the cache; the noise schedule is SDXL's. Losses are weighted by
-min(SNR, 5) / SNR, timesteps are spread evenly over a batch, and one caption in ten is dropped.
+min(SNR, 5) / SNR, timesteps are spread evenly over a batch, and one caption in ten is dropped. Most
+of a batch also reads a reference of one of its subjects (:mod:`.reading`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from torch.nn import functional
 
 from ..training.bases import alphas_cumprod
+from ..training.diffusers_unet import attention_kernels
 from ..training.names import diffusers_unet_config
-from .cache import Cached, encode_texts, read_shards
+from .cache import Cached, Half, encode_texts, read_shards
 from .clip import load_clip
 from .config import CONFIG, PICTURE_SIZE
 from .phase import Phase, autocast, half_is_faster, shares
+from .reading import Page, Reader
 
 BATCH = 32
 _DROP = 0.1
-_PLAIN = 0.3  # share of captions that say only "an object"
+_PLAIN = 0.5  # share of captions that say only "an object"
+_READ = 0.75  # share of a batch that reads a reference
+_EVERYWHERE = 0.5  # of one subject: share of scenes all of which may read, as in stage 1
 _MOST_SNR = 5.0
 _LOOK_AGAIN = 500  # steps after which newly cached shards are taken up
 
@@ -47,29 +52,47 @@ def spread_timesteps(batch: int, generator: torch.Generator) -> Tensor:
     return ((torch.arange(batch) + offset) / batch * 1000).long()
 
 
+@dataclass(frozen=True)
+class Picked:
+    """Cached scenes, float32: latents (B,4,h,w), states (B,77,D), pooled (B,D); of the first n of
+    them, those that read, reference latents (n,4,r,r) and where they read, (n,h,w) in [0,1]."""
+
+    latents: Tensor
+    states: Tensor
+    pooled: Tensor
+    references: Tensor
+    regions: Tensor
+
+
 def pick(
     shards: list[Cached], count: int, empty: tuple[Tensor, Tensor], rng: np.random.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Random cached scenes: latents (B,4,16,16), states (B,77,D), pooled (B,D), float32."""
-    latents: list[Tensor] = []
-    states: list[Tensor] = []
-    pooled: list[Tensor] = []
-    for _ in range(count):
+) -> Picked:
+    """``count`` random scenes, ``_READ`` of them with a subject to read."""
+    rows: list[tuple[Tensor, ...]] = []
+    read: list[tuple[Tensor, Tensor]] = []
+    while len(rows) < count:
         shard = shards[rng.integers(len(shards))]
         at, plain = rng.integers(len(shard.latents)), int(rng.random() < _PLAIN)
-        latents.append(torch.from_numpy(shard.latents[at].copy()).float())
-        if rng.random() < _DROP:
-            states.append(empty[0])
-            pooled.append(empty[1])
-        else:
-            states.append(torch.from_numpy(shard.states[at, plain].copy()).float())
-            pooled.append(torch.from_numpy(shard.pooled[at, plain].copy()).float())
-    return torch.stack(latents), torch.stack(states), torch.stack(pooled)
+        if len(read) < _READ * count:
+            region = _tensor(shard.regions[at])
+            if not region.any():
+                continue
+            alone = shard.subjects[at] == 1 and rng.random() < _EVERYWHERE
+            where = torch.ones_like(region) if alone else region
+            read.append((_tensor(shard.references[at]), where))
+        text = _tensor(shard.states[at, plain]), _tensor(shard.pooled[at, plain])
+        rows.append((_tensor(shard.latents[at]), *(empty if rng.random() < _DROP else text)))
+    columns = (*zip(*rows, strict=True), *zip(*read, strict=True))
+    return Picked(*(torch.stack(column) for column in columns))
+
+
+def _tensor(half: Half) -> Tensor:
+    return torch.from_numpy(half.copy()).float()
 
 
 def phase(folder: Path, steps: int) -> Phase:
     """Its rate and seed."""
-    return Phase(name="base", folder=folder, steps=steps, learning_rate=8e-4, seed=3, ema=0.9995)
+    return Phase(name="base", folder=folder, steps=steps, learning_rate=8e-4, seed=3, ema=0.998)
 
 
 def load_unet(folder: Path) -> Any:
@@ -83,10 +106,10 @@ def train_base(folder: Path, *, steps: int) -> None:
     """Train or resume on the shards of ``folder/cache``; more may be added meanwhile."""
     torch.manual_seed(3)
     clip, row_table = load_clip(folder)
-    # Fused attention's backward is slow on a CPU. Channels-last is faster in float32 (0.87 against
-    # 1.0 s per step of 32 on one thread) and slower in bfloat16.
+    # Channels-last is faster in float32 (0.87 against 1.0 s per step of 32 on one thread) and
+    # slower in bfloat16.
     unet = build_unet()
-    unet.set_attn_processor(AttnProcessor())
+    reader = Reader(unet, CONFIG)
     layout = torch.contiguous_format if half_is_faster() else torch.channels_last
     unet.to(memory_format=layout)
     shards = read_shards(folder / "cache")
@@ -100,18 +123,20 @@ def train_base(folder: Path, *, steps: int) -> None:
             shards[:] = read_shards(folder / "cache")
         count = BATCH // parts
         rng = np.random.default_rng((3, step, part))
-        latents, context, label = pick(shards, count, empty, rng)
-        t = spread_timesteps(count, generator)
-        noise = torch.randn(latents.shape, generator=generator)
+        batch = pick(shards, count, empty, rng)
+        t = spread_timesteps(count, generator)[torch.randperm(count, generator=generator)]
+        noise = torch.randn(batch.latents.shape, generator=generator)
         a = signal[t][:, None, None, None]
-        noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
-        with autocast():
+        noisy = a.sqrt() * batch.latents + (1 - a).sqrt() * noise
+        with autocast(), attention_kernels(torch.device("cpu")):
+            reader.book.page = Page(reader.read(batch.references), batch.regions)
             predicted = unet(
                 noisy.contiguous(memory_format=layout),
                 t,
-                context,
-                added_cond_kwargs={"text_embeds": label, "time_ids": size_ids(count)},
+                batch.states,
+                added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": size_ids(count)},
             ).sample
+            reader.book.page = None
         snr = signal[t] / (1 - signal[t])
         weight = snr.clamp(max=_MOST_SNR) / snr
         errors = functional.mse_loss(predicted.float(), noise, reduction="none").mean((1, 2, 3))

@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .backgrounds import PLACES
-from .config import PICTURE_SIZE
 from .emoji import Emoji
 from .phase import Phase, autocast, shares
 from .world import UInt8, pool_of, render_scene
 
-SIZE = PICTURE_SIZE
+SIZE = 128  # larger pictures are shrunk before they are looked at
 STRIDE = 8
 SCENES = 5000  # rendered for training
 BATCH = 32
@@ -100,7 +99,7 @@ def _load_scenes(emoji: Sequence[Emoji], folder: Path) -> tuple[UInt8, NDArray[n
         pictures = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
         labels = np.full((SCENES, 1 + 4 * _MOST), -1, np.float32)
         for i in range(SCENES):
-            scene = render_scene(pool, _FIRST_SEED + i)
+            scene = render_scene(pool, _FIRST_SEED + i, size=SIZE)
             pictures[i] = scene.picture
             labels[i, 0] = _PLACES.index(scene.place)
             for n, instance in enumerate(scene.instances):

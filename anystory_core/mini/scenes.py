@@ -1,50 +1,84 @@
-"""Rendered scenes on disk, in shards that later phases read: pictures (.npy) and captions (.json).
+"""Rendered scenes on disk, in shards that later phases read.
 
-A scene is a function of its seed, so shards can be thrown away and made again, and more of them
-added at any time.
+Of each scene: the picture, two captions, and a reference of one of its subjects, cut out as the
+pack cuts it, with the place of that subject on the latent's grid. A scene is a function of its
+seed, so shards can be thrown away and made again, and more of them added at any time.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from ..preprocess import prepare_views
+from .config import CONFIG
 from .emoji import Emoji
-from .world import UInt8, pool_of, render_scene
+from .world import Scene, UInt8, pool_of, render_reference, render_scene
 
 SHARD = 500
 FIRST_SEED = 50_000_000
+_REFERENCE_OFFSET = 350_000_000
 
 
 @dataclass(frozen=True)
 class Shard:
-    """``SHARD`` scenes: pictures uint8 (SHARD,H,W,3) mapped from disk, two captions each."""
+    """``SHARD`` scenes, two captions each, their numbers of subjects. Mapped from disk, uint8:
+    pictures (SHARD,H,W,3), cut-outs (SHARD,R,R,3) of the ReferenceNet's size, regions
+    (SHARD,H/8,W/8) where 255 is the subject that was cut out; all 0 when the scene has none."""
 
     number: int
     pictures: UInt8
+    cutouts: UInt8
+    regions: UInt8
     captions: list[str]
     plain_captions: list[str]
+    subjects: list[int]
 
 
-def _paths(folder: Path, number: int) -> tuple[Path, Path]:
-    return folder / f"{number:05d}.npy", folder / f"{number:05d}.json"
+def _paths(folder: Path, number: int) -> tuple[Path, Path, Path, Path]:
+    kinds = ("pictures.npy", "cutouts.npy", "regions.npy", "json")
+    return tuple(folder / f"{number:05d}.{kind}" for kind in kinds)  # type: ignore[return-value]
+
+
+def cut_reference(scene: Scene, seed: int) -> tuple[UInt8, UInt8]:
+    """(cut-out (R,R,3), region (H/8,W/8)) of one of a scene's subjects, zeros where it has none."""
+    height, width = (side // 8 for side in scene.picture.shape[:2])
+    side = CONFIG.reference.size
+    if not scene.instances:
+        return np.zeros((side, side, 3), np.uint8), np.zeros((height, width), np.uint8)
+    instance = random.Random(seed).choice(scene.instances)
+    picture, mask = render_reference(instance.emoji, seed)
+    image, subject = torch.from_numpy(picture / np.float32(255)), torch.from_numpy(mask)
+    (cutout,) = prepare_views(image[None], subject[None].float(), CONFIG).cutout.numpy()
+    share = instance.mask.reshape(height, 8, width, 8).mean(axis=(1, 3))
+    return cutout, np.round(255 * share).astype(np.uint8)
 
 
 def write_shard(emoji: list[Emoji], folder: Path, number: int) -> None:
     """Render one shard; nothing is done when it lies there."""
-    pictures_file, captions_file = _paths(folder, number)
+    *files, captions_file = _paths(folder, number)
     if captions_file.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     pool = pool_of(emoji)
-    scenes = [render_scene(pool, FIRST_SEED + number * SHARD + i) for i in range(SHARD)]
-    np.save(pictures_file, np.stack([scene.picture for scene in scenes]))
-    texts = [{"caption": s.caption, "plain": s.plain_caption, "place": s.place} for s in scenes]
+    seeds = range(FIRST_SEED + number * SHARD, FIRST_SEED + (number + 1) * SHARD)
+    scenes = [render_scene(pool, seed) for seed in seeds]
+    pairs = zip(scenes, seeds, strict=True)
+    cuts = [cut_reference(scene, seed + _REFERENCE_OFFSET) for scene, seed in pairs]
+    cutouts, regions = zip(*cuts, strict=True)
+    for file, arrays in zip(files, ([s.picture for s in scenes], cutouts, regions), strict=True):
+        np.save(file, np.stack(arrays))
+    texts = [
+        {"caption": s.caption, "plain": s.plain_caption, "subjects": len(s.instances)}
+        for s in scenes
+    ]
     temporary = captions_file.with_suffix(".tmp")
     temporary.write_text(json.dumps(texts))
     os.replace(temporary, captions_file)
@@ -52,13 +86,17 @@ def write_shard(emoji: list[Emoji], folder: Path, number: int) -> None:
 
 def read_shard(folder: Path, number: int) -> Shard:
     """A shard that :func:`write_shard` wrote."""
-    pictures_file, captions_file = _paths(folder, number)
+    *files, captions_file = _paths(folder, number)
     texts: list[dict[str, Any]] = json.loads(captions_file.read_text())
+    pictures, cutouts, regions = (np.load(file, mmap_mode="r") for file in files)
     return Shard(
         number,
-        np.load(pictures_file, mmap_mode="r"),
+        pictures,
+        cutouts,
+        regions,
         [str(t["caption"]) for t in texts],
         [str(t["plain"]) for t in texts],
+        [int(t["subjects"]) for t in texts],
     )
 
 

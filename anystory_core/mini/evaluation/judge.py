@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..emoji import Emoji
+from ..finder import SIZE as SEEN
 from ..finder import Finder, Found, box_of, load_finder, look
 from ..identity import SIZE, Identity, gallery, load_identity
 from ..vae import to_signed
@@ -67,7 +68,8 @@ class Judge:
         return cast(Any, self.identity)(torch.stack(crops))
 
     def judge(self, pictures: Tensor, tasks: Sequence[Task]) -> list[Verdict]:
-        """Pictures (B,3,H,W) in [-1,1] of as many tasks."""
+        """Pictures (B,3,H,W) in [-1,1] of as many tasks; seen at the networks' own size."""
+        pictures = functional.interpolate(pictures, size=(SEEN, SEEN), mode="area")
         out: list[Verdict] = []
         for picture, task, (found, place) in zip(
             pictures, tasks, look(self.finder, pictures), strict=True

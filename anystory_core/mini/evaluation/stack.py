@@ -20,6 +20,7 @@ from .. import cache, vae
 from ..base import load_unet
 from ..clip import load_clip
 from ..config import CONFIG
+from ..phase import autocast
 from ..shipped import read_modules
 from ..text import END, tokenize
 from ..weights import row_of_token
@@ -62,13 +63,16 @@ class Stack:
 
     @torch.no_grad()
     def encode_pictures(self, pixels: Tensor) -> Tensor:
-        """(B,3,H,W) in [-1,1] -> latents (B,4,h,w)."""
-        return self.vae.encode(pixels).latents.float()
+        """(B,3,H,W) in [-1,1] -> latents (B,4,h,w); one at a time, as in :mod:`..cache`."""
+        with autocast():
+            return torch.cat([self.vae.encode(p).latents for p in pixels.split(1)]).float()
 
     @torch.no_grad()
     def decode_pictures(self, latents: Tensor) -> Tensor:
         """Latents -> (B,3,H,W) in [-1,1]."""
-        return self.vae.decode(latents).sample.float().clamp(-1, 1)
+        with autocast():
+            pictures = torch.cat([self.vae.decode(z).sample for z in latents.split(1)])
+        return pictures.float().clamp(-1, 1)
 
 
 def make_stack(unet: Any, vae_: Any, text: Any, row_table: Tensor, vision: Any) -> Stack:

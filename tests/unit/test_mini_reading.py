@@ -1,0 +1,102 @@
+"""The base reads references as stage 1 will: with the same numbers, and only where it may."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+
+from anystory_core.build import build_model
+from anystory_core.conditioner import Call, Rows
+from anystory_core.mini.base import build_unet, size_ids
+from anystory_core.mini.config import CONFIG
+from anystory_core.mini.reading import Page, Reader
+from anystory_core.routes import SingleRoute
+from anystory_core.run import Run, project
+from anystory_core.sites import build_sites
+from anystory_core.training import diffusers_unet
+from anystory_core.training.names import init_from_unet
+
+BATCH, SIDE = 2, 16
+
+
+@pytest.fixture
+def unet() -> Any:
+    torch.manual_seed(0)
+    return build_unet().eval().requires_grad_(False)
+
+
+def inputs(batch: int = BATCH) -> tuple[Tensor, ...]:
+    """Noisy latents, timesteps, states, pooled, size ids."""
+    g = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(batch, 4, SIDE, SIDE, generator=g),
+        torch.tensor([100, 700, 900])[:batch],
+        torch.randn(batch, 77, CONFIG.unet.context_dim, generator=g),
+        torch.randn(batch, CONFIG.unet.context_dim, generator=g),
+        size_ids(batch),
+    )
+
+
+def references() -> Tensor:
+    side = CONFIG.reference.size // 8
+    return torch.randn(BATCH, 4, side, side, generator=torch.Generator().manual_seed(2))
+
+
+def predict(unet: Any, batch: int = BATCH) -> Tensor:
+    x, t, states, pooled, ids = inputs(batch)
+    added = {"text_embeds": pooled, "time_ids": ids}
+    return unet(x, t, states, added_cond_kwargs=added).sample
+
+
+def test_stage_1_begins_with_what_the_base_reads(unet: Any) -> None:
+    """A ReferenceNet and K, V maps that begin from the U-Net, routed everywhere (Eq. 6, gamma 0),
+    give the base's own reading, to float32 rounding."""
+    reader = Reader(unet, CONFIG)
+    reader.book.page = Page(reader.read(references()), torch.ones(BATCH, SIDE, SIDE))
+    read = predict(unet)
+
+    sites = build_sites(CONFIG.unet)
+    model = build_model(CONFIG, ("reference_net", "reference_projections"))
+    init_from_unet(model, unet.state_dict())
+    assert model.reference_net is not None
+    latents = torch.cat((references(), torch.rand(BATCH, 1, *references().shape[-2:])), dim=1)
+    features = model.reference_net(latents)  # the mask's channel has no weight yet
+    conditions = project(model.projections, sites, [None, None], [features, None])
+    run = Run(conditions, SingleRoute(), (1.0, 1.0), (0.0, -math.inf))
+    call = Call(run, Rows(tuple(range(BATCH))), (True,), sites, diffusers_unet.dense_attention)
+    slot = diffusers_unet.install(unet, sites)
+    trained = diffusers_unet.predict(unet, slot, call, *inputs())
+    assert (read - trained).abs().max() < 1e-5 * read.abs().max()
+
+
+def test_only_the_region_and_the_first_rows_read(unet: Any) -> None:
+    plain = predict(unet, 3)
+    reader = Reader(unet, CONFIG)
+    region = torch.zeros(BATCH, SIDE, SIDE)
+    region[1, :8] = 1
+    reader.book.page = Page(reader.read(references()), region)
+    read = predict(unet, 3)
+    assert torch.allclose(read[0], plain[0], atol=1e-6)  # nothing of it may read
+    assert not torch.allclose(read[1], plain[1], atol=1e-4)
+    assert torch.allclose(read[2], plain[2], atol=1e-6)  # no reference at all
+
+    bias = reader.book.page.bias(64, 64)
+    assert bias.shape == (BATCH, 64, 128) and (bias[..., :64] == 0).all()
+    inside = (bias[..., 64:] == 0).all(dim=-1).view(BATCH, 8, 8)
+    assert torch.equal(inside, region[:, ::2, ::2] == 1)
+
+
+def test_reading_trains_the_base_alone(unet: Any) -> None:
+    """Gradients reach the U-Net's own weights through both passes; nothing else has any."""
+    unet.requires_grad_(True)
+    reader = Reader(unet, CONFIG)
+    assert all(p.is_meta for p in reader.net.parameters())
+    features = reader.read(references())
+    features[-1].square().sum().backward()
+    assert unet.conv_in.weight.grad.abs().sum() > 0

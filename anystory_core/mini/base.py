@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..training.bases import alphas_cumprod
-from ..training.diffusers_unet import attention_kernels
+from ..training.diffusers_unet import attention_kernels, predict, time_ids
 from ..training.names import diffusers_unet_config
 from .cache import Cached, Half, encode_texts, read_shards
 from .clip import load_clip
 from .config import CONFIG, PICTURE_SIZE
 from .phase import Phase, autocast, half_is_faster, shares
-from .reading import Page, Reader
+from .reading import Reader
 
 BATCH = 32
 _DROP = 0.1
@@ -42,14 +42,14 @@ def build_unet() -> Any:
 
 def size_ids(batch: int) -> Tensor:
     """SDXL's size conditioning (B,6): original size, crop, target size; constant here."""
-    row = (PICTURE_SIZE, PICTURE_SIZE, 0, 0, PICTURE_SIZE, PICTURE_SIZE)
-    return torch.tensor([row], dtype=torch.float32).repeat(batch, 1)
+    return time_ids(PICTURE_SIZE, PICTURE_SIZE, batch, torch.device("cpu"))
 
 
 def spread_timesteps(batch: int, generator: torch.Generator) -> Tensor:
-    """(B,) int64 in [0,1000): one from each of B equal slices."""
+    """(B,) int64 in [0,1000): one from each of B equal slices, in random order."""
     offset = torch.rand(batch, generator=generator)
-    return ((torch.arange(batch) + offset) / batch * 1000).long()
+    t = ((torch.arange(batch) + offset) / batch * 1000).long()
+    return t[torch.randperm(batch, generator=generator)]
 
 
 @dataclass(frozen=True)
@@ -124,19 +124,16 @@ def train_base(folder: Path, *, steps: int) -> None:
         count = BATCH // parts
         rng = np.random.default_rng((3, step, part))
         batch = pick(shards, count, empty, rng)
-        t = spread_timesteps(count, generator)[torch.randperm(count, generator=generator)]
+        t = spread_timesteps(count, generator)
         noise = torch.randn(batch.latents.shape, generator=generator)
         a = signal[t][:, None, None, None]
         noisy = a.sqrt() * batch.latents + (1 - a).sqrt() * noise
         with autocast(), attention_kernels(torch.device("cpu")):
-            reader.book.page = Page(reader.read(batch.references), batch.regions)
-            predicted = unet(
-                noisy.contiguous(memory_format=layout),
-                t,
-                batch.states,
-                added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": size_ids(count)},
-            ).sample
-            reader.book.page = None
+            call = reader.call(batch.references, batch.regions)
+            noisy = noisy.contiguous(memory_format=layout)
+            predicted = predict(
+                unet, reader.slot, call, noisy, t, batch.states, batch.pooled, size_ids(count)
+            )
         snr = signal[t] / (1 - signal[t])
         weight = snr.clamp(max=_MOST_SNR) / snr
         errors = functional.mse_loss(predicted.float(), noise, reduction="none").mean((1, 2, 3))

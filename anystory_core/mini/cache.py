@@ -8,6 +8,7 @@ second axis is the caption with names and the one that says "an object".
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -43,16 +44,18 @@ def _file(folder: Path, number: int, kind: str) -> Path:
 
 
 @torch.no_grad()
+def encode_pixels(vae: Any, pixels: Iterable[Tensor]) -> Tensor:
+    """Pictures (1,3,H,W) in [-1,1] -> latents (S,4,H/8,W/8). One at a time: the 17 MB of a layer
+    stay in the processor's cache; 25 at once took 2.2 times as long."""
+    with autocast():
+        encoded = [vae.encode(p.to(memory_format=torch.channels_last)).latents for p in pixels]
+    return torch.cat(encoded).contiguous()
+
+
 def encode_pictures(vae: Any, pictures: NDArray[np.uint8]) -> Half:
-    """uint8 (S,H,W,3) -> latents (S,4,H/8,W/8). One at a time: its 17 MB a layer fit the cache, 25
-    at once took 2.2 times as long."""
-    out: list[Tensor] = []
-    for picture in pictures:
-        pixels = to_signed(torch.from_numpy(picture[None].copy()))
-        with autocast():
-            latents = vae.encode(pixels.to(memory_format=torch.channels_last)).latents
-        out.append(latents.half())
-    return torch.cat(out).contiguous().numpy()
+    """uint8 (S,H,W,3) -> latents (S,4,H/8,W/8)."""
+    pixels = (to_signed(torch.from_numpy(picture[None].copy())) for picture in pictures)
+    return encode_pixels(vae, pixels).half().numpy()
 
 
 @torch.no_grad()

@@ -42,9 +42,9 @@ class Shard:
     subjects: list[int]
 
 
-def _paths(folder: Path, number: int) -> tuple[Path, Path, Path, Path]:
+def _paths(folder: Path, number: int) -> list[Path]:
     kinds = ("pictures.npy", "cutouts.npy", "regions.npy", "json")
-    return tuple(folder / f"{number:05d}.{kind}" for kind in kinds)  # type: ignore[return-value]
+    return [folder / f"{number:05d}.{kind}" for kind in kinds]
 
 
 def cut_reference(scene: Scene, seed: int) -> tuple[UInt8, UInt8]:

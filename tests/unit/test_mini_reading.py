@@ -15,7 +15,7 @@ from anystory_core.build import build_model
 from anystory_core.conditioner import Call, Rows
 from anystory_core.mini.base import build_unet, size_ids
 from anystory_core.mini.config import CONFIG
-from anystory_core.mini.reading import Page, Reader
+from anystory_core.mini.reading import Reader
 from anystory_core.routes import SingleRoute
 from anystory_core.run import Run, project
 from anystory_core.sites import build_sites
@@ -48,18 +48,12 @@ def references() -> Tensor:
     return torch.randn(BATCH, 4, side, side, generator=torch.Generator().manual_seed(2))
 
 
-def predict(unet: Any, batch: int = BATCH) -> Tensor:
-    x, t, states, pooled, ids = inputs(batch)
-    added = {"text_embeds": pooled, "time_ids": ids}
-    return unet(x, t, states, added_cond_kwargs=added).sample
-
-
 def test_stage_1_begins_with_what_the_base_reads(unet: Any) -> None:
     """A ReferenceNet and K, V maps that begin from the U-Net, routed everywhere (Eq. 6, gamma 0),
     give the base's own reading, to float32 rounding."""
     reader = Reader(unet, CONFIG)
-    reader.book.page = Page(reader.read(references()), torch.ones(BATCH, SIDE, SIDE))
-    read = predict(unet)
+    everywhere = reader.call(references(), torch.ones(BATCH, SIDE, SIDE))
+    read = diffusers_unet.predict(unet, reader.slot, everywhere, *inputs())
 
     sites = build_sites(CONFIG.unet)
     model = build_model(CONFIG, ("reference_net", "reference_projections"))
@@ -76,19 +70,19 @@ def test_stage_1_begins_with_what_the_base_reads(unet: Any) -> None:
 
 
 def test_only_the_region_and_the_first_rows_read(unet: Any) -> None:
-    plain = predict(unet, 3)
     reader = Reader(unet, CONFIG)
+    plain = diffusers_unet.predict(unet, reader.slot, None, *inputs(3))
     region = torch.zeros(BATCH, SIDE, SIDE)
     region[1, :8] = 1
-    reader.book.page = Page(reader.read(references()), region)
-    read = predict(unet, 3)
+    call = reader.call(references(), region)
+    read = diffusers_unet.predict(unet, reader.slot, call, *inputs(3))
     assert torch.allclose(read[0], plain[0], atol=1e-6)  # nothing of it may read
     assert not torch.allclose(read[1], plain[1], atol=1e-4)
     assert torch.allclose(read[2], plain[2], atol=1e-6)  # no reference at all
 
-    bias = reader.book.page.bias(64, 64)
-    assert bias.shape == (BATCH, 64, 128) and (bias[..., :64] == 0).all()
-    inside = (bias[..., 64:] == 0).all(dim=-1).view(BATCH, 8, 8)
+    maps = call.soft_maps[1]
+    assert maps.grid == (8, 8) and maps.maps.shape == (BATCH, 2, 64)
+    inside = (maps.maps.argmax(dim=1) == 0).view(BATCH, 8, 8)
     assert torch.equal(inside, region[:, ::2, ::2] == 1)
 
 
@@ -97,6 +91,6 @@ def test_reading_trains_the_base_alone(unet: Any) -> None:
     unet.requires_grad_(True)
     reader = Reader(unet, CONFIG)
     assert all(p.is_meta for p in reader.net.parameters())
-    features = reader.read(references())
+    features = reader.features(references())
     features[-1].square().sum().backward()
     assert unet.conv_in.weight.grad.abs().sum() > 0

@@ -19,7 +19,7 @@ from ...build import AnyStoryModel
 from ...conditioner import Call, Rows
 from ...encoder import encode_subject
 from ...preprocess import prepare_views, zero_clip
-from ...routes import LearnedRoutes, MaskRoutes, RouteSource, SingleRoute
+from ...routes import LearnedRoutes, RouteSource, SingleRoute
 from ...run import Run, project
 from ...subject import Subject
 from ...text_routes import TextRoutes
@@ -28,6 +28,7 @@ from ...training.bases import alphas_cumprod
 from ..base import size_ids
 from ..config import CONFIG, PICTURE_SIZE
 from ..phase import autocast
+from ..row_masks import RowMasks
 from .stack import Stack
 from .tasks import Task
 
@@ -139,7 +140,7 @@ def _source(
 ) -> RouteSource | TextRoutes:
     model = encoder.model
     if variant.routes == "masks":
-        return BoxRoutes.of(tasks)
+        return RowMasks.of(task.boxes() for task in tasks)
     if variant.routes == "text":
         (one,) = tasks
         return TextRoutes(encoder.stack.texts(one.names()), model.sites)
@@ -152,31 +153,6 @@ def _source(
         features = [*(s.routing for s in row), row[0].background_routing]
         rows.append(torch.stack([f for f in features if f is not None]))
     return LearnedRoutes.prepare(model.routers, torch.stack(rows))
-
-
-@dataclass(frozen=True)
-class BoxRoutes:
-    """User masks that differ by row: the boxes of the tasks' layouts."""
-
-    rows: tuple[MaskRoutes, ...]
-
-    @classmethod
-    def of(cls, tasks: Sequence[Task]) -> BoxRoutes:
-        return cls(tuple(MaskRoutes(tuple(task.boxes())) for task in tasks))
-
-    @property
-    def candidates(self) -> int:
-        return self.rows[0].candidates
-
-    def maps(self, site: Any, z: Tensor, grid: Any, crops: Any) -> Any:
-        return self._joined([row.maps(site, z[:1], grid, ()) for row in self.rows])
-
-    def resize(self, soft: Any, grid: Any, crops: Any) -> Any:
-        first = type(soft)(soft.maps[:1], soft.grid)
-        return self._joined([row.resize(first, grid, ()) for row in self.rows])
-
-    def _joined(self, parts: Sequence[Any]) -> Any:
-        return type(parts[0])(torch.cat([p.maps for p in parts]), parts[0].grid)
 
 
 def make_call(run: Run, model: AnyStoryModel, cond: int, uncond: int = 0) -> Call:

@@ -63,9 +63,8 @@ class Stack:
 
     @torch.no_grad()
     def encode_pictures(self, pixels: Tensor) -> Tensor:
-        """(B,3,H,W) in [-1,1] -> latents (B,4,h,w); one at a time, as in :mod:`..cache`."""
-        with autocast():
-            return torch.cat([self.vae.encode(p).latents for p in pixels.split(1)]).float()
+        """(B,3,H,W) in [-1,1] -> latents (B,4,h,w)."""
+        return cache.encode_pixels(self.vae, pixels.split(1)).float()
 
     @torch.no_grad()
     def decode_pictures(self, latents: Tensor) -> Tensor:

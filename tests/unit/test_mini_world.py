@@ -45,7 +45,7 @@ def test_scene_is_a_function_of_its_seed(subjects: list[Emoji], count: int) -> N
         assert np.array_equal(a.mask, b.mask)
     assert not np.array_equal(first.picture, other.picture)
     assert len(first.instances) == count
-    assert first.picture.shape == (128, 128, 3) and first.picture.dtype == np.uint8
+    assert first.picture.shape == (256, 256, 3) and first.picture.dtype == np.uint8
 
 
 def test_masks_are_the_visible_pixels(subjects: list[Emoji]) -> None:
@@ -141,4 +141,4 @@ def test_samples_are_what_the_trainer_reads(
     assert set(np.unique(regions).tolist()) == {0, 1, 2}
     pair = samples.pair_files(render_scene(pool_of(subjects), 3, subjects=1), 9)
     reference = np.asarray(Image.open(io.BytesIO(pair["reference.png"])))
-    assert reference.shape == (128, 128, 4) and set(np.unique(reference[..., 3])) == {0, 255}
+    assert reference.shape == (256, 256, 4) and set(np.unique(reference[..., 3])) == {0, 255}

@@ -175,6 +175,14 @@ def _guess_mask(rgb: Tensor) -> tuple[Tensor, str]:
     return torch.ones_like(mask), "No mask: the whole picture is taken as the subject."
 
 
+def mask_box(inside: Tensor) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of a mask (H,W) bool that is not empty, in pixels; ends are
+    exclusive."""
+    ys = torch.nonzero(inside.any(dim=1))[:, 0]
+    xs = torch.nonzero(inside.any(dim=0))[:, 0]
+    return int(ys[0]), int(ys[-1]) + 1, int(xs[0]), int(xs[-1]) + 1
+
+
 def _crop_square(rgb: Tensor, mask: Tensor, view: int) -> tuple[Tensor, Tensor]:
     """One view -> picture (1,3,s,s) and mask (1,1,s,s) around the mask's box."""
     inside = mask > 0.5
@@ -183,10 +191,7 @@ def _crop_square(rgb: Tensor, mask: Tensor, view: int) -> tuple[Tensor, Tensor]:
             f"mask: the mask of picture {view + 1} is empty, so there is no subject; paint the "
             "subject, or switch invert_mask if it is painted inverted"
         )
-    ys = torch.nonzero(inside.any(dim=1))[:, 0]
-    xs = torch.nonzero(inside.any(dim=0))[:, 0]
-    top, bottom = int(ys[0]), int(ys[-1]) + 1
-    left, right = int(xs[0]), int(xs[-1]) + 1
+    top, bottom, left, right = mask_box(inside)
     side = max(1, round(max(bottom - top, right - left) * BOX_SCALE))
     y, x = (top + bottom - side) // 2, (left + right - side) // 2
     # The square may reach over the edge: there the picture is padded with nothing (mask 0).

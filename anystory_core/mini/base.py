@@ -18,6 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional
 
+from ..preprocess import mask_box
 from ..training.bases import alphas_cumprod
 from ..training.diffusers_unet import attention_kernels, predict, time_ids
 from ..training.names import diffusers_unet_config
@@ -109,13 +110,10 @@ def reading_place(region: Tensor, *, alone: bool, rng: np.random.Generator) -> T
         return torch.ones_like(region)
     if rng.random() < _OUTLINE:
         return region
+    top, bottom, left, right = mask_box(region > 0)
+    above, below, before, after = rng.integers(0, _MOST_MARGIN + 1, 4).tolist()
     where = torch.zeros_like(region)
-    sides: list[slice] = []
-    for axis in (1, 0):
-        inside = torch.nonzero(region.any(dim=axis))[:, 0]
-        before, after = rng.integers(0, _MOST_MARGIN + 1, 2)
-        sides.append(slice(max(0, int(inside[0] - before)), int(inside[-1] + 1 + after)))
-    where[sides[0], sides[1]] = 1
+    where[max(0, top - above) : bottom + below, max(0, left - before) : right + after] = 1
     return where
 
 

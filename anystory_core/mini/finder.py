@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..preprocess import mask_box
 from .backgrounds import PLACES
 from .emoji import Emoji
 from .phase import Phase, autocast, shares
@@ -78,14 +79,9 @@ class Finder(nn.Module):
 
 def box_of(mask: NDArray[np.bool_]) -> tuple[float, float, float, float]:
     """The box of a mask (H,W) that is not empty, in [0,1]."""
-    ys, xs = np.nonzero(mask)
+    top, bottom, left, right = mask_box(torch.from_numpy(mask))
     height, width = mask.shape
-    return (
-        float(xs.min() / width),
-        float(ys.min() / height),
-        float((xs.max() + 1) / width),
-        float((ys.max() + 1) / height),
-    )
+    return left / width, top / height, right / width, bottom / height
 
 
 def _load_scenes(emoji: Sequence[Emoji], folder: Path) -> tuple[UInt8, NDArray[np.float32]]:

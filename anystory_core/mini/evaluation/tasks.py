@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...preprocess import mask_box
 from ..emoji import Emoji, load_emoji, split
 from ..world import Bool, Scene, UInt8, pool_of, render_reference, render_scene
 
@@ -43,10 +44,9 @@ class Task:
         """The boxes of the masks as masks (N,H,W): what a user would paint, without the outline."""
         out: list[Tensor] = []
         for mask in self.masks() > 0.5:
-            rows, columns = mask.any(dim=1), mask.any(dim=0)
-            ys, xs = torch.nonzero(rows)[:, 0], torch.nonzero(columns)[:, 0]
+            top, bottom, left, right = mask_box(mask)
             box = torch.zeros(mask.shape)
-            box[int(ys[0]) : int(ys[-1]) + 1, int(xs[0]) : int(xs[-1]) + 1] = 1
+            box[top:bottom, left:right] = 1
             out.append(box)
         return torch.stack(out)
 

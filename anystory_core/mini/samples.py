@@ -1,8 +1,9 @@
 """The world as training data of :mod:`anystory_core.training` (schema: its ``data`` module).
 
 ``pairs``: one subject in a place, and a reference of it under another transformation and light, on
-white or in another place (RGBA, alpha = mask). ``scenes``: one to three subjects with their visible
-masks. Half of the captions say "an object" for every name. Shards are uncompressed tar files.
+white or in another place (RGBA, alpha = mask), with where it is in the target. ``scenes``: one to
+three subjects with their visible masks. Half of the captions say "an object" for every name. Shards
+are uncompressed tar files.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def pair_files(scene: Scene, seed: int) -> dict[str, bytes]:
     return {
         "reference.png": _png(np.concatenate((picture, alpha), axis=-1)),
         "target.png": _png(scene.picture),
+        "target_mask.png": _png(scene.instances[0].mask * np.uint8(255)),
     }
 
 

@@ -173,6 +173,11 @@ class SampleDataset(Dataset[Sample]):
         if raw.reference is not None:
             crops.append(cut_out(raw.reference, raw.reference_mask))
             kept = masks
+            if config.subject is not None and config.subject.inside and not len(masks):
+                raise DataError(
+                    f"{raw.key}: no target_mask.png, which subject.inside = "
+                    f"{config.subject.inside:g} needs; add it or set subject.inside = 0"
+                )
         else:
             order = sorted(range(len(masks)), key=lambda i: -float(masks[i].sum()))
             order = [i for i in order if bool((masks[i] > 0.5).any())][: config.data.max_subjects]

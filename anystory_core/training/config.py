@@ -131,17 +131,23 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SubjectSettings:
-    """Stage 1: the subject encoder. ``clip`` and ``reference`` switch a branch off (ablations)."""
+    """Stage 1: the subject encoder. ``clip`` and ``reference`` switch a branch off (ablations).
+
+    ``inside``: 0 is Eq. 1; errors inside the subject count 1 + inside times as much. It needs the
+    subject's mask in the target (scenes have it, pairs by ``target_mask.png``). Stage 1 routes a
+    subject everywhere, so on small subjects the mean over a picture is mostly about keeping out of
+    the rest, which is the router's work."""
 
     clip: bool = True
     reference: bool = True
+    inside: float = 0.0
     drop_clip: float = 0.1  # share of samples whose CLIP condition becomes the background's
     drop_text: float = 0.1  # share of samples whose caption becomes empty
     ip_adapter: str = ""  # K and V for the CLIP tokens from this file instead of the U-Net's own
     start_file: str = ""  # go on from these AnyStory weights instead of the U-Net's
 
     def __post_init__(self) -> None:
-        _bounds("subject", self, shares=("drop_clip", "drop_text"))
+        _bounds("subject", self, shares=("drop_clip", "drop_text"), least={"inside": 0})
 
 
 @dataclass(frozen=True, kw_only=True)

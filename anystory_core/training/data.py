@@ -3,7 +3,8 @@
 Files of one sample share a key: ``KEY.caption.txt`` and
 
 - pair: ``KEY.reference.EXT`` (RGB, or RGBA whose alpha is the mask), optionally
-  ``KEY.reference_mask.png``, and ``KEY.target.EXT``;
+  ``KEY.reference_mask.png``, ``KEY.target.EXT``, and optionally ``KEY.target_mask.png``, 8 bit,
+  where the subject is in the target;
 - scene: ``KEY.image.EXT`` and ``KEY.masks.png``, 8 bit, 0 = background, i = subject i.
 
 EXT is png, jpg, jpeg or webp. Samples are read by position, so order, shuffling and resume need no
@@ -69,8 +70,8 @@ class Entry:
 class Raw:
     """One decoded sample. Pictures (H,W,3) float in [0,1]; masks (N,H,W) float, 1 = subject.
 
-    pair: one reference with its mask (or None), and masks is empty. scene: references are cut from
-    the target by its masks."""
+    pair: one reference with its mask (or None); masks has the subject's, or is empty. scene:
+    references are cut from the target by its masks."""
 
     key: str
     caption: str
@@ -162,14 +163,12 @@ def decode(entry: Entry) -> Raw:
         if "reference_mask.png" in entry.files:
             mask = _grey(entry, "reference_mask").float() / 255
         target = _picture(entry, "target")
-        return Raw(entry.key, caption, target, torch.zeros(0, *target.shape[:2]), reference, mask)
+        masks = torch.zeros(0, *target.shape[:2])
+        if "target_mask.png" in entry.files:
+            masks = _map_of(entry, "target_mask", target)[None].float() / 255
+        return Raw(entry.key, caption, target, masks, reference, mask)
     target = _picture(entry, "image")
-    labels = _grey(entry, "masks")
-    if labels.shape != target.shape[:2]:
-        raise DataError(
-            f"{entry.key}: masks.png is {tuple(labels.shape)}, the picture "
-            f"{tuple(target.shape[:2])}"
-        )
+    labels = _map_of(entry, "masks", target)
     numbers = [int(n) for n in cast(Any, labels.unique()).tolist() if n]
     masks = [(labels == n).float() for n in numbers]
     stacked = torch.stack(masks) if masks else torch.zeros(0, *labels.shape)
@@ -210,6 +209,17 @@ def _grey(entry: Entry, stem: str) -> Tensor:
     """(H,W) uint8; palette pictures give their indices."""
     image = _open(entry, stem)
     return torch.from_numpy(np.array(image if image.mode in ("L", "P") else image.convert("L")))
+
+
+def _map_of(entry: Entry, stem: str, picture: Tensor) -> Tensor:
+    """STEM.png (H,W) uint8; DataError when it is not of the picture's size."""
+    labels = _grey(entry, stem)
+    if labels.shape != picture.shape[:2]:
+        raise DataError(
+            f"{entry.key}: {stem}.png is {tuple(labels.shape)}, the picture "
+            f"{tuple(picture.shape[:2])}"
+        )
+    return labels
 
 
 @dataclass

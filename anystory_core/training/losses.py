@@ -11,9 +11,19 @@ from torch import Tensor
 from ..routes import Grid, SoftMaps
 
 
-def diffusion_loss(prediction: Tensor, noise: Tensor) -> Tensor:
-    """Eq. 1: mean squared error of the noise, in float32."""
-    return torch.nn.functional.mse_loss(prediction.float(), noise.float())
+def diffusion_loss(
+    prediction: Tensor, noise: Tensor, masks: Tensor | None = None, inside: float = 0.0
+) -> Tensor:
+    """Eq. 1: mean squared error of the noise (B,C,h,w), in float32.
+
+    With ``inside``, errors where a subject is count 1 + inside times as much; masks (B,N,H,W) in
+    [0,1]. A picture's weights have mean 1: each counts alike, whatever its subjects cover."""
+    errors = (prediction.float() - noise.float()).square()
+    if masks is None or not inside:
+        return errors.mean()
+    area = torch.nn.functional.interpolate(masks.float(), size=errors.shape[-2:], mode="area")
+    weights = 1 + inside * area.amax(dim=1, keepdim=True)
+    return (errors * weights / weights.mean(dim=(2, 3), keepdim=True)).mean()
 
 
 def target_maps(masks: Tensor, grid: Grid) -> Tensor:

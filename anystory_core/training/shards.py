@@ -27,8 +27,9 @@ def pair_files(
     target: NDArray[np.uint8],
     caption: str,
     reference_mask: NDArray[np.bool_] | None = None,
+    target_mask: NDArray[np.bool_] | None = None,
 ) -> Files:
-    """The files of a pair sample."""
+    """The files of a pair sample; ``target_mask`` is where the subject is in the target."""
     files = {
         "caption.txt": caption.encode(),
         "reference.png": png(reference),
@@ -36,6 +37,8 @@ def pair_files(
     }
     if reference_mask is not None:
         files["reference_mask.png"] = png(reference_mask.astype(np.uint8) * 255)
+    if target_mask is not None:
+        files["target_mask.png"] = png(target_mask.astype(np.uint8) * 255)
     return files
 
 

@@ -73,6 +73,7 @@ class Stage(nn.Module):
         super().__init__()
         self.config = config
         self.model = model
+        self.inside = 0.0 if config.subject is None else config.subject.inside
         # Out of reach of nn.Module: never trained, saved or sharded.
         self._frozen: list[Any] = [encodings]
         base = encodings.base
@@ -115,8 +116,9 @@ class Stage(nn.Module):
     def forward(self, batch: Batch, noised: Noised) -> dict[str, Tensor]:
         """Losses by name; "loss" is what is minimised."""
         call = self.conditions(batch, noised.seeds)
-        losses = {"diffusion": diffusion_loss(self.predict(call, noised), noised.noise)}
-        return self.total(losses, call, batch)
+        predicted = self.predict(call, noised)
+        diffusion = diffusion_loss(predicted, noised.noise, batch.masks, self.inside)
+        return self.total({"diffusion": diffusion}, call, batch)
 
     def total(self, losses: dict[str, Tensor], call: Call, batch: Batch) -> dict[str, Tensor]:
         """Add "loss" and what else the stage minimises."""

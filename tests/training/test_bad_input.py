@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -21,6 +22,7 @@ from anystory_core.build import build_model
 from anystory_core.errors import AnyStoryError, ConfigError
 from anystory_core.training import initial, shards
 from anystory_core.training.bases import load_base
+from anystory_core.training.batches import Batch
 from anystory_core.training.check import check
 from anystory_core.training.config import BaseSettings, load_config, seconds
 from anystory_core.training.data import BadSamples, DataError, Index, decode
@@ -234,6 +236,33 @@ def test_the_checker_names_bad_samples(tmp_path: Path) -> None:
     report, good = check([str(tmp_path)])
     assert not good and "corrupt: 2" in report and "pair: 2" in report and "64x64: 3" in report
     assert "pair0001: target.png is not a picture" in report and "scene0000: has" in report
+
+
+def test_inside_needs_the_place_of_the_subject(
+    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pairs with a mask of the target train; of one without, the run says what it needs, and of
+    one whose mask has another size, which."""
+    data = tmp_path / "data"
+    whole = np.zeros((64, 64), np.bool_)
+    whole[:32] = True
+    masks = [shards.png(whole.astype(np.uint8) * 255)] * 6 + [
+        shards.png(np.zeros((9, 9), np.uint8))
+    ]
+    samples = tiny.pairs(8)
+    for (_, files), mask in zip(samples, masks, strict=False):
+        files["target_mask.png"] = mask
+    shards.write_folder(samples, data)
+    path = tiny.run_toml(tmp_path / "run", world.base, data, "subject", steps=2)
+    path.write_text(path.read_text().replace("[subject]", "[subject]\ninside = 3.0"))
+    trainer = Trainer(load_config(path))
+    assert trainer.stage.inside == 3.0
+    batch = Batch.of([trainer.dataset[0]])
+    assert batch.masks.shape[1] == 1 and 0.4 < float(batch.masks.mean()) < 0.6
+    trainer.run()
+    said = capsys.readouterr().err
+    assert "pair0006: target_mask.png is (9, 9), the picture (64, 64)" in said
+    assert "pair0007: no target_mask.png, which subject.inside = 3 needs" in said
 
 
 def test_corrupt_samples_are_replaced_counted_and_named(

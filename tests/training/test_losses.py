@@ -81,6 +81,25 @@ def test_equation_1() -> None:
     assert float(diffusion_loss(a, b)) == pytest.approx(float(((a - b) ** 2).mean()), rel=1e-6)
 
 
+def test_errors_inside_the_subject_count_more() -> None:
+    """Against a transcription in float64; a picture without the subject's place counts as ever."""
+    g = torch.Generator().manual_seed(2)
+    a, b = torch.randn(2, 4, 4, 4, generator=g), torch.randn(2, 4, 4, 4, generator=g)
+    where = torch.zeros(2, 1, 8, 8)
+    where[0, 0, 2:5, :6] = 1
+    wanted = 0.0
+    for row in range(2):
+        share = where[row, 0].double().reshape(4, 2, 4, 2).mean(dim=(1, 3))
+        weight = 1 + 3 * share
+        errors = (a[row] - b[row]).double().square()
+        wanted += float((weight * errors).mean() / weight.mean()) / 2
+    assert float(diffusion_loss(a, b, where, 3.0)) == pytest.approx(wanted, rel=1e-6)
+    assert float(diffusion_loss(a, b, where, 0.0)) == float(diffusion_loss(a, b))
+    assert float(diffusion_loss(a, b, torch.zeros(2, 1, 8, 8), 3.0)) == pytest.approx(
+        float(diffusion_loss(a, b)), rel=1e-6
+    )
+
+
 @pytest.mark.parametrize("cubic", [False, True])
 def test_timesteps_have_the_named_distribution(cubic: bool) -> None:
     alphas = torch.linspace(0.99, 0.01, 100)

@@ -142,3 +142,5 @@ def test_samples_are_what_the_trainer_reads(
     pair = samples.pair_files(render_scene(pool_of(subjects), 3, subjects=1), 9)
     reference = np.asarray(Image.open(io.BytesIO(pair["reference.png"])))
     assert reference.shape == (256, 256, 4) and set(np.unique(reference[..., 3])) == {0, 255}
+    place = np.asarray(Image.open(io.BytesIO(pair["target_mask.png"])))
+    assert place.shape == (256, 256) and set(np.unique(place)) == {0, 255}

@@ -2,8 +2,9 @@
 
 Latents and text states come from the cache; the noise schedule is SDXL's. Losses are weighted by
 min(SNR, 5) / SNR, timesteps are spread over a batch, noisy ones closer together, and one caption in
-ten is dropped. Most of a batch also reads a reference of one of its subjects (:mod:`.reading`);
-errors inside that subject count more.
+ten is dropped. Half of a batch also reads a reference of one of its subjects (:mod:`.reading`), and
+errors inside that subject count more; most of the rest is asked where a subject is
+(:mod:`.telling`).
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ from .clip import load_clip
 from .config import CONFIG, PICTURE_SIZE
 from .phase import Phase, autocast, half_is_faster, shares
 from .reading import Reader
+from .telling import Base
 
 BATCH = 32
 _DROP = 0.1
 _PLAIN = 0.5  # share of captions that say only "an object"
-_READ = 0.75  # share of a batch that reads a reference
+_READ = 0.5  # share of a batch that reads a reference
+_TOLD = 0.375  # share that does not, and is asked where its subject is
+_TELLING = 0.1  # what being asked counts
 _EVERYWHERE = 0.5  # of one subject: share of scenes all of which may read, as in stage 1
 # Share of the rest that reads inside the subject's outline; the others read in a box around it.
 # Where only outlines read, an outline says what to draw, and a user's box is filled to its corners.
@@ -64,43 +68,57 @@ def spread_timesteps(batch: int, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Picked:
-    """Cached scenes, float32: latents (B,4,h,w), states (B,77,D), pooled (B,D); of the first n of
-    them, those that read, reference latents (n,4,r,r), where their subject is and where they read,
-    (n,h,w) in [0,1]."""
+    """Cached scenes, float32: latents (B,4,h,w), states (B,77,D), pooled (B,D). The first n read
+    reference latents (n,4,r,r), the next m are told of their subject by looks (m,2W): where it is,
+    (n+m,h,w), and where those that read do, (n,h,w), in [0,1]."""
 
     latents: Tensor
     states: Tensor
     pooled: Tensor
-    references: Tensor
     subjects: Tensor
+    references: Tensor
     regions: Tensor
+    looks: Tensor
+
+    @property
+    def told(self) -> slice:
+        """The rows that are told of their subject."""
+        return slice(len(self.regions), len(self.subjects))
 
     def importance(self) -> Tensor:
         """What an error counts, (B,1,h,w): its mean over a picture is 1."""
         weight = torch.ones_like(self.latents[:, :1])
-        weight[: len(self.subjects), 0] += _INSIDE * self.subjects
+        reading = len(self.regions)
+        weight[:reading, 0] += _INSIDE * self.subjects[:reading]
         return weight / weight.mean((2, 3), keepdim=True)
 
 
 def pick(
     shards: list[Cached], count: int, empty: tuple[Tensor, Tensor], rng: np.random.Generator
 ) -> Picked:
-    """``count`` random scenes, ``_READ`` of them with a subject to read."""
+    """``count`` random scenes, ``_READ`` + ``_TOLD`` of them with a subject."""
+    reading, with_subject = round(_READ * count), round((_READ + _TOLD) * count)
     rows: list[tuple[Tensor, ...]] = []
-    read: list[tuple[Tensor, ...]] = []
+    subjects: list[Tensor] = []
+    read: list[tuple[Tensor, Tensor]] = []
+    looks: list[Tensor] = []
     while len(rows) < count:
         shard = shards[rng.integers(len(shards))]
         at, plain = rng.integers(len(shard.latents)), int(rng.random() < _PLAIN)
-        if len(read) < _READ * count:
-            region = _tensor(shard.regions[at])
-            if not region.any():
+        if len(rows) < with_subject:
+            subject = _tensor(shard.regions[at])
+            if not subject.any():
                 continue
-            where = reading_place(region, alone=bool(shard.subjects[at] == 1), rng=rng)
-            read.append((_tensor(shard.references[at]), region, where))
+            subjects.append(subject)
+            if len(rows) < reading:
+                where = reading_place(subject, alone=bool(shard.subjects[at] == 1), rng=rng)
+                read.append((_tensor(shard.references[at]), where))
+            else:
+                looks.append(_tensor(shard.looks[at]))
         text = _tensor(shard.states[at, plain]), _tensor(shard.pooled[at, plain])
         rows.append((_tensor(shard.latents[at]), *(empty if rng.random() < _DROP else text)))
-    columns = (*zip(*rows, strict=True), *zip(*read, strict=True))
-    return Picked(*(torch.stack(column) for column in columns))
+    columns = (*zip(*rows, strict=True), subjects, *zip(*read, strict=True), looks)
+    return Picked(*(torch.stack(tuple(column)) for column in columns))
 
 
 def reading_place(region: Tensor, *, alone: bool, rng: np.random.Generator) -> Tensor:
@@ -128,9 +146,9 @@ def phase(folder: Path, steps: int) -> Phase:
 
 def load_unet(folder: Path) -> Any:
     """The U-Net with averaged weights, as far as the phase has come."""
-    unet = build_unet()
-    phase(folder, 1).load(unet)
-    return unet.requires_grad_(False)
+    base = Base(build_unet(), CONFIG)
+    phase(folder, 1).load(base)
+    return base.unet.requires_grad_(False)
 
 
 def train_base(folder: Path, *, steps: int) -> None:
@@ -139,8 +157,10 @@ def train_base(folder: Path, *, steps: int) -> None:
     clip, row_table = load_clip(folder)
     # Channels-last is faster in float32 (0.87 against 1.0 s per step of 32 on one thread) and
     # slower in bfloat16.
-    unet = build_unet()
+    base = Base(build_unet(), CONFIG)
+    unet, teller = base.unet, base.teller
     reader = Reader(unet, CONFIG)
+    teller.watch(unet, reader.sites)
     layout = torch.contiguous_format if half_is_faster() else torch.channels_last
     unet.to(memory_format=layout)
     shards = read_shards(folder / "cache")
@@ -165,9 +185,11 @@ def train_base(folder: Path, *, steps: int) -> None:
             predicted = predict(
                 unet, reader.slot, call, noisy, t, batch.states, batch.pooled, size_ids(count)
             )
+            asked = teller.loss(batch.told, batch.looks, batch.subjects[batch.told])
         snr = signal[t] / (1 - signal[t])
         weight = snr.clamp(max=_MOST_SNR) / snr
         errors = functional.mse_loss(predicted.float(), noise, reduction="none")
-        return (weight * (batch.importance() * errors).mean((1, 2, 3))).mean()
+        removed = (weight * (batch.importance() * errors).mean((1, 2, 3))).mean()
+        return removed + _TELLING * asked
 
-    phase(folder, steps).run(unet, loss_of)
+    phase(folder, steps).run(base, loss_of)

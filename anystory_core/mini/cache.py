@@ -1,8 +1,9 @@
 """Latents and text states of the rendered scenes, encoded once and mapped from disk.
 
-Of each shard, in float16: latents (S,4,h,w), reference latents (S,4,r,r) of one subject and its
-region (S,h,w) in [0,1], the number of subjects (S,), states (S,2,77,D) and pooled (S,2,D); the
-second axis is the caption with names and the one that says "an object".
+Of each shard, in float16: latents (S,4,h,w), reference latents (S,4,r,r) of one subject, its
+description by CLIP (S,2W) and its region (S,h,w) in [0,1], the number of subjects (S,), states
+(S,2,77,D) and pooled (S,2,D); the second axis is the caption with names and the one that says "an
+object".
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from . import text
+from .clip import Clip
 from .phase import autocast
 from .scenes import read_shard, shard_numbers
+from .telling import describe
 from .vae import to_signed
+from .views import SIZE, normalise
 
 Half = NDArray[np.float16]
-_KINDS = ("latents", "references", "regions", "subjects", "states", "pooled")
+_KINDS = ("latents", "references", "looks", "regions", "subjects", "states", "pooled")
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Cached:
 
     latents: Half
     references: Half
+    looks: Half
     regions: Half
     subjects: Half
     states: Half
@@ -74,19 +80,33 @@ def encode_texts(
     return torch.cat(states).numpy(), torch.cat(pooled).numpy()
 
 
+@torch.no_grad()
+def encode_looks(vision: Any, cutouts: NDArray[np.uint8], batch: int = 10) -> Half:
+    """Cut-outs uint8 (S,R,R,3) -> descriptions (S,2W)."""
+    looks: list[Tensor] = []
+    for start in range(0, len(cutouts), batch):
+        pixels = normalise(torch.from_numpy(cutouts[start : start + batch].copy()))
+        pixels = functional.interpolate(pixels, size=(SIZE, SIZE), mode="bilinear")
+        with autocast():
+            states = vision(pixels, output_hidden_states=True).hidden_states[-2]
+        looks.append(describe(states.float()).half())
+    return torch.cat(looks).numpy()
+
+
 def write_shard(
-    scenes: Path, folder: Path, number: int, vae: Any, text_model: Any, row_table: Tensor
+    scenes: Path, folder: Path, number: int, vae: Any, clip: Clip, row_table: Tensor
 ) -> None:
     """Encode one shard of scenes; nothing is done when it lies there."""
     if _file(folder, number, _KINDS[-1]).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     shard = read_shard(scenes, number)
-    named = encode_texts(text_model, row_table, shard.captions)
-    plain = encode_texts(text_model, row_table, shard.plain_captions)
+    named = encode_texts(clip.text, row_table, shard.captions)
+    plain = encode_texts(clip.text, row_table, shard.plain_captions)
     arrays: dict[str, Half] = {
         "latents": encode_pictures(vae, shard.pictures),
         "references": encode_pictures(vae, shard.cutouts),
+        "looks": encode_looks(clip.vision, shard.cutouts),
         "regions": (shard.regions / np.float32(255)).astype(np.float16),
         "subjects": np.array(shard.subjects, np.float16),
         "states": np.stack((named[0], plain[0]), axis=1),

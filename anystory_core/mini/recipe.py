@@ -153,7 +153,7 @@ def cache_scenes(work: Path) -> None:
     vae, (clip, row_table) = load_vae(work), load_clip(work)
     part, parts = shares()
     for number in missing(work / "scenes", work / "cache")[part::parts]:
-        cache_shard(work / "scenes", work / "cache", number, vae, clip.text, row_table)
+        cache_shard(work / "scenes", work / "cache", number, vae, clip, row_table)
         print(f"cache: shard {number}", flush=True)
 
 

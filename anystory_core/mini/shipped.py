@@ -17,6 +17,7 @@ from ..training.names import ldm_to_diffusers
 from . import base, clip, vae
 from .config import CONFIG, VISION
 from .phase import Phase
+from .telling import Base
 from .text import build_text
 from .weights import FOLDER
 
@@ -70,7 +71,7 @@ def restore(work: Path, folder: Path = FOLDER) -> None:
     whole = clip.Clip(shipped.ids)
     whole.vision, whole.text = shipped.vision, shipped.text
     _begin(clip.phase(work), whole, clip.phase(work).steps)
-    _begin(base.phase(work, 1), shipped.unet, 0)
+    _begin(base.phase(work, 1), Base(shipped.unet, CONFIG), 0)
 
 
 def _begin(phase: Phase, module: Any, step: int) -> None:

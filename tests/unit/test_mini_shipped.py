@@ -13,7 +13,9 @@ pytest.importorskip("diffusers")
 pytest.importorskip("open_clip")
 
 from anystory_core.mini import base, clip, export, shipped, vae
+from anystory_core.mini.config import CONFIG
 from anystory_core.mini.phase import Phase
+from anystory_core.mini.telling import Base
 from anystory_core.mini.text import END, START
 
 IDS = [320, 537, START, END]
@@ -32,7 +34,7 @@ def work(tmp_path: Path) -> Path:
     folder = tmp_path / "work"
     save(clip.phase(folder), clip.Clip(IDS))
     (folder / "vocabulary.json").write_text(json.dumps(IDS))
-    save(base.phase(folder, 9), base.build_unet())
+    save(base.phase(folder, 9), Base(base.build_unet(), CONFIG))
     torch.save(vae.build_vae().state_dict(), folder / "vae.whitened.pt")
     return folder
 

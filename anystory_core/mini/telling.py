@@ -1,0 +1,84 @@
+"""What the base learns for the router's sake: its hidden states say what is where.
+
+The router (paper 3.3) reads places off ``norm2``'s output by one linear map. SDXL's hidden states
+are known to hold what a segmentation needs (its router is trained on a frozen base); those of a
+small base that has only learned to remove noise do not: a router on them found half of what perfect
+masks give, on subjects that it had seen and on held-out ones alike (docs/mini.md). So the base is
+also asked, at every block and on pictures in which it reads no reference, which tokens show the
+subject that a CLIP description tells of: the same inner product as a router's coarse map, with the
+cross-entropy as its loss. The heads that ask are not shipped; stage 2 trains its routers anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..config import AnyStoryConfig
+from ..sites import Site, build_sites
+from ..training.losses import target_maps
+
+_WIDTH = 64  # of the inner products; the mini router's key_dim
+
+
+def look_width(config: AnyStoryConfig) -> int:
+    """Width of a description: CLIP's class token and the mean of its patches."""
+    return 2 * config.clip.width
+
+
+def describe(states: Tensor) -> Tensor:
+    """CLIP states (B,1+P,W) -> descriptions (B,2W)."""
+    return torch.cat((states[:, 0], states[:, 1:].mean(dim=1)), dim=-1)
+
+
+class Teller(nn.Module):
+    """Asks a diffusers U-Net's hidden states where a subject is. ``watch`` it first."""
+
+    def __init__(self, config: AnyStoryConfig) -> None:
+        super().__init__()
+        sites = build_sites(config.unet)
+        width = look_width(config)
+        self.look = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * _WIDTH))
+        self.background = nn.Parameter(torch.zeros(3 * _WIDTH))
+        self.keys = nn.ModuleList([nn.Linear(3 * _WIDTH, _WIDTH) for _ in sites])
+        self.hidden = nn.ModuleList([nn.Linear(s.channels, _WIDTH, bias=False) for s in sites])
+        self._seen: list[Tensor] = []
+
+    def watch(self, unet: Any, sites: Sequence[Site]) -> None:
+        """Keep what each block's ``norm2`` gives in a pass; :meth:`loss` takes it."""
+        for site in sites:
+            norm: nn.Module = unet.get_submodule(site.diffusers).norm2
+            norm.register_forward_hook(lambda _, __, output: self._seen.append(output))
+
+    def loss(self, rows: slice, looks: Tensor, subjects: Tensor) -> Tensor:
+        """Cross-entropy of the last pass, the mean over blocks and tokens.
+
+        looks (n,2W) of the subjects that ``rows`` show at ``subjects`` (n,h,w) in [0,1]. Each token
+        chooses between its row's subject, the next row's, which is not in the picture, and the
+        background, which is all else."""
+        own = self.look(looks)
+        background = self.background.expand_as(own)
+        asked = torch.stack((own, own.roll(1, 0), background), dim=1)  # (n,3,R)
+        losses: list[Tensor] = []
+        for seen, key, hidden in zip(self._seen, self.keys, self.hidden, strict=True):
+            z = hidden(seen[rows])  # (n,Q,K)
+            side = math.isqrt(z.shape[1])
+            logits = torch.matmul(key(asked), z.transpose(1, 2)).float() / _WIDTH**0.5
+            here = target_maps(subjects[:, None], (side, side))[:, 0]  # (n,Q)
+            losses.append(functional.cross_entropy(logits, 2 * (here < 0.5).long()))
+        self._seen.clear()
+        return torch.stack(losses).mean()
+
+
+class Base(nn.Module):
+    """What the ``base`` phase trains: the U-Net, and the heads that question it."""
+
+    def __init__(self, unet: Any, config: AnyStoryConfig) -> None:
+        super().__init__()
+        self.unet = cast(Any, unet)
+        self.teller = Teller(config)

@@ -1,0 +1,105 @@
+"""What the base is asked about places: the router's question, about the right rows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+
+from anystory_core.mini.base import build_unet, size_ids
+from anystory_core.mini.config import CONFIG
+from anystory_core.mini.telling import Teller, describe, look_width
+from anystory_core.sites import build_sites
+
+BATCH, SIDE = 3, 16
+
+
+@pytest.fixture
+def watched() -> tuple[Any, Teller]:
+    torch.manual_seed(0)
+    unet, teller = build_unet(), Teller(CONFIG)
+    teller.watch(unet, build_sites(CONFIG.unet))
+    return unet, teller
+
+
+def run(unet: Any) -> None:
+    g = torch.Generator().manual_seed(1)
+    added = {
+        "text_embeds": torch.randn(BATCH, CONFIG.unet.context_dim, generator=g),
+        "time_ids": size_ids(BATCH),
+    }
+    latents = torch.randn(BATCH, 4, SIDE, SIDE, generator=g)
+    text = torch.randn(BATCH, 7, CONFIG.unet.context_dim, generator=g)
+    unet(latents, torch.tensor([100, 500, 900]), text, added_cond_kwargs=added)
+
+
+def looks(count: int = 2) -> Tensor:
+    return torch.randn(count, look_width(CONFIG), generator=torch.Generator().manual_seed(2))
+
+
+def places() -> Tensor:
+    subjects = torch.zeros(2, SIDE, SIDE)
+    subjects[0, :7, 3:9] = 1
+    subjects[1, 9:, 8:] = 0.4  # nowhere at least half of a token
+    return subjects
+
+
+@torch.no_grad()
+def naive(teller: Teller, hidden: list[Tensor], looks: Tensor, subjects: Tensor) -> float:
+    """Cross-entropy in float64, token by token."""
+    look, background = teller.look.double()(looks.double()), teller.background.double()
+    total = 0.0
+    for z, key, head in zip(hidden, teller.keys.double(), teller.hidden.double(), strict=True):
+        side, block = math.isqrt(z.shape[1]), 0.0
+        step = SIDE // side
+        for row in range(2):
+            keys = key(torch.stack((look[row], look[1 - row], background)))
+            for token in range(side * side):
+                y, x = divmod(token, side)
+                cell = subjects[row, y * step : (y + 1) * step, x * step : (x + 1) * step]
+                right = 0 if float(cell.mean()) >= 0.5 else 2
+                scores = keys @ head(z[row, token].double()) / 8
+                block -= float(scores.log_softmax(0)[right])
+        total += block / (2 * side * side)
+    return total / len(hidden)
+
+
+def test_a_token_chooses_between_its_subject_an_absent_one_and_the_rest(
+    watched: tuple[Any, Teller],
+) -> None:
+    unet, teller = watched
+    torch.nn.init.normal_(teller.background)
+    hidden: list[Tensor] = []
+    for site in build_sites(CONFIG.unet):
+        norm = unet.get_submodule(site.diffusers).norm2
+        norm.register_forward_hook(lambda _, __, output: hidden.append(output.detach()[1:]))
+    run(unet)
+    asked = teller.loss(slice(1, 3), looks(), places())
+    assert float(asked.detach()) == pytest.approx(
+        naive(teller, hidden, looks(), places()), rel=1e-5
+    )
+
+
+def test_being_asked_trains_the_base(watched: tuple[Any, Teller]) -> None:
+    """Gradients reach the first convolution; every pass is asked about once."""
+    unet, teller = watched
+    for _ in range(2):
+        run(unet)
+        teller.loss(slice(1, 3), looks(), places()).backward()
+    assert unet.conv_in.weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError):  # nothing was seen since
+        teller.loss(slice(1, 3), looks(), places())
+
+
+def test_a_description_is_the_class_token_and_the_mean_patch() -> None:
+    states = torch.randn(2, 257, CONFIG.clip.width, generator=torch.Generator().manual_seed(3))
+    found = describe(states)
+    assert found.shape == (2, look_width(CONFIG))
+    assert torch.equal(found[:, : CONFIG.clip.width], states[:, 0])
+    wanted = states[:, 1:].double().mean(dim=1)
+    assert torch.allclose(found[:, CONFIG.clip.width :].double(), wanted, atol=1e-6)

@@ -69,8 +69,9 @@ def spread_timesteps(batch: int, generator: torch.Generator) -> Tensor:
 @dataclass(frozen=True)
 class Picked:
     """Cached scenes, float32: latents (B,4,h,w), states (B,77,D), pooled (B,D). The first n read
-    reference latents (n,4,r,r), the next m are told of their subject by looks (m,2W): where it is,
-    (n+m,h,w), and where those that read do, (n,h,w), in [0,1]."""
+    reference latents (n,4,r,r) of their first subject where regions (n,h,w) allow it; the next m
+    are told of their N subjects by looks (m,N,2W). Subjects (n+m,N,h,w) is where they are; both in
+    [0,1]."""
 
     latents: Tensor
     states: Tensor
@@ -89,7 +90,7 @@ class Picked:
         """What an error counts, (B,1,h,w): its mean over a picture is 1."""
         weight = torch.ones_like(self.latents[:, :1])
         reading = len(self.regions)
-        weight[:reading, 0] += _INSIDE * self.subjects[:reading]
+        weight[:reading, 0] += _INSIDE * self.subjects[:reading, 0]
         return weight / weight.mean((2, 3), keepdim=True)
 
 
@@ -106,12 +107,12 @@ def pick(
         shard = shards[rng.integers(len(shards))]
         at, plain = rng.integers(len(shard.latents)), int(rng.random() < _PLAIN)
         if len(rows) < with_subject:
-            subject = _tensor(shard.regions[at])
-            if not subject.any():
+            places = _tensor(shard.regions[at])
+            if not places[0].any():
                 continue
-            subjects.append(subject)
+            subjects.append(places)
             if len(rows) < reading:
-                where = reading_place(subject, alone=bool(shard.subjects[at] == 1), rng=rng)
+                where = reading_place(places[0], alone=bool(shard.subjects[at] == 1), rng=rng)
                 read.append((_tensor(shard.references[at]), where))
             else:
                 looks.append(_tensor(shard.looks[at]))

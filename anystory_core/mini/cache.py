@@ -1,9 +1,9 @@
 """Latents and text states of the rendered scenes, encoded once and mapped from disk.
 
-Of each shard, in float16: latents (S,4,h,w), reference latents (S,4,r,r) of one subject, its
-description by CLIP (S,2W) and its region (S,h,w) in [0,1], the number of subjects (S,), states
-(S,2,77,D) and pooled (S,2,D); the second axis is the caption with names and the one that says "an
-object".
+Of each shard, in float16: latents (S,4,h,w); of up to N subjects, regions (S,N,h,w) in [0,1] and
+descriptions by CLIP (S,N,2W), and reference latents (S,4,r,r) of the first; the number of subjects
+(S,), states (S,2,77,D) and pooled (S,2,D). Their second axis is the caption with names and the one
+that says "an object".
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def encode_texts(
 
 @torch.no_grad()
 def encode_looks(vision: Any, cutouts: NDArray[np.uint8], batch: int = 10) -> Half:
-    """Cut-outs uint8 (S,R,R,3) -> descriptions (S,2W)."""
+    """Cut-outs uint8 (M,R,R,3) -> descriptions (M,2W)."""
     looks: list[Tensor] = []
     for start in range(0, len(cutouts), batch):
         pixels = normalise(torch.from_numpy(cutouts[start : start + batch].copy()))
@@ -103,10 +103,11 @@ def write_shard(
     shard = read_shard(scenes, number)
     named = encode_texts(clip.text, row_table, shard.captions)
     plain = encode_texts(clip.text, row_table, shard.plain_captions)
+    cutouts = shard.cutouts.reshape(-1, *shard.cutouts.shape[2:])
     arrays: dict[str, Half] = {
         "latents": encode_pictures(vae, shard.pictures),
-        "references": encode_pictures(vae, shard.cutouts),
-        "looks": encode_looks(clip.vision, shard.cutouts),
+        "references": encode_pictures(vae, shard.cutouts[:, 0]),
+        "looks": encode_looks(clip.vision, cutouts).reshape(*shard.cutouts.shape[:2], -1),
         "regions": (shard.regions / np.float32(255)).astype(np.float16),
         "subjects": np.array(shard.subjects, np.float16),
         "states": np.stack((named[0], plain[0]), axis=1),

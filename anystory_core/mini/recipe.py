@@ -117,8 +117,7 @@ def run_phase(name: str, options: Options) -> None:
     elif name in ABLATIONS:
         stage, without = ABLATIONS[name]
         steps = options.stage1_steps if stage == 1 else options.stage2_steps
-        rate = options.learning_rate
-        task = partial(train_stage, work, stage, steps, name=name, learning_rate=rate, **without)
+        task = partial(train_stage, work, stage, steps, **options.start(name), **without)
         run_shared(task, options.processes)
     elif name == "stage1":
         write_data(options.training_emoji(), work, "pairs", options.sample_shards)

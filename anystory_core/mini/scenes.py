@@ -1,6 +1,6 @@
 """Rendered scenes on disk, in shards that later phases read.
 
-Of each scene: the picture, two captions, and a reference of one of its subjects, cut out as the
+Of each scene: the picture, two captions, and a reference of each of its subjects, cut out as the
 pack cuts it, with the place of that subject on the latent's grid. A scene is a function of its
 seed, so shards can be thrown away and made again, and more of them added at any time.
 """
@@ -20,18 +20,20 @@ import torch
 from ..preprocess import prepare_views
 from .config import CONFIG
 from .emoji import Emoji
-from .world import Scene, UInt8, pool_of, render_reference, render_scene
+from .world import MOST_SUBJECTS, Scene, UInt8, pool_of, render_reference, render_scene
 
 SHARD = 500
 FIRST_SEED = 50_000_000
 _REFERENCE_OFFSET = 350_000_000
+_NEXT_SUBJECT = 20_000_000
 
 
 @dataclass(frozen=True)
 class Shard:
     """``SHARD`` scenes, two captions each, their numbers of subjects. Mapped from disk, uint8:
-    pictures (SHARD,H,W,3), cut-outs (SHARD,R,R,3) of the ReferenceNet's size, regions
-    (SHARD,H/8,W/8) where 255 is the subject that was cut out; all 0 when the scene has none."""
+    pictures (SHARD,H,W,3); of up to N = ``MOST_SUBJECTS`` subjects, in random order, cut-outs
+    (SHARD,N,R,R,3) of the ReferenceNet's size and regions (SHARD,N,H/8,W/8) where 255 is the
+    subject; all 0 where there is none."""
 
     number: int
     pictures: UInt8
@@ -47,18 +49,23 @@ def _paths(folder: Path, number: int) -> list[Path]:
     return [folder / f"{number:05d}.{kind}" for kind in kinds]
 
 
-def cut_reference(scene: Scene, seed: int) -> tuple[UInt8, UInt8]:
-    """(cut-out (R,R,3), region (H/8,W/8)) of one of a scene's subjects, zeros where it has none."""
+def cut_references(scene: Scene, seed: int) -> tuple[UInt8, UInt8]:
+    """(cut-outs (N,R,R,3), regions (N,H/8,W/8)) of a scene's subjects, in an order of the seed."""
     height, width = (side // 8 for side in scene.picture.shape[:2])
     side = CONFIG.reference.size
-    if not scene.instances:
-        return np.zeros((side, side, 3), np.uint8), np.zeros((height, width), np.uint8)
-    instance = random.Random(seed).choice(scene.instances)
-    picture, mask = render_reference(instance.emoji, seed)
-    image, subject = torch.from_numpy(picture / np.float32(255)), torch.from_numpy(mask)
-    (cutout,) = prepare_views(image[None], subject[None].float(), CONFIG).cutout.numpy()
-    share = instance.mask.reshape(height, 8, width, 8).mean(axis=(1, 3))
-    return cutout, np.round(255 * share).astype(np.uint8)
+    cutouts = np.zeros((MOST_SUBJECTS, side, side, 3), np.uint8)
+    regions = np.zeros((MOST_SUBJECTS, height, width), np.uint8)
+    order = list(scene.instances)
+    random.Random(seed).shuffle(order)
+    for number, instance in enumerate(order):
+        picture, mask = render_reference(instance.emoji, seed + number * _NEXT_SUBJECT)
+        image, subject = torch.from_numpy(picture / np.float32(255)), torch.from_numpy(mask)
+        (cutouts[number],) = prepare_views(
+            image[None], subject[None].float(), CONFIG
+        ).cutout.numpy()
+        share = instance.mask.reshape(height, 8, width, 8).mean(axis=(1, 3))
+        regions[number] = np.round(255 * share)
+    return cutouts, regions
 
 
 def write_shard(emoji: list[Emoji], folder: Path, number: int) -> None:
@@ -71,7 +78,7 @@ def write_shard(emoji: list[Emoji], folder: Path, number: int) -> None:
     seeds = range(FIRST_SEED + number * SHARD, FIRST_SEED + (number + 1) * SHARD)
     scenes = [render_scene(pool, seed) for seed in seeds]
     pairs = zip(scenes, seeds, strict=True)
-    cuts = [cut_reference(scene, seed + _REFERENCE_OFFSET) for scene, seed in pairs]
+    cuts = [cut_references(scene, seed + _REFERENCE_OFFSET) for scene, seed in pairs]
     cutouts, regions = zip(*cuts, strict=True)
     for file, arrays in zip(files, ([s.picture for s in scenes], cutouts, regions), strict=True):
         np.save(file, np.stack(arrays))

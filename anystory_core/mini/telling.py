@@ -4,8 +4,8 @@ The router (paper 3.3) reads places off ``norm2``'s output by one linear map. SD
 are known to hold what a segmentation needs (its router is trained on a frozen base); those of a
 small base that has only learned to remove noise do not: a router on them found half of what perfect
 masks give, on subjects that it had seen and on held-out ones alike (docs/mini.md). So the base is
-also asked, at every block and on pictures in which it reads no reference, which tokens show the
-subject that a CLIP description tells of: the same inner product as a router's coarse map, with the
+also asked, at every block and on pictures in which it reads no reference, which tokens show which
+of the subjects that CLIP describes: the same inner product as a router's coarse map, with the
 cross-entropy as its loss. The heads that ask are not shipped; stage 2 trains its routers anew.
 """
 
@@ -58,19 +58,21 @@ class Teller(nn.Module):
     def loss(self, rows: slice, looks: Tensor, subjects: Tensor) -> Tensor:
         """Cross-entropy of the last pass, the mean over blocks and tokens.
 
-        looks (n,2W) of the subjects that ``rows`` show at ``subjects`` (n,h,w) in [0,1]. Each token
-        chooses between its row's subject, the next row's, which is not in the picture, and the
-        background, which is all else."""
+        looks (n,N,2W) of the subjects that ``rows`` show at ``subjects`` (n,N,h,w) in [0,1], empty
+        where there are fewer. Each token chooses between its row's subjects, the background, and a
+        subject of another row, which is never right."""
         own = self.look(looks)
-        background = self.background.expand_as(own)
-        asked = torch.stack((own, own.roll(1, 0), background), dim=1)  # (n,3,R)
+        background = self.background.expand_as(own[:, :1])
+        asked = torch.cat((own, background, own[:, :1].roll(1, 0)), dim=1)  # (n,N+2,R)
+        absent = functional.pad(subjects.flatten(2).amax(dim=2) == 0, (0, 2))  # (n,N+2)
         losses: list[Tensor] = []
         for seen, key, hidden in zip(self._seen, self.keys, self.hidden, strict=True):
             z = hidden(seen[rows])  # (n,Q,K)
             side = math.isqrt(z.shape[1])
             logits = torch.matmul(key(asked), z.transpose(1, 2)).float() / _WIDTH**0.5
-            here = target_maps(subjects[:, None], (side, side))[:, 0]  # (n,Q)
-            losses.append(functional.cross_entropy(logits, 2 * (here < 0.5).long()))
+            logits = logits.masked_fill(absent[:, :, None], -torch.inf)
+            right = target_maps(subjects, (side, side)).argmax(dim=1)  # (n,Q)
+            losses.append(functional.cross_entropy(logits, right))
         self._seen.clear()
         return torch.stack(losses).mean()
 

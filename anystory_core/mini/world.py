@@ -21,6 +21,7 @@ from .emoji import Emoji
 SIZE = PICTURE_SIZE
 UInt8 = NDArray[np.uint8]
 Bool = NDArray[np.bool_]
+MOST_SUBJECTS = 3
 # Side of a subject relative to the picture, by the number of subjects in it.
 _SCALES = {1: (0.5, 0.85), 2: (0.42, 0.56), 3: (0.34, 0.44)}
 _MOST_HIDDEN = 0.35  # a subject that others cover more than this is placed anew

@@ -38,14 +38,17 @@ def run(unet: Any) -> None:
     unet(latents, torch.tensor([100, 500, 900]), text, added_cond_kwargs=added)
 
 
-def looks(count: int = 2) -> Tensor:
-    return torch.randn(count, look_width(CONFIG), generator=torch.Generator().manual_seed(2))
+def looks() -> Tensor:
+    g = torch.Generator().manual_seed(2)
+    return torch.randn(2, 2, look_width(CONFIG), generator=g)
 
 
 def places() -> Tensor:
-    subjects = torch.zeros(2, SIDE, SIDE)
-    subjects[0, :7, 3:9] = 1
-    subjects[1, 9:, 8:] = 0.4  # nowhere at least half of a token
+    """Two subjects in the first picture, one in the second."""
+    subjects = torch.zeros(2, 2, SIDE, SIDE)
+    subjects[0, 0, :7, 3:9] = 1
+    subjects[0, 1, 8:12] = 0.4  # a token goes to what covers most of it
+    subjects[1, 0, 9:, 8:] = 1
     return subjects
 
 
@@ -58,18 +61,20 @@ def naive(teller: Teller, hidden: list[Tensor], looks: Tensor, subjects: Tensor)
         side, block = math.isqrt(z.shape[1]), 0.0
         step = SIDE // side
         for row in range(2):
-            keys = key(torch.stack((look[row], look[1 - row], background)))
+            own = [i for i in range(2) if bool(subjects[row, i].any())]
+            asked = [*(look[row, i] for i in own), background, look[1 - row, 0]]
             for token in range(side * side):
-                y, x = divmod(token, side)
-                cell = subjects[row, y * step : (y + 1) * step, x * step : (x + 1) * step]
-                right = 0 if float(cell.mean()) >= 0.5 else 2
-                scores = keys @ head(z[row, token].double()) / 8
+                y, x = (step * place for place in divmod(token, side))
+                shares = [float(subjects[row, i, y : y + step, x : x + step].mean()) for i in own]
+                shares.append(max(0.0, 1 - sum(shares)))
+                right = shares.index(max(shares))
+                scores = key(torch.stack(asked)) @ head(z[row, token].double()) / 8
                 block -= float(scores.log_softmax(0)[right])
         total += block / (2 * side * side)
     return total / len(hidden)
 
 
-def test_a_token_chooses_between_its_subject_an_absent_one_and_the_rest(
+def test_a_token_chooses_between_subjects_background_and_an_absent_one(
     watched: tuple[Any, Teller],
 ) -> None:
     unet, teller = watched
@@ -80,9 +85,8 @@ def test_a_token_chooses_between_its_subject_an_absent_one_and_the_rest(
         norm.register_forward_hook(lambda _, __, output: hidden.append(output.detach()[1:]))
     run(unet)
     asked = teller.loss(slice(1, 3), looks(), places())
-    assert float(asked.detach()) == pytest.approx(
-        naive(teller, hidden, looks(), places()), rel=1e-5
-    )
+    wanted = naive(teller, hidden, looks(), places())
+    assert float(asked.detach()) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_being_asked_trains_the_base(watched: tuple[Any, Teller]) -> None:

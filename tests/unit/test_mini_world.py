@@ -144,3 +144,20 @@ def test_samples_are_what_the_trainer_reads(
     assert reference.shape == (256, 256, 4) and set(np.unique(reference[..., 3])) == {0, 255}
     place = np.asarray(Image.open(io.BytesIO(pair["target_mask.png"])))
     assert place.shape == (256, 256) and set(np.unique(place)) == {0, 255}
+
+
+def test_a_shard_holds_a_reference_of_each_subject(subjects: list[Emoji]) -> None:
+    """Regions are the visible parts of distinct subjects, on the latent's grid; empty behind the
+    last."""
+    scenes = pytest.importorskip("anystory_core.mini.scenes")
+    scene = render_scene(pool_of(subjects), 3, subjects=2)
+    cutouts, regions = scenes.cut_references(scene, 7)
+    assert cutouts.shape[0] == regions.shape[0] == 3
+    assert not cutouts[2].any() and not regions[2].any()
+    shares = [i.mask.reshape(32, 8, 32, 8).mean(axis=(1, 3)) for i in scene.instances]
+    errors = [[np.abs(regions[k] / 255 - s).max() for s in shares] for k in (0, 1)]
+    found = [int(np.argmin(row)) for row in errors]
+    assert sorted(found) == [0, 1]  # each of them once
+    assert all(errors[k][found[k]] < 0.51 / 255 for k in (0, 1))
+    ground = np.abs(cutouts[:2].astype(int) - 128).max(axis=-1) > 8
+    assert all(0.1 < share < 1 for share in ground.mean(axis=(1, 2)))

@@ -95,7 +95,7 @@ def test_pictures_take_their_subjects_colours(client: Client) -> None:
 
 def test_segmentation_finds_each_subject(client: Client) -> None:
     """A held-out scene through the whole graph: every mask lies on its own subject. Measured when
-    the weights were made: IoU 0.53 and 0.70."""
+    the weights were made: IoU 0.67 and 0.69."""
     regions = np.asarray(Image.open(Path(__file__).parent / "data" / "scene_masks.png"))
     masks = run(client, graph("segmentation"))["PreviewImage"]
     overlaps = []
@@ -103,7 +103,7 @@ def test_segmentation_finds_each_subject(client: Client) -> None:
         found, true = mask[..., 0] > 127, regions == number
         assert found.any() and (found & true).sum() > 0.7 * found.sum(), f"subject {number}"
         overlaps.append((found & true).sum() / (found | true).sum())
-    assert np.mean(overlaps) > 0.4, overlaps  # a disc of that size in a random place: 0.02
+    assert np.mean(overlaps) > 0.5, overlaps  # a disc of that size in a random place: 0.02
 
 
 @pytest.mark.parametrize("name", NAMES)

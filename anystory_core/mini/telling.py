@@ -52,8 +52,10 @@ class Teller(nn.Module):
     def watch(self, unet: Any, sites: Sequence[Site]) -> None:
         """Keep what each block's ``norm2`` gives in a pass; :meth:`loss` takes it."""
         for site in sites:
-            norm: nn.Module = unet.get_submodule(site.diffusers).norm2
-            norm.register_forward_hook(lambda _, __, output: self._seen.append(output))
+            unet.get_submodule(site.diffusers).norm2.register_forward_hook(self._keep)
+
+    def _keep(self, norm: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        self._seen.append(output)
 
     def loss(self, rows: slice, looks: Tensor, subjects: Tensor) -> Tensor:
         """Cross-entropy of the last pass, the mean over blocks and tokens.

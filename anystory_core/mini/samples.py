@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
+from ..training import shards
+from ..training.shards import Files
 from .emoji import Emoji
 from .world import Scene, pool_of, render_reference, render_scene
 
@@ -29,29 +29,23 @@ _FIRST_SEED = {"pairs": 100_000_000, "scenes": 200_000_000}
 Kind = Literal["pairs", "scenes"]
 
 
-def _png(pixels: NDArray[np.uint8]) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG", compress_level=1)
-    return out.getvalue()
-
-
-def pair_files(scene: Scene, seed: int) -> dict[str, bytes]:
+def pair_files(scene: Scene, seed: int, caption: str) -> Files:
     """Files of a pair sample from a scene with one subject."""
-    picture, mask = render_reference(scene.instances[0].emoji, seed)
+    (instance,) = scene.instances
+    picture, mask = render_reference(instance.emoji, seed)
     alpha = (mask * np.uint8(255))[..., None]
-    return {
-        "reference.png": _png(np.concatenate((picture, alpha), axis=-1)),
-        "target.png": _png(scene.picture),
-        "target_mask.png": _png(scene.instances[0].mask * np.uint8(255)),
-    }
+    return shards.pair_files(
+        reference=np.concatenate((picture, alpha), axis=-1),
+        target=scene.picture,
+        target_mask=instance.mask,
+        caption=caption,
+    )
 
 
-def scene_files(scene: Scene) -> dict[str, bytes]:
-    """Files of a scene sample: 0 = background, i = subject i."""
-    regions = np.zeros(scene.picture.shape[:2], np.uint8)
-    for number, instance in enumerate(scene.instances, start=1):
-        regions[instance.mask] = number
-    return {"image.png": _png(scene.picture), "masks.png": _png(regions)}
+def scene_files(scene: Scene, caption: str) -> Files:
+    """Files of a scene sample."""
+    masks = [instance.mask for instance in scene.instances]
+    return shards.scene_files(image=scene.picture, masks=masks, caption=caption)
 
 
 def write_samples(emoji: Sequence[Emoji], folder: Path, kind: Kind, number: int) -> None:
@@ -67,9 +61,11 @@ def write_samples(emoji: Sequence[Emoji], folder: Path, kind: Kind, number: int)
             rng = random.Random(seed)
             count = 1 if kind == "pairs" else rng.choice((1, 2, 2, 3))
             scene = render_scene(pool, seed, subjects=count)
-            files = pair_files(scene, seed + 50_000_000) if kind == "pairs" else scene_files(scene)
-            plain = rng.random() < _PLAIN
-            files["caption.txt"] = (scene.plain_caption if plain else scene.caption).encode()
+            caption = scene.plain_caption if rng.random() < _PLAIN else scene.caption
+            if kind == "pairs":
+                files = pair_files(scene, seed + 50_000_000, caption)
+            else:
+                files = scene_files(scene, caption)
             for suffix, content in files.items():
                 entry = tarfile.TarInfo(f"{number:05d}{i:04d}.{suffix}")
                 entry.size = len(content)

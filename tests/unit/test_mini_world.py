@@ -136,10 +136,10 @@ def test_samples_are_what_the_trainer_reads(
         samples.write_samples(subjects, tmp_path / kind, kind, 0)
         index = data.Index.of((str(tmp_path / kind),))
         assert [entry.kind for entry in index.entries] == [expected] * 3
-    files = samples.scene_files(render_scene(pool_of(subjects), 3, subjects=2))
+    files = samples.scene_files(render_scene(pool_of(subjects), 3, subjects=2), "two")
     regions = np.asarray(Image.open(io.BytesIO(files["masks.png"])))
     assert set(np.unique(regions).tolist()) == {0, 1, 2}
-    pair = samples.pair_files(render_scene(pool_of(subjects), 3, subjects=1), 9)
+    pair = samples.pair_files(render_scene(pool_of(subjects), 3, subjects=1), 9, "one")
     reference = np.asarray(Image.open(io.BytesIO(pair["reference.png"])))
     assert reference.shape == (256, 256, 4) and set(np.unique(reference[..., 3])) == {0, 255}
     place = np.asarray(Image.open(io.BytesIO(pair["target_mask.png"])))

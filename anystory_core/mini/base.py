@@ -22,6 +22,7 @@ from torch.nn import functional
 from ..preprocess import mask_box
 from ..training.bases import alphas_cumprod
 from ..training.diffusers_unet import attention_kernels, predict, time_ids
+from ..training.losses import error_weights
 from ..training.names import diffusers_unet_config
 from .cache import Cached, Half, encode_texts, read_shards
 from .clip import load_clip
@@ -87,11 +88,11 @@ class Picked:
         return slice(len(self.regions), len(self.subjects))
 
     def importance(self) -> Tensor:
-        """What an error counts, (B,1,h,w): its mean over a picture is 1."""
-        weight = torch.ones_like(self.latents[:, :1])
+        """What an error counts, (B,1,h,w): more inside a subject that is read."""
+        area = torch.zeros_like(self.latents[:, :1])
         reading = len(self.regions)
-        weight[:reading, 0] += _INSIDE * self.subjects[:reading, 0]
-        return weight / weight.mean((2, 3), keepdim=True)
+        area[:reading, 0] = self.subjects[:reading, 0]
+        return error_weights(area, _INSIDE)
 
 
 def pick(

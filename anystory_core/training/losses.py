@@ -22,8 +22,14 @@ def diffusion_loss(
     if masks is None or not inside:
         return errors.mean()
     area = torch.nn.functional.interpolate(masks.float(), size=errors.shape[-2:], mode="area")
-    weights = 1 + inside * area.amax(dim=1, keepdim=True)
-    return (errors * weights / weights.mean(dim=(2, 3), keepdim=True)).mean()
+    return (errors * error_weights(area.amax(dim=1, keepdim=True), inside)).mean()
+
+
+def error_weights(area: Tensor, inside: float) -> Tensor:
+    """1 + inside where the subject is, scaled to a mean of 1 for each picture; area (B,1,h,w) in
+    [0,1]."""
+    weights = 1 + inside * area
+    return weights / weights.mean(dim=(2, 3), keepdim=True)
 
 
 def target_maps(masks: Tensor, grid: Grid) -> Tensor:

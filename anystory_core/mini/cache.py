@@ -22,9 +22,10 @@ from torch.nn import functional
 
 from . import text
 from .clip import Clip
+from .config import CONFIG
 from .phase import autocast
 from .scenes import read_shard, shard_numbers
-from .telling import describe
+from .telling import describe, look_width
 from .vae import to_signed
 from .views import SIZE, normalise
 
@@ -103,11 +104,13 @@ def write_shard(
     shard = read_shard(scenes, number)
     named = encode_texts(clip.text, row_table, shard.captions)
     plain = encode_texts(clip.text, row_table, shard.plain_captions)
-    cutouts = shard.cutouts.reshape(-1, *shard.cutouts.shape[2:])
+    there = shard.cutouts.any(axis=(2, 3, 4))  # (S,N)
+    looks = np.zeros((*there.shape, look_width(CONFIG)), np.float16)
+    looks[there] = encode_looks(clip.vision, shard.cutouts[there])
     arrays: dict[str, Half] = {
         "latents": encode_pictures(vae, shard.pictures),
         "references": encode_pictures(vae, shard.cutouts[:, 0]),
-        "looks": encode_looks(clip.vision, cutouts).reshape(*shard.cutouts.shape[:2], -1),
+        "looks": looks,
         "regions": (shard.regions / np.float32(255)).astype(np.float16),
         "subjects": np.array(shard.subjects, np.float16),
         "states": np.stack((named[0], plain[0]), axis=1),

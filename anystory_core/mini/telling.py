@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,6 @@ from torch.nn import functional
 from ..config import AnyStoryConfig
 from ..sites import Site, build_sites
 from ..training.losses import target_maps
-
-_WIDTH = 64  # of the inner products; the mini router's key_dim
 
 
 def look_width(config: AnyStoryConfig) -> int:
@@ -41,12 +39,12 @@ class Teller(nn.Module):
 
     def __init__(self, config: AnyStoryConfig) -> None:
         super().__init__()
-        sites = build_sites(config.unet)
-        width = look_width(config)
-        self.look = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * _WIDTH))
-        self.background = nn.Parameter(torch.zeros(3 * _WIDTH))
-        self.keys = nn.ModuleList([nn.Linear(3 * _WIDTH, _WIDTH) for _ in sites])
-        self.hidden = nn.ModuleList([nn.Linear(s.channels, _WIDTH, bias=False) for s in sites])
+        sites, width = build_sites(config.unet), look_width(config)
+        routing, key = config.routing_dim, config.router.key_dim
+        self.look = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, routing))
+        self.background = nn.Parameter(torch.zeros(routing))
+        self.keys = nn.ModuleList([nn.Linear(routing, key) for _ in sites])
+        self.hidden = nn.ModuleList([nn.Linear(s.channels, key, bias=False) for s in sites])
         self._seen: list[Tensor] = []
 
     def watch(self, unet: Any, sites: Sequence[Site]) -> None:
@@ -71,7 +69,7 @@ class Teller(nn.Module):
         for seen, key, hidden in zip(self._seen, self.keys, self.hidden, strict=True):
             z = hidden(seen[rows])  # (n,Q,K)
             side = math.isqrt(z.shape[1])
-            logits = torch.matmul(key(asked), z.transpose(1, 2)).float() / _WIDTH**0.5
+            logits = torch.matmul(key(asked), z.transpose(1, 2)).float() / z.shape[-1] ** 0.5
             logits = logits.masked_fill(absent[:, :, None], -torch.inf)
             right = target_maps(subjects, (side, side)).argmax(dim=1)  # (n,Q)
             losses.append(functional.cross_entropy(logits, right))
@@ -84,5 +82,5 @@ class Base(nn.Module):
 
     def __init__(self, unet: Any, config: AnyStoryConfig) -> None:
         super().__init__()
-        self.unet = cast(Any, unet)
+        self.unet = unet
         self.teller = Teller(config)

@@ -2,9 +2,10 @@
 
 Latents and text states come from the cache; the noise schedule is SDXL's. Losses are weighted by
 min(SNR, 5) / SNR, timesteps are spread over a batch, noisy ones closer together, and one caption in
-ten is dropped. Half of a batch also reads a reference of one of its subjects (:mod:`.reading`), and
-errors inside that subject count more; most of the rest is asked where a subject is
-(:mod:`.telling`).
+ten is dropped. Half of a batch also reads references of its subjects (:mod:`.reading`), one part of
+it in places that are given and one where the hidden states themselves send them, and errors inside
+the subjects count more. The second part and most of what reads nothing is asked where the subjects
+are (:mod:`.telling`).
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ from .clip import load_clip
 from .config import CONFIG, PICTURE_SIZE
 from .phase import Phase, autocast, half_is_faster, shares
 from .reading import Reader
+from .row_sources import RowSources
 from .telling import Base
 
 BATCH = 32
 _DROP = 0.1
 _PLAIN = 0.5  # share of captions that say only "an object"
-_READ = 0.5  # share of a batch that reads a reference
-_TOLD = 0.375  # share that does not, and is asked where its subject is
-_TELLING = 0.1  # what being asked counts
+# Shares of a batch: reading in given places; reading, of two subjects or more, where the answers
+# about them send each; reading nothing. The last two are asked.
+_PLACED, _SENT, _TOLD = 0.25, 0.25, 0.375
+_TELLING = 0.2  # what being asked counts
 _EVERYWHERE = 0.5  # of one subject: share of scenes all of which may read, as in stage 1
 # Share of the rest that reads inside the subject's outline; the others read in a box around it.
 # Where only outlines read, an outline says what to draw, and a user's box is filled to its corners.
@@ -69,63 +72,78 @@ def spread_timesteps(batch: int, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Picked:
-    """Cached scenes, float32: latents (B,4,h,w), states (B,77,D), pooled (B,D). The first n read
-    reference latents (n,4,r,r) of their first subject where regions (n,h,w) allow it; the next m
-    are told of their N subjects by looks (m,N,2W). Subjects (n+m,N,h,w) is where they are; both in
-    [0,1]."""
+    """Cached scenes, float32: latents (B,4,h,w), states (B,77,D), pooled (B,D). Of the first rows:
+    subjects (n+m,N,h,w) where their N subjects are, zeros where there are fewer. The first n read
+    reference latents (n,N,4,r,r): the first of them where places (p,N,h,w) allow each, the others
+    where answers send it. All but those p are asked by looks (n-p+m,N,2W). Places in [0,1]."""
 
     latents: Tensor
     states: Tensor
     pooled: Tensor
     subjects: Tensor
     references: Tensor
-    regions: Tensor
+    places: Tensor
     looks: Tensor
 
     @property
     def told(self) -> slice:
-        """The rows that are told of their subject."""
-        return slice(len(self.regions), len(self.subjects))
+        """The rows that are asked."""
+        return slice(len(self.places), len(self.subjects))
+
+    @property
+    def present(self) -> Tensor:
+        """(n+m,N) bool: which subjects are there."""
+        return self.subjects.flatten(2).amax(dim=2) > 0
 
     def importance(self) -> Tensor:
-        """What an error counts, (B,1,h,w): more inside a subject that is read."""
+        """What an error counts, (B,1,h,w): more inside subjects that are read."""
         area = torch.zeros_like(self.latents[:, :1])
-        reading = len(self.regions)
-        area[:reading, 0] = self.subjects[:reading, 0]
+        reading = len(self.references)
+        area[:reading, 0] = self.subjects[:reading].amax(dim=1)
         return error_weights(area, _INSIDE)
 
 
 def pick(
     shards: list[Cached], count: int, empty: tuple[Tensor, Tensor], rng: np.random.Generator
 ) -> Picked:
-    """``count`` random scenes, ``_READ`` + ``_TOLD`` of them with a subject."""
-    reading, with_subject = round(_READ * count), round((_READ + _TOLD) * count)
+    """``count`` random scenes in the shares of a batch."""
+    placed = round(_PLACED * count)
+    reading = placed + round(_SENT * count)
+    with_subject = reading + round(_TOLD * count)
     rows: list[tuple[Tensor, ...]] = []
     subjects: list[Tensor] = []
-    read: list[tuple[Tensor, Tensor]] = []
+    references: list[Tensor] = []
+    places: list[Tensor] = []
     looks: list[Tensor] = []
     while len(rows) < count:
         shard = shards[rng.integers(len(shards))]
         at, plain = rng.integers(len(shard.latents)), int(rng.random() < _PLAIN)
-        if len(rows) < with_subject:
-            places = _tensor(shard.regions[at])
-            if not places[0].any():
+        number = len(rows)
+        if number < with_subject:
+            regions = _tensor(shard.regions[at])
+            there = int(regions.flatten(1).any(dim=1).sum())
+            if there < (2 if placed <= number < reading else 1):
                 continue
-            subjects.append(places)
-            if len(rows) < reading:
-                where = reading_place(places[0], alone=bool(shard.subjects[at] == 1), rng=rng)
-                read.append((_tensor(shard.references[at]), where))
+            subjects.append(regions)
+            if number < reading:
+                references.append(_tensor(shard.references[at]))
+            if number < placed:
+                alone = bool(shard.subjects[at] == 1)
+                own = [reading_place(region, alone=alone, rng=rng) for region in regions]
+                places.append(torch.stack(own))
             else:
                 looks.append(_tensor(shard.looks[at]))
         text = _tensor(shard.states[at, plain]), _tensor(shard.pooled[at, plain])
         rows.append((_tensor(shard.latents[at]), *(empty if rng.random() < _DROP else text)))
-    columns = (*zip(*rows, strict=True), subjects, *zip(*read, strict=True), looks)
+    columns = (*zip(*rows, strict=True), subjects, references, places, looks)
     return Picked(*(torch.stack(tuple(column)) for column in columns))
 
 
 def reading_place(region: Tensor, *, alone: bool, rng: np.random.Generator) -> Tensor:
     """Where the subject of ``region`` (h,w) may be read, (h,w) in [0,1]: everywhere (only when it
-    is ``alone``), in a loose box around it, or in the region itself."""
+    is ``alone``), in a loose box around it, or in the region itself; nowhere without a region."""
+    if not region.any():
+        return region
     if alone and rng.random() < _EVERYWHERE:
         return torch.ones_like(region)
     if rng.random() < _OUTLINE:
@@ -180,9 +198,13 @@ def train_base(folder: Path, *, steps: int) -> None:
         t = spread_timesteps(count, generator)
         noise = torch.randn(batch.latents.shape, generator=generator)
         a = signal[t][:, None, None, None]
+        reading, placed = len(batch.references), len(batch.places)
         noisy = a.sqrt() * batch.latents + (1 - a).sqrt() * noise
         with autocast(), attention_kernels(torch.device("cpu")):
-            call = reader.call(batch.references, batch.regions)
+            sent = teller.routes(batch.looks[: reading - placed], batch.present[placed:reading])
+            masks = RowSources.of_masks(batch.places)
+            source = RowSources((*masks.parts, (reading - placed, sent)))
+            call = reader.call(batch.references, batch.present[:reading], source)
             noisy = noisy.contiguous(memory_format=layout)
             predicted = predict(
                 unet, reader.slot, call, noisy, t, batch.states, batch.pooled, size_ids(count)

@@ -1,9 +1,9 @@
 """Latents and text states of the rendered scenes, encoded once and mapped from disk.
 
-Of each shard, in float16: latents (S,4,h,w); of up to N subjects, regions (S,N,h,w) in [0,1] and
-descriptions by CLIP (S,N,2W), and reference latents (S,4,r,r) of the first; the number of subjects
-(S,), states (S,2,77,D) and pooled (S,2,D). Their second axis is the caption with names and the one
-that says "an object".
+Of each shard, in float16: latents (S,4,h,w); of up to N subjects, regions (S,N,h,w) in [0,1],
+descriptions by CLIP (S,N,2W) and reference latents (S,N,4,r,r); the number of subjects (S,), states
+(S,2,77,D) and pooled (S,2,D). Their second axis is the caption with names and the one that says
+"an object".
 """
 
 from __future__ import annotations
@@ -107,9 +107,12 @@ def write_shard(
     there = shard.cutouts.any(axis=(2, 3, 4))  # (S,N)
     looks = np.zeros((*there.shape, look_width(CONFIG)), np.float16)
     looks[there] = encode_looks(clip.vision, shard.cutouts[there])
+    cut_out = encode_pictures(vae, shard.cutouts[there])
+    references = np.zeros((*there.shape, *cut_out.shape[1:]), np.float16)
+    references[there] = cut_out
     arrays: dict[str, Half] = {
         "latents": encode_pictures(vae, shard.pictures),
-        "references": encode_pictures(vae, shard.cutouts[:, 0]),
+        "references": references,
         "looks": looks,
         "regions": (shard.regions / np.float32(255)).astype(np.float16),
         "subjects": np.array(shard.subjects, np.float16),

@@ -3,9 +3,10 @@
 Stage 1 trains on a frozen base, and what it adds is found by the base's own queries. SDXL's have
 learned from its many pictures to find the other eye, the next window, the same thing again; the
 queries of a base that has seen little but captions find nothing (docs/mini.md has the figures). So
-the base is also shown a reference. Its own weights read it, as the ReferenceNet that begins from
-them will: at timestep 0, without text, by :class:`~anystory_core.reference_net.ReferenceNet`
-itself. It enters as in stage 1 (Eq. 6 with K~ = K and V~ = V), in the subject's place.
+the base is also shown references of a scene's subjects. Its own weights read them, as the
+ReferenceNet that begins from them will: at timestep 0, without text, by
+:class:`~anystory_core.reference_net.ReferenceNet` itself. They enter as in stage 1 (Eq. 6 with
+K~ = K and V~ = V), each where a route sends it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from ..conditioner import Call, Rows
 from ..config import AnyStoryConfig
 from ..injection import Candidates, KeyValue
 from ..reference_net import ReferenceNet
+from ..routes import RouteSource
 from ..run import Run, SiteConditions
 from ..sites import build_sites
 from ..training import diffusers_unet
 from ..training.names import ldm_to_diffusers
-from .row_masks import RowMasks
 
 
 class Reader:
@@ -46,20 +47,30 @@ class Reader:
         tied[first] = functional.pad(tied[first], (0, 0, 0, 0, 0, 1))
         return functional_call(self.net, tied, (functional.pad(latents, (0, 0, 0, 0, 0, 1)),))
 
-    def call(self, latents: Tensor, regions: Tensor) -> Call:
-        """The first n rows of a pass read references (n,4,r,r) where ``regions`` (n,h,w) in [0,1]
-        is at least a half; differentiable."""
-        features = self.features(latents)
+    def call(self, latents: Tensor, present: Tensor, source: RouteSource) -> Call:
+        """The first n rows of a pass read references (n,N,4,r,r) where ``source`` sends them, those
+        that ``present`` (n,N) bool says are there; differentiable."""
+        features = [_spread(g, present) for g in self.features(latents[present])]
         conditions: list[SiteConditions] = []
         for site in self.sites:
-            read = None
+            read: list[KeyValue | None] = [None] * present.shape[1]
             if site.index > 1:
-                attn, given = (
-                    self.unet.get_submodule(site.diffusers).attn1,
-                    features[site.index - 2],
-                )
-                read = KeyValue(attn.to_k(given), attn.to_v(given))
-            conditions.append(SiteConditions(Candidates([None, None]), Candidates([read, None])))
-        run = Run(tuple(conditions), RowMasks.of(regions[:, None]), (1.0, 1.0), (0.0, -math.inf))
+                attn = self.unet.get_submodule(site.diffusers).attn1
+                given = features[site.index - 2]
+                pairs = zip(attn.to_k(given).unbind(1), attn.to_v(given).unbind(1), strict=True)
+                read = [KeyValue(k, v) for k, v in pairs]
+            nothing = Candidates([None] * (len(read) + 1))
+            conditions.append(SiteConditions(nothing, Candidates([*read, None])))
+        count = present.shape[1]
+        biases = (*(0.0 for _ in range(count)), -math.inf)
+        run = Run(tuple(conditions), source, (1.0,) * (count + 1), biases)
         rows = Rows(tuple(range(len(latents))))
-        return Call(run, rows, (True,), self.sites, diffusers_unet.dense_attention)
+        active = (True,) * count
+        return Call(run, rows, active, self.sites, diffusers_unet.dense_attention)
+
+
+def _spread(features: Tensor, present: Tensor) -> Tensor:
+    """(M,G,d) of the M that are ``present`` (n,N) -> (n,N,G,d), zeros for the others."""
+    spread = features.new_zeros(*present.shape, *features.shape[1:])
+    spread[present] = features
+    return spread

@@ -7,12 +7,17 @@ masks give, on subjects that it had seen and on held-out ones alike (docs/mini.m
 also asked, at every block and on pictures in which it reads no reference, which tokens show which
 of the subjects that CLIP describes: the same inner product as a router's coarse map, with the
 cross-entropy as its loss. The heads that ask are not shipped; stage 2 trains its routers anew.
+
+What the heads answer is a route like any other (:meth:`Teller.routes`), so the base also learns to
+draw several references where its own hidden states send them, as it will have to with a router:
+vaguely while there is little but noise.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..config import AnyStoryConfig
+from ..routes import Crops, Grid, SoftMaps, resize_soft
 from ..sites import Site, build_sites
 from ..training.losses import target_maps
 
@@ -61,20 +67,58 @@ class Teller(nn.Module):
         looks (n,N,2W) of the subjects that ``rows`` show at ``subjects`` (n,N,h,w) in [0,1], empty
         where there are fewer. Each token chooses between its row's subjects, the background, and a
         subject of another row, which is never right."""
-        own = self.look(looks)
-        background = self.background.expand_as(own[:, :1])
-        asked = torch.cat((own, background, own[:, :1].roll(1, 0)), dim=1)  # (n,N+2,R)
+        own = self._ask(looks)
+        asked = torch.cat((own, own[:, :1].roll(1, 0)), dim=1)  # (n,N+2,R)
         absent = functional.pad(subjects.flatten(2).amax(dim=2) == 0, (0, 2))  # (n,N+2)
         losses: list[Tensor] = []
-        for seen, key, hidden in zip(self._seen, self.keys, self.hidden, strict=True):
-            z = hidden(seen[rows])  # (n,Q,K)
-            side = math.isqrt(z.shape[1])
-            logits = torch.matmul(key(asked), z.transpose(1, 2)).float() / z.shape[-1] ** 0.5
-            logits = logits.masked_fill(absent[:, :, None], -torch.inf)
+        for index, seen in enumerate(self._seen):
+            side = math.isqrt(seen.shape[1])
+            logits = self.answers(index, asked, absent, seen[rows])
             right = target_maps(subjects, (side, side)).argmax(dim=1)  # (n,Q)
             losses.append(functional.cross_entropy(logits, right))
+        if len(losses) != len(self.keys):
+            raise ValueError(f"a pass of {len(self.keys)} blocks was expected, got {len(losses)}")
         self._seen.clear()
         return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def routes(self, looks: Tensor, present: Tensor) -> ToldRoutes:
+        """Routes of n rows by what the heads answer about looks (n,N,2W), of which those are there
+        that ``present`` (n,N) bool says."""
+        return ToldRoutes(self, self._ask(looks), functional.pad(~present, (0, 1)))
+
+    def _ask(self, looks: Tensor) -> Tensor:
+        """(n,N,2W) -> (n,N+1,R), the background last."""
+        own = self.look(looks)
+        return torch.cat((own, self.background.expand_as(own[:, :1])), dim=1)
+
+    def answers(self, index: int, asked: Tensor, absent: Tensor, seen: Tensor) -> Tensor:
+        """Logits (n,C,Q) of block ``index`` (from 0) for asked (n,C,R) at seen (n,Q,D)."""
+        z = self.hidden[index](seen)  # (n,Q,K)
+        key = self.keys[index](asked)
+        logits = torch.matmul(key, z.transpose(1, 2)).float() / z.shape[-1] ** 0.5
+        return logits.masked_fill(absent[:, :, None], -torch.inf)
+
+
+@dataclass(frozen=True)
+class ToldRoutes:
+    """A route source of :meth:`Teller.routes`; it has no gradient."""
+
+    teller: Teller
+    asked: Tensor  # (n,C,R)
+    absent: Tensor  # (n,C) bool
+
+    @property
+    def candidates(self) -> int:
+        return self.asked.shape[1]
+
+    @torch.no_grad()
+    def maps(self, site: Site, z: Tensor, grid: Grid, crops: Crops) -> SoftMaps:
+        logits = self.teller.answers(site.index - 1, self.asked, self.absent, z)
+        return SoftMaps(logits.softmax(dim=1), grid)
+
+    def resize(self, soft: SoftMaps, grid: Grid, crops: Crops) -> SoftMaps:
+        return resize_soft(soft, grid)
 
 
 class Base(nn.Module):

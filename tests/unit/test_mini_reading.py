@@ -16,6 +16,7 @@ from anystory_core.conditioner import Call, Rows
 from anystory_core.mini.base import build_unet, size_ids
 from anystory_core.mini.config import CONFIG
 from anystory_core.mini.reading import Reader
+from anystory_core.mini.row_sources import RowSources
 from anystory_core.routes import SingleRoute
 from anystory_core.run import Run, project
 from anystory_core.sites import build_sites
@@ -52,7 +53,8 @@ def test_stage_1_begins_with_what_the_base_reads(unet: Any) -> None:
     """A ReferenceNet and K, V maps that begin from the U-Net, routed everywhere (Eq. 6, gamma 0),
     give the base's own reading, to float32 rounding."""
     reader = Reader(unet, CONFIG)
-    everywhere = reader.call(references(), torch.ones(BATCH, SIDE, SIDE))
+    there = torch.ones(BATCH, 1, dtype=torch.bool)
+    everywhere = reader.call(references()[:, None], there, SingleRoute())
     read = diffusers_unet.predict(unet, reader.slot, everywhere, *inputs())
 
     sites = build_sites(CONFIG.unet)
@@ -72,9 +74,10 @@ def test_stage_1_begins_with_what_the_base_reads(unet: Any) -> None:
 def test_only_the_region_and_the_first_rows_read(unet: Any) -> None:
     reader = Reader(unet, CONFIG)
     plain = diffusers_unet.predict(unet, reader.slot, None, *inputs(3))
-    region = torch.zeros(BATCH, SIDE, SIDE)
-    region[1, :8] = 1
-    call = reader.call(references(), region)
+    region = torch.zeros(BATCH, 1, SIDE, SIDE)
+    region[1, 0, :8] = 1
+    there = torch.ones(BATCH, 1, dtype=torch.bool)
+    call = reader.call(references()[:, None], there, RowSources.of_masks(region))
     read = diffusers_unet.predict(unet, reader.slot, call, *inputs(3))
     assert torch.allclose(read[0], plain[0], atol=1e-6)  # nothing of it may read
     assert not torch.allclose(read[1], plain[1], atol=1e-4)
@@ -83,7 +86,51 @@ def test_only_the_region_and_the_first_rows_read(unet: Any) -> None:
     maps = call.soft_maps[1]
     assert maps.grid == (8, 8) and maps.maps.shape == (BATCH, 2, 64)
     inside = (maps.maps.argmax(dim=1) == 0).view(BATCH, 8, 8)
-    assert torch.equal(inside, region[:, ::2, ::2] == 1)
+    assert torch.equal(inside, region[:, 0, ::2, ::2] == 1)
+
+
+def test_two_subjects_are_read_each_in_its_place(unet: Any) -> None:
+    """A row with both is what it is alone with the same two; in a row that lacks one, what stands
+    in its place does not matter."""
+    reader = Reader(unet, CONFIG)
+    both = torch.stack((references(), references().flip(0)), dim=1)  # (B,2,4,r,r)
+    places = torch.zeros(BATCH, 2, SIDE, SIDE)
+    places[0, 0, :8], places[0, 1, 8:], places[1, 0, :, :8] = 1, 1, 1
+    there = torch.tensor([[True, True], [True, False]])
+    source = RowSources.of_masks(places)
+
+    def read(latents: Tensor, present: Tensor) -> Tensor:
+        call = reader.call(latents, present, source)
+        return diffusers_unet.predict(unet, reader.slot, call, *inputs())
+
+    together = read(both, there)
+    swapped = read(both.flip(1), torch.ones_like(there))
+    assert not torch.allclose(together[0], swapped[0], atol=1e-4)
+    other = both.clone()
+    other[1, 1] = 7
+    assert torch.equal(read(other, there), together)
+
+    one = RowSources.of_masks(places[1:, :1])
+    call = reader.call(both[1:, :1], there[1:, :1], one)
+    alone = diffusers_unet.predict(unet, reader.slot, call, *(x[1:] for x in inputs()))
+    assert torch.allclose(together[1], alone[0], atol=1e-5)
+
+
+def test_rows_can_have_different_sources() -> None:
+    """Each source gets its own rows, in order, at a block and on another grid."""
+    masks = torch.zeros(2, 1, SIDE, SIDE)
+    masks[1, 0, :, :8] = 1
+    source = RowSources((*RowSources.of_masks(masks).parts, (2, SingleRoute())))
+    assert source.candidates == 2
+    site = build_sites(CONFIG.unet)[0]
+    for soft in (
+        source.maps(site, torch.zeros(4, 64, 64), (8, 8), ()),
+        source.resize(source.maps(site, torch.zeros(4, 64, 64), (8, 8), ()), (4, 4), ()),
+    ):
+        subject = soft.maps[:, 0].view(4, *soft.grid)
+        half = soft.grid[1] // 2
+        assert subject[0].sum() == 0 and subject[2:].min() == 1
+        assert subject[1, :, :half].min() == 1 and subject[1, :, half:].max() == 0
 
 
 def test_reading_trains_the_base_alone(unet: Any) -> None:

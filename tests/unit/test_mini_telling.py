@@ -107,3 +107,31 @@ def test_a_description_is_the_class_token_and_the_mean_patch() -> None:
     assert torch.equal(found[:, : CONFIG.clip.width], states[:, 0])
     wanted = states[:, 1:].double().mean(dim=1)
     assert torch.allclose(found[:, CONFIG.clip.width :].double(), wanted, atol=1e-6)
+
+
+def test_answers_are_routes(watched: tuple[Any, Teller]) -> None:
+    """A block's answers about the subjects that are there, without the stranger of the loss; they
+    go to another grid as a router's do, and have no gradient."""
+    unet, teller = watched
+    torch.nn.init.normal_(teller.background)
+    site = build_sites(CONFIG.unet)[4]
+    g = torch.Generator().manual_seed(4)
+    z = torch.randn(2, 16, site.channels, generator=g)
+    routes = teller.routes(looks(), torch.tensor([[True, True], [True, False]]))
+    assert routes.candidates == 3
+    soft = routes.maps(site, z, (4, 4), ())
+    assert not soft.maps.requires_grad
+
+    double = teller.double()
+    look, background = double.look(looks().double()), double.background.double()
+    for row, there in enumerate((2, 1)):
+        asked = torch.stack((*look[row, :there], background))
+        scores = double.keys[4](asked) @ double.hidden[4](z[row].double()).T / 8
+        wanted = scores.softmax(0)
+        found = soft.maps[row, [*range(there), 2]]
+        assert torch.allclose(found.double(), wanted, atol=1e-6)
+    assert soft.maps[1, 1].max() == 0
+    smaller = routes.resize(soft, (2, 2), ()).maps
+    assert torch.allclose(
+        smaller[0, 0, 0], soft.maps[0, 0].view(4, 4)[:2, :2].mean(), atol=1e-6
+    )

@@ -28,7 +28,7 @@ from ...training.bases import alphas_cumprod
 from ..base import size_ids
 from ..config import CONFIG, PICTURE_SIZE
 from ..phase import autocast
-from ..row_masks import RowMasks
+from ..row_sources import RowSources
 from .stack import Stack
 from .tasks import Task
 
@@ -140,7 +140,7 @@ def _source(
 ) -> RouteSource | TextRoutes:
     model = encoder.model
     if variant.routes == "masks":
-        return RowMasks.of(task.boxes() for task in tasks)
+        return RowSources.of_masks(task.boxes() for task in tasks)
     if variant.routes == "text":
         (one,) = tasks
         return TextRoutes(encoder.stack.texts(one.names()), model.sites)

@@ -1,0 +1,116 @@
+"""What a batch of the base is made of: shares, who reads where, who is asked."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+pytest.importorskip("open_clip")
+
+from anystory_core.mini.base import Picked, pick
+from anystory_core.mini.cache import Cached
+from anystory_core.mini.config import CONFIG
+from anystory_core.mini.telling import look_width
+
+SCENES, MOST, SIDE, SMALL = 24, 3, 32, 16
+WIDTH = CONFIG.unet.context_dim
+EMPTY = torch.zeros(77, WIDTH), torch.zeros(WIDTH)
+
+
+def shard() -> Cached:
+    """Scenes of none to three subjects, in turn; everything about scene s is the number s + 1, what
+    is of its subject i a tenth of i more."""
+    number = np.arange(1, SCENES + 1, dtype=np.float32)
+    counts = np.arange(SCENES) % (MOST + 1)
+    each = number[:, None] + np.arange(MOST, dtype=np.float32) / 10
+    regions = np.zeros((SCENES, MOST, SIDE, SIDE), np.float16)
+    for scene, count in enumerate(counts):
+        for subject in range(count):
+            regions[scene, subject, 10 * subject : 10 * subject + 8, 4:12] = 1
+
+    def filled(values: np.ndarray, *shape: int) -> np.ndarray:
+        there = values.reshape(*values.shape, *(1 for _ in shape))
+        return np.broadcast_to(there, (*values.shape, *shape)).astype(np.float16)
+
+    return Cached(
+        latents=filled(number, 4, SIDE, SIDE),
+        references=filled(each, 4, SMALL, SMALL),
+        looks=filled(each, look_width(CONFIG)),
+        regions=regions,
+        subjects=counts.astype(np.float16),
+        states=filled(np.stack((number, number), axis=1), 77, WIDTH),
+        pooled=filled(np.stack((number, number), axis=1), WIDTH),
+    )
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Picked]:
+    rng = np.random.default_rng(0)
+    return [pick([shard()], 16, EMPTY, rng) for _ in range(20)]
+
+
+def scene_of(batch: Picked, row: int) -> int:
+    return round(float(batch.latents[row, 0, 0, 0]))
+
+
+def test_shares_of_a_batch(batches: list[Picked]) -> None:
+    for batch in batches:
+        assert len(batch.latents) == len(batch.states) == len(batch.pooled) == 16
+        assert len(batch.places) == 4 and len(batch.references) == 8
+        assert len(batch.subjects) == 14 and batch.told == slice(4, 14)
+        assert len(batch.looks) == 10
+        counts = batch.present.sum(dim=1)
+        assert counts.min() >= 1
+        assert counts[4:8].min() >= 2  # who is sent reads two at least
+    counts = torch.cat([batch.present.sum(dim=1)[:4] for batch in batches])
+    assert set(counts.tolist()) == {1, 2, 3}
+
+
+def test_rows_belong_together(batches: list[Picked]) -> None:
+    """References, places, looks and subjects of a row are those of its scene, in one order."""
+    each = torch.tensor([0.0, 0.1, 0.2])
+    for batch in batches:
+        for row in range(14):
+            scene = scene_of(batch, row)
+            count = (scene - 1) % (MOST + 1)
+            assert batch.present[row].tolist() == [i < count for i in range(MOST)]
+            if row < 8:
+                found = batch.references[row, :, 0, 0, 0]
+                assert torch.allclose(found, scene + each, atol=0.02)  # float16 at 24
+            if row >= 4:
+                found = batch.looks[row - 4, :, 0]
+                assert torch.allclose(found, scene + each, atol=0.02)
+
+
+def test_places_hold_their_subject_and_none_that_is_absent(batches: list[Picked]) -> None:
+    everywhere = 0
+    for batch in batches:
+        places, subjects = batch.places, batch.subjects[:4]
+        assert (places >= subjects).all()
+        assert not places[~batch.present[:4]].any()
+        full = places.flatten(2).amin(dim=2) == 1
+        alone = batch.present[:4].sum(dim=1) == 1
+        assert not full[~alone].any()
+        everywhere += int(full.sum())
+    assert everywhere > 5
+
+
+def test_errors_count_more_inside_what_is_read(batches: list[Picked]) -> None:
+    def inside(weights: Tensor, subjects: Tensor) -> Tensor:
+        return weights[subjects > 0]
+
+    for batch in batches:
+        weights = batch.importance()[:, 0]
+        union = batch.subjects.amax(dim=1)
+        for row in range(8):
+            least = inside(weights[row], union[row]).min()
+            assert least > 2 * weights[row][union[row] == 0].max()
+        assert torch.equal(weights[8:], torch.ones_like(weights[8:]))
+
+
+def test_some_captions_are_dropped(batches: list[Picked]) -> None:
+    empty = sum(int((batch.states.flatten(1).amax(dim=1) == 0).sum()) for batch in batches)
+    assert 15 < empty < 55  # a tenth of 320

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from ..training.bases import penultimate
 from . import text
 from .clip import Clip
 from .config import CONFIG
@@ -89,7 +90,7 @@ def encode_looks(vision: Any, cutouts: NDArray[np.uint8], batch: int = 10) -> Ha
         pixels = normalise(torch.from_numpy(cutouts[start : start + batch].copy()))
         pixels = functional.interpolate(pixels, size=(SIZE, SIZE), mode="bilinear")
         with autocast():
-            states = vision(pixels, output_hidden_states=True).hidden_states[-2]
+            states = penultimate(vision, pixels)
         looks.append(describe(states.float()).half())
     return torch.cat(looks).numpy()
 

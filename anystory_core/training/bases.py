@@ -78,7 +78,13 @@ class Base:
     def clip_states(self, pixels: Tensor) -> Tensor:
         """Penultimate hidden states (B,S,W) of pixels normalised for CLIP (B,3,S,S)."""
         dtype = next(self.clip_vision.parameters()).dtype
-        return self.clip_vision(pixels.to(dtype), output_hidden_states=True).hidden_states[-2]
+        return penultimate(self.clip_vision, pixels.to(dtype))
+
+
+def penultimate(clip_vision: Any, pixels: Tensor) -> Tensor:
+    """What the subject encoder reads: the last layer but one of transformers' CLIP vision encoder,
+    (B,S,W) of normalised pixels (B,3,S,S)."""
+    return clip_vision(pixels, output_hidden_states=True).hidden_states[-2]
 
 
 def alphas_cumprod(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Tensor:

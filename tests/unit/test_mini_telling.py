@@ -132,6 +132,4 @@ def test_answers_are_routes(watched: tuple[Any, Teller]) -> None:
         assert torch.allclose(found.double(), wanted, atol=1e-6)
     assert soft.maps[1, 1].max() == 0
     smaller = routes.resize(soft, (2, 2), ()).maps
-    assert torch.allclose(
-        smaller[0, 0, 0], soft.maps[0, 0].view(4, 4)[:2, :2].mean(), atol=1e-6
-    )
+    assert torch.allclose(smaller[0, 0, 0], soft.maps[0, 0].view(4, 4)[:2, :2].mean(), atol=1e-6)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ...build import AnyStoryModel
 from ...checkpoint import load_model
-from ...sites import Site
+from ...sites import Site, build_sites
 from ...text_routes import Texts
 from ...training import diffusers_unet
+from ...training.bases import penultimate
 from .. import cache, vae
 from ..base import load_unet
 from ..clip import load_clip
@@ -59,7 +60,7 @@ class Stack:
     @torch.no_grad()
     def clip_states(self, pixels: Tensor) -> Tensor:
         """Penultimate states (B,257,W) of normalised pixels."""
-        return self.vision(pixels, output_hidden_states=True).hidden_states[-2]
+        return penultimate(self.vision, pixels)
 
     @torch.no_grad()
     def encode_pictures(self, pixels: Tensor) -> Tensor:
@@ -76,8 +77,6 @@ class Stack:
 
 def make_stack(unet: Any, vae_: Any, text: Any, row_table: Tensor, vision: Any) -> Stack:
     """Freeze the networks and install our attention."""
-    from ...sites import build_sites
-
     digest = hashlib.sha256()
     for module in (unet, vae_, text, vision):
         module.eval().requires_grad_(False)

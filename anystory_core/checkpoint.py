@@ -8,6 +8,7 @@ unknown or misshapen tensor is named with what was expected. Nothing is ever unp
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ from .errors import CheckpointError, ConfigError
 FORMAT = "1"
 _MAX_HEADER = 100 * 2**20  # the limit that safetensors itself sets
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors has the number in its text only
-_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 
 @dataclass(frozen=True)
@@ -197,19 +198,25 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[str, None, None]:
 
 
 def merge_files(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) -> None:
-    """Join files of one configuration that hold different parts (stage 1 and stage 2)."""
+    """Join files of one configuration that hold different parts (stage 1 and stage 2). What the
+    configuration says of routers counts where a file holds them."""
     merged: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     owner: dict[str, str] = {}
     config: AnyStoryConfig | None = None
     for path in map(Path, paths):
         header = read_header(path)
-        if config is not None and header.config != config:
+        given = header.config
+        if config is not None and "routers" not in header.parts:
+            given = dataclasses.replace(given, router=config.router)
+        if config is not None and "routers" in header.parts:
+            config = dataclasses.replace(config, router=given.router)
+        if config is not None and given != config:
             raise CheckpointError(
                 f"{path.name}: its configuration differs from the first file's; only files of one "
                 "model can be merged"
             )
-        config = header.config
+        config = given
         for part in header.parts:
             if part in owner:
                 raise CheckpointError(f"{path.name}: {part} is also in {owner[part]}")
@@ -258,9 +265,9 @@ def _check_tensors(name: str, header: Header, expected: Mapping[str, tuple[int, 
             raise CheckpointError(
                 f"{name}: tensor {key} has shape {header.shapes[key]}, expected {shape}"
             )
-        if header.dtypes[key] not in _FLOATS:
+        if header.dtypes[key] not in FLOATS:
             raise CheckpointError(
-                f"{name}: tensor {key} is {header.dtypes[key]}, expected one of {sorted(_FLOATS)}"
+                f"{name}: tensor {key} is {header.dtypes[key]}, expected one of {sorted(FLOATS)}"
             )
 
 

@@ -68,7 +68,7 @@ def prepare_views(
                 "The mask covers most of the picture's border: if the background was encoded "
                 "instead of the subject, switch invert_mask."
             )
-    elif alpha is not None and bool((alpha < 1).any()):
+    elif alpha is not None:
         subject = alpha
     else:
         subject, note = _guess_mask(rgb)
@@ -109,7 +109,7 @@ def latent_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _split_channels(image: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(V,H,W,C) -> RGB (V,H,W,3) float32 in [0,1] and alpha (V,H,W) or None."""
+    """(V,H,W,C) -> RGB (V,H,W,3) float32 in [0,1] and alpha (V,H,W), None where all is opaque."""
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or 0 in image.shape:
         raise SubjectError(
             f"image: got shape {tuple(image.shape)}, expected (pictures, height, width, channels) "
@@ -123,6 +123,8 @@ def _split_channels(image: Tensor) -> tuple[Tensor, Tensor | None]:
         )
     image = image.clamp(0, 1)
     alpha = image[..., 3] if image.shape[-1] == 4 else None
+    if alpha is not None and not bool((alpha < 1).any()):
+        alpha = None
     return image[..., :3].expand(*image.shape[:3], 3), alpha
 
 

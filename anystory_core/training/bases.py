@@ -60,7 +60,8 @@ class Base:
         pixels_last = pixels.to(self.vae.dtype, memory_format=torch.channels_last)
         # On a CPU one at a time: a picture's layers stay in its cache, which halved the time.
         alone = pixels.device.type == "cpu"
-        encoded = map(self.vae.encode, pixels_last.split(1 if alone else len(pixels)))
+        with torch.autocast(pixels.device.type, enabled=False):  # a training step asks for it
+            encoded = [self.vae.encode(p) for p in pixels_last.split(1 if alone else len(pixels))]
         raw = torch.cat(
             [out.latents if hasattr(out, "latents") else out.latent_dist.mode() for out in encoded]
         )
@@ -72,7 +73,8 @@ class Base:
         """Latents at U-Net scale -> (B,3,H,W) in [-1,1]."""
         reference = self.config.reference
         raw = latents / reference.latent_scale + reference.latent_shift
-        return self.vae.decode(raw.to(self.vae.dtype)).sample.clamp(-1, 1)
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.vae.decode(raw.to(self.vae.dtype)).sample.clamp(-1, 1)
 
     @torch.no_grad()
     def clip_states(self, pixels: Tensor) -> Tensor:

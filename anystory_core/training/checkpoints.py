@@ -53,7 +53,8 @@ def write(folder: Path, step: int, keep: int, fill: Callable[[Path], None]) -> P
     target = folder / f"step-{step:08d}"
     try:
         with writing("run.folder", f"the checkpoint of step {step}", folder):
-            shutil.rmtree(partial, ignore_errors=True)
+            for cut_off in folder.glob("step-*.partial"):  # by the end of an earlier process
+                shutil.rmtree(cut_off, ignore_errors=True)
             partial.mkdir(parents=True)
             fill(partial)
             for root, _, files in os.walk(partial):

@@ -168,7 +168,7 @@ def decode(entry: Entry) -> Raw:
             masks = _map_of(entry, "target_mask", target)[None].float() / 255
         return Raw(entry.key, caption, target, masks, reference, mask)
     target = _picture(entry, "image")
-    labels = _map_of(entry, "masks", target)
+    labels = _map_of(entry, "masks", target, numbers=True)
     numbers = [int(n) for n in cast(Any, labels.unique()).tolist() if n]
     masks = [(labels == n).float() for n in numbers]
     stacked = torch.stack(masks) if masks else torch.zeros(0, *labels.shape)
@@ -205,15 +205,16 @@ def _picture(entry: Entry, stem: str, *, alpha: bool = False) -> Tensor:
     return torch.from_numpy(np.array(converted)).float() / 255
 
 
-def _grey(entry: Entry, stem: str) -> Tensor:
-    """(H,W) uint8; palette pictures give their indices."""
+def _grey(entry: Entry, stem: str, *, numbers: bool = False) -> Tensor:
+    """(H,W) uint8: brightness, or of a palette picture the ``numbers`` of its colours."""
     image = _open(entry, stem)
-    return torch.from_numpy(np.array(image if image.mode in ("L", "P") else image.convert("L")))
+    kept = image.mode == "L" or (numbers and image.mode == "P")
+    return torch.from_numpy(np.array(image if kept else image.convert("L")))
 
 
-def _map_of(entry: Entry, stem: str, picture: Tensor) -> Tensor:
+def _map_of(entry: Entry, stem: str, picture: Tensor, *, numbers: bool = False) -> Tensor:
     """STEM.png (H,W) uint8; DataError when it is not of the picture's size."""
-    labels = _grey(entry, stem)
+    labels = _grey(entry, stem, numbers=numbers)
     if labels.shape != picture.shape[:2]:
         raise DataError(
             f"{entry.key}: {stem}.png is {tuple(labels.shape)}, the picture "

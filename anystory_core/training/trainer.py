@@ -306,10 +306,15 @@ class Trainer:
         self.step, path = found
         self._saved = self.step
         self.accelerator.load_state(str(path))
-        if self.config.optimiser.ema:
-            with open_tensors(path / "average.safetensors") as file:
+        average = path / "average.safetensors"
+        if average.exists():
+            with open_tensors(average) as file:
                 for name in self.average:
                     self.average[name].copy_(file.get_tensor(name))
+        else:  # the run had none until now: it begins where the weights are
+            for name, parameter in self._unwrapped().trained():
+                if name in self.average:
+                    self.average[name].copy_(parameter.detach())
         self.accelerator.print(f"resuming from step {self.step}")
 
     def export(self) -> Path:

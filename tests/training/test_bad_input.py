@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from anystory_core.build import build_model
@@ -263,6 +265,26 @@ def test_inside_needs_the_place_of_the_subject(
     said = capsys.readouterr().err
     assert "pair0006: target_mask.png is (9, 9), the picture (64, 64)" in said
     assert "pair0007: no target_mask.png, which subject.inside = 3 needs" in said
+
+
+def test_masks_in_palette_files(tmp_path: Path) -> None:
+    """Black and white may be the numbers 0 and 1 of a palette; only masks.png means the numbers."""
+    half = np.zeros((64, 64), np.uint8)
+    half[:32] = 1
+    image = Image.fromarray(half, "P")
+    image.putpalette((0, 0, 0, 255, 255, 255))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    samples = [*tiny.pairs(1), *tiny.scenes(1)]
+    for (_, files), names in zip(
+        samples, (("target_mask.png", "reference_mask.png"), ("masks.png",)), strict=True
+    ):
+        files.update(dict.fromkeys(names, file.getvalue()))
+    shards.write_folder(samples, tmp_path)
+    pair, scene = (decode(entry) for entry in Index.of((str(tmp_path),)).entries)
+    for mask in (pair.masks[0], pair.reference_mask, scene.masks[0]):
+        assert mask is not None
+        assert torch.equal(mask, torch.from_numpy(half).float())
 
 
 def test_corrupt_samples_are_replaced_counted_and_named(

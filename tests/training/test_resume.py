@@ -193,3 +193,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
 def test_half_a_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
     (tmp_path / "step-00000009.partial").mkdir()
     assert checkpoints.newest(tmp_path) is None and checkpoints.newest(tmp_path / "no") is None
+
+
+def test_half_a_checkpoint_goes_when_the_next_is_written(tmp_path: Path) -> None:
+    """One of an SDXL run has up to 39 GiB, and another step's number than those that follow."""
+    (tmp_path / "step-00000009.partial").mkdir()
+    checkpoints.write(tmp_path, 10, 3, lambda path: (path / "run.json").write_text("{}"))
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000010"]

@@ -162,6 +162,18 @@ def test_a_branch_can_be_switched_off(off: str, world: Any, tmp_path: Path) -> N
     assert set(kept) == set(reference if off == "clip" else clip)
 
 
+def test_a_router_without_refinement(world: Any, subject_run: Any, tmp_path: Path) -> None:
+    """It is joined with stage 1's file, which says nothing of routers."""
+    path = tiny.run_toml(
+        tmp_path, world.base, world.scenes, "router", steps=1,
+        router={"subject_file": str(subject_run.file), "refine": False},
+    )  # fmt: skip
+    joined = load_model(Trainer(load_config(path)).run())
+    assert joined.routers is not None and joined.reference_net is not None
+    assert not joined.config.router.refine
+    assert not any("refine" in name for name in joined.state_dict())
+
+
 @pytest.mark.parametrize("stage", ["subject", "router"])
 def test_training_goes_on_from_a_file(
     stage: str, subject_run: Any, router_run: Any, world: Any, tmp_path: Path
@@ -190,6 +202,32 @@ def test_ema_and_accumulation(world: Any, tmp_path: Path) -> None:
     name = "projections.clip.1.to_k.weight"
     live = dict(run.stage.named_parameters())[name]
     assert torch.equal(exported[name], run.average[name]) and not torch.equal(exported[name], live)
+
+
+def test_an_average_that_begins_late(world: Any, tmp_path: Path) -> None:
+    """A run goes on with a moving average that its checkpoints do not have: it begins there."""
+    path = tiny.run_toml(tmp_path, world.base, world.pairs, "subject", steps=1)
+    Trainer(load_config(path)).run()
+    path = tiny.run_toml(
+        tmp_path, world.base, world.pairs, "subject", steps=2, optimiser={"ema": 0.5}
+    )
+    run = Trainer(load_config(path))
+    trained = dict(run.stage.trained())
+    name = "projections.clip.1.to_k.weight"
+    assert run.step == 1 and torch.equal(run.average[name], trained[name])
+    run.run()
+    assert not torch.equal(run.average[name], trained[name])
+
+
+def test_the_vae_keeps_its_precision(world: Any, tmp_path: Path) -> None:
+    """A step under autocast may ask for latents that nobody has encoded before it."""
+    base = trainer(world, tmp_path, "subject", None).base
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    outside = base.encode_picture(pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(base.encode_picture(pixels), outside)
+        inside = base.decode_picture(outside)
+    assert torch.equal(inside, base.decode_picture(outside))
 
 
 def test_the_learning_rate_warms_up_and_decays(world: Any, tmp_path: Path) -> None:

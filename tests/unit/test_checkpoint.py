@@ -236,6 +236,13 @@ def test_merge(tmp_path: Path, model: AnyStoryModel) -> None:
     assert all(torch.equal(merged[k], state[k]) for k in state)
     with pytest.raises(CheckpointError, match="also in one"):
         merge_files((one, one), out)
+    # What the first file says of routers, which it does not hold, does not count.
+    coarse = dataclasses.replace(CONFIG, router=dataclasses.replace(CONFIG.router, refine=False))
+    plain = build_model(coarse, ("routing_encoder", "routers")).state_dict()
+    save_model(two, plain, coarse)
+    for order in ((one, two), (two, one)):
+        merge_files(order, out)
+        assert load_model(out).config == coarse
     other = dataclasses.replace(CONFIG, name="other")
     save_model(two, {k: v for k, v in state.items() if k.startswith(late)}, other)
     with pytest.raises(CheckpointError, match="configuration differs"):

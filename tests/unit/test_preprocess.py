@@ -12,7 +12,15 @@ from torch import Tensor
 
 from anystory_core.config import AnyStoryConfig
 from anystory_core.errors import SubjectError
-from anystory_core.preprocess import CLIP_MEAN, CLIP_STD, latent_mask, prepare_views, zero_clip
+from anystory_core.preprocess import (
+    CLIP_MEAN,
+    CLIP_STD,
+    cut_out,
+    latent_mask,
+    prepare_views,
+    views_of,
+    zero_clip,
+)
 
 CONFIG = AnyStoryConfig.mini()
 CLIP, VAE = CONFIG.clip.image_size, CONFIG.reference.size
@@ -72,6 +80,17 @@ def test_channels() -> None:
     from_alpha = prepare_views(rgba, None, CONFIG)
     given = prepare_views(picture(), box(), CONFIG)
     assert torch.equal(from_alpha.vae, given.vae) and torch.equal(from_alpha.clip, given.clip)
+
+
+def test_alpha_that_hides_nothing_says_nothing() -> None:
+    """An opaque RGBA picture is cut as an RGB one, by the nodes and in training."""
+    on_white = torch.ones(40, 60, 3)
+    on_white[10:26, 20:36] = torch.tensor([0.8, 0.1, 0.2])
+    opaque = torch.cat((on_white, torch.ones(40, 60, 1)), dim=-1)
+    cut = prepare_views(on_white[None], None, CONFIG)
+    assert torch.equal(prepare_views(opaque[None], None, CONFIG).vae, cut.vae)
+    for one in (on_white, opaque):
+        assert torch.equal(views_of([cut_out(one, None)], CONFIG).vae, cut.vae)
 
 
 def test_load_image_wiring() -> None:

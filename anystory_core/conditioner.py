@@ -25,8 +25,7 @@ from .run import Run
 from .sites import Site
 from .text_routes import TextRoutes
 
-# Tokens of a row. At the mini model's 64 and 16 a training step of one masked call per block takes
-# half the time; SDXL's least grid at 512x512 has 256.
+# Tokens of a row: the mini model's and SDXL's least grid at 256x256 and 512x512.
 LEAST_SORTED = 256
 
 
@@ -46,8 +45,9 @@ class Recorder(Protocol):
 
 def by_region(q: Tensor) -> bool:
     """Sort tokens by region where region sizes cost nothing to read and rows are long enough to
-    repay a call for each row and region; elsewhere one masked call. q (B,Q,D)."""
-    return q.device.type == "cpu" and q.shape[1] >= LEAST_SORTED
+    repay a call for each row and region; elsewhere, and where all those calls would run backwards
+    too (a training step of the mini model: 0.87 of the time), one masked call. q (B,Q,D)."""
+    return q.device.type == "cpu" and q.shape[1] >= LEAST_SORTED and not q.requires_grad
 
 
 @dataclass

@@ -114,7 +114,7 @@ def stage2(
         **_shared(work, "scenes", steps, 12, name),
         router=RouterSettings(
             subject_file=str(subject_file),
-            tokens="sum",  # Eq. 4 to the letter: grids of 64 and 16 tokens
+            tokens="sum",  # Eq. 4 to the letter: grids of 256 and 64 tokens
             refine=refine,
             start_file=start_file,
         ),

@@ -18,7 +18,7 @@ from .errors import ModelMismatchError, RoutingError
 from .injection import Candidates, Tables
 from .routes import LearnedRoutes, MaskRoutes, RouteSource, SingleRoute
 from .sites import Site
-from .subject import Subject
+from .subject import UNNAMED, Subject
 from .text_routes import TextRoutes, Texts
 
 MODES = ("learned", "masks", "learned within masks", "text", "text within masks")
@@ -199,7 +199,7 @@ def _check_labels(mode: str, subjects: Sequence[Subject], text: bool) -> None:
         )
     labels = [s.label.strip().casefold() for s in subjects]
     for number, label in enumerate(labels, 1):
-        if not label:
+        if label in ("", UNNAMED):
             raise RoutingError(
                 f"mode {mode!r}: subject {number} has no label; give its Encode Subject node the "
                 "words that name it in the prompt"

@@ -42,6 +42,9 @@ class SubjectOptions:
             )
 
 
+UNNAMED = "subject"  # the label of a subject that was given none
+
+
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """Everything the U-Net needs of one subject, from V pictures of it.

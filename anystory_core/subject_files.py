@@ -80,8 +80,14 @@ def thumbnail(cutout: Tensor, side: int = 96) -> str:
 
 
 def save_subject(path: str | os.PathLike[str], subject: Subject, *, overwrite: bool) -> None:
-    """Write one subject atomically. SubjectError when it is there and ``overwrite`` is off."""
+    """Write one subject atomically. SubjectError when it is there and ``overwrite`` is off, or of
+    more pictures than :func:`load_subject` reads."""
     path = Path(path)
+    if subject.views > MOST_VIEWS:
+        raise SubjectError(
+            f"subject: it was encoded from {subject.views} pictures, at most {MOST_VIEWS} can be "
+            "saved; encode fewer of them"
+        )
     if path.exists() and not overwrite:
         raise SubjectError(
             f"name: {path.stem!r} is already there; choose another name, or switch overwrite on"

@@ -14,7 +14,7 @@ from ..anystory_core.config import AnyStoryConfig
 from ..anystory_core.encoder import encode_subject, reference_latents
 from ..anystory_core.errors import ModelMismatchError, SubjectError
 from ..anystory_core.preprocess import prepare_views, zero_clip
-from ..anystory_core.subject import Subject, SubjectOptions
+from ..anystory_core.subject import UNNAMED, Subject, SubjectOptions
 from .host import ids, tensors
 from .host.managed import ManagedAnyStory, compute_dtype, load, release
 from .host.texts import encode_label
@@ -120,8 +120,8 @@ class EncodeSubject(io.ComfyNode):
                 background = clip_states(clip_vision, zero_clip(config), config).to(device, dtype)
             progress.update(1)
             if model.reference_net is not None:
-                latents = reference_latents(model, encode_picture(vae, views.vae))
-                latents = latents.to(device, dtype)
+                pictures = tensors.vae_latents(vae, tensors.vae_picture(views.vae))
+                latents = reference_latents(model, pictures.float()).to(device, dtype)
             context = None
             if model.reference_net is not None and config.reference.cross_attention:
                 context = label_context(clip, label, config).to(device, dtype)
@@ -160,22 +160,10 @@ def label_context(clip: Any, label: str, config: AnyStoryConfig) -> Tensor:
     return encode_label(clip, label, config)[0][None]
 
 
-def encode_picture(vae: Any, pixels: Tensor) -> Tensor:
-    """The VAE's own latents of (V,3,R,R) in [-1,1], float32 on its output device."""
-    try:
-        raw = vae.encode(tensors.vae_picture(pixels))
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise ModelMismatchError(
-            f"vae: it cannot encode a {pixels.shape[-1]}x{pixels.shape[-1]} picture ({error}); "
-            "connect the VAE of the model that will sample"
-        ) from error
-    return raw.float()
-
-
 def clean_label(label: str) -> str:
-    """Printable, one line, at most 60 characters; 'subject' when nothing is left."""
+    """Printable, one line, at most 60 characters; ``UNNAMED`` when nothing is left."""
     text = " ".join("".join(c if c.isprintable() else " " for c in label).split())
-    return text[:60] or "subject"
+    return text[:60] or UNNAMED
 
 
 class AnyStorySubjectOptions(io.ComfyNode):

@@ -15,11 +15,10 @@ from ..anystory_core import routing_figure
 from ..anystory_core.errors import RoutingError
 from ..anystory_core.routing_atlas import build_atlas
 from ..anystory_core.routing_maps import RoutingRecord
-from .host import ids
+from .host import ids, tensors
 from .host.records import RoutingMaps
 
 LEAST_SHARE = 0.01  # a subject below it was hardly drawn
-PIXELS_PER_LATENT = 8
 
 
 def choose_steps(text: str, count: int) -> list[int]:
@@ -136,7 +135,7 @@ class RoutingMapPreview(io.ComfyNode):
         )
         shown = ui.PreviewImage(picture[None], cls=cls).as_dict()
         viewer = viewer_data(record, batch_index)
-        size = tuple(PIXELS_PER_LATENT * n for n in latent["samples"].shape[-2:])
+        size = tuple(tensors.PIXELS_PER_LATENT * n for n in latent["samples"].shape[-2:])
         if image is not None:
             if not batch_index < image.shape[0]:
                 raise RoutingError(

@@ -12,14 +12,13 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..anystory_core import segment
-from ..anystory_core.errors import ModelMismatchError, RoutingError
+from ..anystory_core.errors import RoutingError
 from ..anystory_core.run import Settings
 from .apply import apply_routing
-from .host import ids
+from .host import ids, tensors
 from .host.records import RoutingMaps
 from .host.sampling import Routing
 
-PIXELS_PER_LATENT = 8
 _AT_ONCE = 4  # noises in one pass of the U-Net
 
 
@@ -34,18 +33,13 @@ def empty_conditioning(model: Any, routing: Routing) -> list[Any]:
 def encode_picture(vae: Any, picture: Tensor) -> Tensor:
     """Latent (1,4,h,w) of a picture (H,W,3) in [0,1], scaled to whole latent pixels."""
     height, width = (
-        max(1, round(n / PIXELS_PER_LATENT)) * PIXELS_PER_LATENT for n in picture.shape[:2]
+        max(1, round(n / tensors.PIXELS_PER_LATENT)) * tensors.PIXELS_PER_LATENT
+        for n in picture.shape[:2]
     )
     pixels = picture[None, ..., :3].movedim(-1, 1).float()
     if (height, width) != tuple(picture.shape[:2]):
         pixels = torch.nn.functional.interpolate(pixels, (height, width), mode="bilinear")
-    try:
-        return vae.encode(pixels.movedim(1, -1))
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise ModelMismatchError(
-            f"vae: it cannot encode a picture of {width}x{height} ({error}); connect the VAE of "
-            "the model"
-        ) from error
+    return tensors.vae_latents(vae, pixels.movedim(1, -1))
 
 
 def soft_maps(
@@ -75,6 +69,11 @@ def soft_maps(
             "strength in AnyStory Subject Options"
         )
     (record,) = maps.runs.values()
+    if not record.steps:
+        raise RoutingError(
+            f"positive: none of its prompts is used at noise {level}; raise or lower noise, or "
+            "connect a prompt without a time range"
+        )
     return segment.mean_maps(record.steps[0], (latent.shape[-2], latent.shape[-1]))
 
 

@@ -102,7 +102,7 @@ class LoadAnyStorySubject(io.ComfyNode):
                 ids.AnyStory.Input("anystory", tooltip="The weights that encoded the subject."),
                 io.Combo.Input(
                     "subject_name",
-                    options=folder_paths.get_filename_list(FOLDER),
+                    options=listed(),
                     tooltip="A file in output/anystory_subjects or models/anystory/subjects.",
                 ),
                 io.ClipVision.Input(
@@ -137,6 +137,11 @@ class LoadAnyStorySubject(io.ComfyNode):
             return subject_name, state.st_mtime_ns, state.st_size
         except (SubjectError, OSError):
             return subject_name  # execute says what is wrong
+
+
+def listed() -> list[str]:
+    """Names that :func:`find` takes; the host's list also goes into folders."""
+    return [name for name in folder_paths.get_filename_list(FOLDER) if os.sep not in name]
 
 
 def find(name: str) -> Path:

@@ -137,8 +137,10 @@ export class RouteViewer {
     step.input.max = layout.steps.length - 1;
     if (atEnd) step.input.value = step.input.max;
     block.input.max = this.atlas.blocks.length;
-    const first = this.atlas.majority(0) ?? this.atlas.majority(layout.steps.length - 1);
-    fit(this.canvas, first ?? { width: 1, height: 1 }, this.picture);
+    // Outside of all subjects' time windows a step has no map.
+    const first = layout.steps.findIndex((_, number) => this.atlas.majority(number));
+    const shape = first < 0 ? { width: 1, height: 1 } : this.atlas.majority(first);
+    fit(this.canvas, shape, this.picture);
     this.listSubjects(layout);
     this.marker = null;
     this.draw();

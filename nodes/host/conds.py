@@ -19,7 +19,7 @@ class Roles:
     has two of them); all others are conditional."""
 
     of_cond: Mapping[Any, str]  # uuid -> "cond" or "uncond"
-    first_positive: Any  # uuid of the cond whose rows are recorded
+    first_positive: Any  # uuid of the cond that begins the list whose routes are recorded
 
     @classmethod
     def of(cls, guider: Any) -> Roles:
@@ -49,6 +49,16 @@ class Roles:
             if entries and entries[0].get("uuid") == self.first_positive:
                 return number
         return -1
+
+
+def _first_active(entries: Entries, timestep: Tensor) -> Any:
+    """uuid of the first cond that the host runs at this noise level (B,); None when there is none.
+    Prompts that take turns are conds with time ranges."""
+    now = float(timestep[0])
+    for entry in entries:
+        if now <= entry.get("timestep_start", now) and now >= entry.get("timestep_end", now):
+            return entry.get("uuid")
+    return None
 
 
 @dataclass(frozen=True)
@@ -81,14 +91,18 @@ class Evaluation:
     """The lists of conds of one evaluation of the model; calls name them by number."""
 
     roles: tuple[str, ...] = ()
-    recorded: int = 0
+    recorded: tuple[int, Any] = (0, None)  # number of a list, and uuid of its cond
     areas: Areas | None = None
 
     @classmethod
-    def of(cls, roles: Roles, conds: Sequence[Entries | None], x: Tensor) -> Evaluation:
+    def of(
+        cls, roles: Roles, conds: Sequence[Entries | None], x: Tensor, timestep: Tensor
+    ) -> Evaluation:
+        number = roles.recorded(conds)
+        entries = (conds[number] if number >= 0 else None) or ()
         return cls(
             tuple(roles.of_list(number, entries) for number, entries in enumerate(conds)),
-            roles.recorded(conds),
+            (number, _first_active(entries, timestep)),
             Areas.of(conds, x),
         )
 

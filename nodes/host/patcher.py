@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from comfy.ldm.modules.attention import optimized_attention, optimized_attention_masked
+from comfy import model_management as mm
+from comfy.ldm.modules import attention as backends
 from torch import Tensor
 
 from ...anystory_core.conditioner import Call
@@ -22,14 +23,15 @@ from ...anystory_core.routes import Grid
 from ...anystory_core.sites import Site
 from .ids import CALL_KEY
 
-Block = tuple[str, int]
 Options = Mapping[str, Any]
 Replace = Callable[[Tensor, Tensor, Tensor, Options], Tensor]
 
 
 @dataclass(frozen=True)
 class HostAttention:
-    """Dense attention as the host computes it, with its own choice of backend."""
+    """Dense attention as the host computes it, with its own choice of backend; except that masked
+    calls never go to SageAttention, which takes a mask and ignores it (the host itself avoids that
+    only in newer versions)."""
 
     options: Options
     precision: Any = None
@@ -39,8 +41,11 @@ class HostAttention:
     ) -> Tensor:
         kwargs = {"attn_precision": self.precision, "transformer_options": self.options}
         if mask is None:
-            return optimized_attention(q, k, v, heads, **kwargs)
-        return optimized_attention_masked(q, k, v, heads, mask, **kwargs)
+            return backends.optimized_attention(q, k, v, heads, **kwargs)
+        masked = backends.optimized_attention_masked
+        if mm.sage_attention_enabled():
+            masked = backends.attention_pytorch
+        return masked(q, k, v, heads, mask, **kwargs)
 
 
 @dataclass
@@ -60,7 +65,8 @@ class BlockTable:
         return self.index[part, number, options.get("block_index", 0)]
 
     def grid(self, options: Options, x: Tensor, index: int) -> Grid | None:
-        """(h,w) of the tokens of x; None, with one warning, when another pack changed them."""
+        """(h,w) of the tokens of x; None, with a warning once a run, when another pack changed
+        them."""
         batch, _, height, width = options["activations_shape"]
         if x.shape[1] == height * width and x.shape[0] == batch:
             return height, width

@@ -95,7 +95,7 @@ class RunState:
         """Tells the calls inside which ``conds`` index is conditional. ``cond_or_uncond`` alone
         does not: SAG runs the negative as number 0, DualCFG has two positives."""
         options = dict(model_options.get("transformer_options", {}))
-        options[EVALUATION_KEY] = Evaluation.of(self.roles, conds, x)
+        options[EVALUATION_KEY] = Evaluation.of(self.roles, conds, x, timestep)
         return executor(
             model, conds, x, timestep, {**model_options, "transformer_options": options}
         )
@@ -121,7 +121,9 @@ class RunState:
             return None
         chunks: list[int] = options["cond_or_uncond"]
         uuids: list[Any] = options.get("uuids", [None] * len(chunks))
-        evaluation: Evaluation = options.get(EVALUATION_KEY, Evaluation())
+        evaluation: Evaluation = options.get(
+            EVALUATION_KEY, Evaluation(recorded=(0, self.roles.first_positive))
+        )
         size = x.shape[0] // len(chunks)
         cond: list[int] = []
         uncond: list[int] = []
@@ -131,8 +133,7 @@ class RunState:
             rows = range(place * size, (place + 1) * size)
             (cond if evaluation.is_cond(index) else uncond).extend(rows)
             crops += [evaluation.crop(uuid, x)] * size
-            recorded = index == evaluation.recorded and uuid == self.roles.first_positive
-            if self.fresh and recorded:
+            if self.fresh and uuid is not None and (index, uuid) == evaluation.recorded:
                 record = tuple(rows)
         if record:
             self.fresh = False

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...anystory_core.errors import SubjectError
+from ...anystory_core.errors import ModelMismatchError, SubjectError
+
+PIXELS_PER_LATENT = 8
 
 
 def vae_picture(x: Tensor) -> Tensor:
@@ -18,6 +21,18 @@ def vae_picture(x: Tensor) -> Tensor:
 def uint8_picture(x: Tensor) -> Tensor:
     """(V,H,W,3) uint8 -> the host's IMAGE (V,H,W,3) float in [0,1]."""
     return x.float() / 255
+
+
+def vae_latents(vae: Any, picture: Tensor) -> Tensor:
+    """The host's VAE on an IMAGE (V,H,W,3) in [0,1]; ModelMismatchError when it cannot."""
+    try:
+        return vae.encode(picture)
+    except (RuntimeError, ValueError, IndexError) as error:
+        height, width = picture.shape[1:3]
+        raise ModelMismatchError(
+            f"vae: it cannot encode a picture of {width}x{height} ({error}); connect the VAE of "
+            "the model that samples"
+        ) from error
 
 
 def routing_mask(mask: Tensor, name: str) -> Tensor:
@@ -45,6 +60,7 @@ def weights_fingerprint(module: torch.nn.Module) -> str:
 
 
 def fingerprint(latent: Tensor) -> str:
-    """Names a latent by its values in float32, wherever it lies."""
-    data = latent.detach().to("cpu", torch.float32).contiguous()
+    """Names a latent by its values in float16, wherever it lies: a host that keeps intermediate
+    results in half precision returns another latent than it samples."""
+    data = latent.detach().to("cpu", torch.float16).contiguous()
     return hashlib.sha256(data.numpy().tobytes()).hexdigest()

@@ -232,6 +232,36 @@ def test_masked_prompts(scene: Scene, mode: str, bounds: str) -> None:
         assert {step.grids[site.index][1] * site.stride for site in record.sites} == {16}
 
 
+def test_prompts_that_take_turns(scene: Scene) -> None:
+    """Each step is recorded, with the routes of the prompt that is used at it."""
+    turn = scene.comfy.ConditioningSetTimestepRange()
+    early = turn.set_range(scene.text("a ball"), 0.0, 0.5)[0]
+    late = turn.set_range(scene.text("a box"), 0.5, 1.0)[0]
+    positive = scene.comfy.ConditioningCombine().combine(early, late)[0]
+    model, maps = scene.apply_with_maps(routing=scene.route(mode="masks", masks=halves()))
+    record = maps.find(scene.sample(model, positive=positive, steps=6))
+    assert len(record.steps) == 6
+    for step in record.steps:
+        assert list(step.ids) == [site.index for site in record.sites]
+
+
+def test_sage_attention_gets_no_masks(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a mask and ignores it; then every token would read all subjects."""
+    backends = module("comfy.ldm.modules.attention")
+    model = scene.apply(routing=scene.route(mode="masks", masks=halves()))
+    wanted = scene.sample(model, steps=1)
+    plain = backends.optimized_attention
+
+    def sage(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Any = None, **options: Any) -> Any:
+        return plain(q, k, v, heads, **options)
+
+    monkeypatch.setattr(backends, "optimized_attention_masked", sage)
+    assert differs(scene.sample(model, steps=1), wanted)
+    monkeypatch.setattr(module("comfy.model_management"), "sage_attention_enabled", lambda: True)
+    scale = wanted.abs().max()
+    torch.testing.assert_close(scene.sample(model, steps=1) / scale, wanted / scale, **ROWS)
+
+
 def test_masks_are_followed(scene: Scene) -> None:
     model, maps = scene.apply_with_maps(routing=scene.route(mode="masks", masks=halves()))
     out = scene.sample(model, latent_image=scene.latent(160, 96))

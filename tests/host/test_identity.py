@@ -150,6 +150,13 @@ def test_maps_belong_to_their_latent(scene: Scene) -> None:
     assert not torch.equal(shown[0][0], shown[1][0])
 
 
+def test_maps_of_a_latent_that_the_host_rounded(scene: Scene) -> None:
+    """With --fp16-intermediates the sampler samples in float32 and returns float16."""
+    model, maps = scene.apply_with_maps()
+    latent = scene.sample(model, steps=1)
+    assert maps.find(latent.half()) is maps.find(latent)
+
+
 def test_maps_of_a_forgotten_run_are_refused(scene: Scene) -> None:
     model, maps = scene.apply_with_maps(start=0.0, end=0.9)
     first = scene.sample(model, seed=1, steps=1)

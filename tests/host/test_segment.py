@@ -85,6 +85,7 @@ def test_the_model_is_not_changed(scene: Any) -> None:
         ("none", "routing: it has no subject"),
         ("applied", "model: it already went through an ApplyAnyStory"),
         ("off", "routing: no subject acts"),
+        ("later", "positive: none of its prompts is used at noise 0.5; raise or lower noise"),
     ],
 )
 def test_refused(scene: Any, what: str, message: str) -> None:
@@ -98,6 +99,9 @@ def test_refused(scene: Any, what: str, message: str) -> None:
         ).args[0]
     elif what == "applied":
         inputs["model"] = scene.apply()
+    elif what == "later":
+        later = scene.comfy.ConditioningSetTimestepRange()
+        inputs["positive"] = later.set_range(scene.positive, 0.9, 1.0)[0]
     else:
         off = [
             scene.pack.AnyStorySubjectOptions.execute(s, 0.0, 0.0, 0.0, 1.0).args[0]

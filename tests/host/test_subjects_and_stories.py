@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,27 @@ def test_errors_name_the_node(scene: Any, folders: Path) -> None:
         scene.pack.LoadAnyStorySubject.execute(scene.mini.anystory, "no.safetensors")
     with pytest.raises(error, match="LoadAnyStorySubject: name: got '../no"):
         scene.pack.LoadAnyStorySubject.execute(scene.mini.anystory, "../no.safetensors")
+    assert not list(folders.rglob("*.safetensors"))
+
+
+def test_only_what_can_be_loaded_is_offered(scene: Any, folders: Path) -> None:
+    """The host's list goes into folders; names here are plain."""
+    node = importlib.import_module("anystory_pack.nodes.subject_files")
+    scene.pack.SaveAnyStorySubject.execute(scene.subjects[0], "ball")
+    inside = node.folders_of("output")[0]
+    (inside / "pets").mkdir()
+    shutil.copy(inside / "ball.safetensors", inside / "pets" / "fox.safetensors")
+    schema = scene.pack.LoadAnyStorySubject.define_schema()
+    (options,) = (i.options for i in schema.inputs if i.id == "subject_name")
+    assert "ball.safetensors" in options
+    assert not any("fox" in name for name in options)
+
+
+def test_more_pictures_than_can_be_loaded_are_not_saved(scene: Any, folders: Path) -> None:
+    one = scene.subjects[0]
+    many = dataclasses.replace(one, cutout=one.cutout.expand(65, -1, -1, -1))
+    with pytest.raises(scene.errors.SubjectError, match="subject: it was encoded from 65 pict"):
+        scene.pack.SaveAnyStorySubject.execute(many, "many")
     assert not list(folders.rglob("*.safetensors"))
 
 

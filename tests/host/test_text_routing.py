@@ -104,6 +104,8 @@ def test_what_is_missing_is_said(scene: Scene) -> None:
         route(scene, clip=None)
     with pytest.raises(error, match="both labelled 'ball'"):
         route(scene, subject_2=scene.encode(1, label=" Ball "))
+    with pytest.raises(error, match="SubjectRouter: mode 'text': subject 2 has no label; give"):
+        route(scene, subject_2=scene.encode(1))
     with pytest.raises(error, match="mask of subject"):
         route(scene, "text within masks")
     twins = route(scene, "text within masks", halves(), subject_2=scene.encode(1, label="ball"))

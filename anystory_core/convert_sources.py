@@ -19,12 +19,11 @@ from typing import Any, cast
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .checkpoint import TensorFile, open_tensors, raw_header
+from .checkpoint import FLOATS, TensorFile, open_tensors, raw_header
 from .config import AnyStoryConfig
 from .convert_keys import LDM_PREFIX
 from .errors import CheckpointError
 
-_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _UNET_FILE = "diffusion_pytorch_model"
 # The public "plus-face" file has the very tensor names and shapes of the general one.
 _FACE_FILES = {"677ad8860204f7d0bfba12d29e6c31ded9beefdf3e4bbd102518357d31a292c1"}
@@ -87,11 +86,11 @@ class Source:
         """CheckpointError unless these tensors are plain floats (not quantised)."""
         for key in keys:
             scaled = f"{key.removesuffix('weight')}scale_weight" in self.shapes
-            if self.dtypes[key] not in _FLOATS or scaled:
+            if self.dtypes[key] not in FLOATS or scaled:
                 kind = "scaled 8-bit" if scaled else self.dtypes[key]
                 raise CheckpointError(
                     f"{self.name}: tensor {key} is quantised ({kind}), expected plain floats "
-                    f"({', '.join(sorted(_FLOATS))}); use the fp16 or bf16 file of this model"
+                    f"({', '.join(sorted(FLOATS))}); use the fp16 or bf16 file of this model"
                 )
 
     def describe(self) -> str:
@@ -132,8 +131,8 @@ def _check_suffix(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A U-Net in public files: ``names[ldm name]`` is the tensor's name in ``source`` without its
-    ``prefix``, when ``diffusers`` is set by diffusers' naming."""
+    """A U-Net in public files: tensors of ``source`` whose names begin with ``prefix``, in
+    diffusers' naming when ``diffusers`` is set, else in ldm's."""
 
     source: Source
     prefix: str

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from .errors import RoutingError
+from .routes import SoftMaps, resize_soft
 from .routing_maps import StepRecord
 
 
 def mean_maps(step: StepRecord, size: tuple[int, int]) -> Tensor:
     """Mean soft map of all blocks and all recorded rows: (N+1,h,w) float32 in [0,1], summing to 1.
 
-    ``size`` is usually the latent's grid. Blocks of one grid are averaged before they are resized
-    (bilinear when growing, area when shrinking), so the cost does not grow with their number.
+    ``size`` is usually the latent's grid. Blocks of one grid are summed before they are resized, so
+    the cost does not grow with their number.
     """
     if not step.soft:
         raise RoutingError(
@@ -33,18 +34,12 @@ def mean_maps(step: StepRecord, size: tuple[int, int]) -> Tensor:
         total = soft.float().sum(dim=0).reshape(-1, *grid)  # (C,h,w), over rows
         sums[grid] = sums[grid] + total if grid in sums else total
     rows = next(iter(step.soft.values())).shape[0]
-    parts: list[Tensor] = []
-    for grid, total in sums.items():
-        shrinking = grid[0] * grid[1] > size[0] * size[1]
-        if shrinking:
-            parts.append(torch.nn.functional.interpolate(total[None], size, mode="area"))
-        else:
-            parts.append(
-                torch.nn.functional.interpolate(
-                    total[None], size, mode="bilinear", align_corners=False
-                )
-            )
-    return torch.cat(parts).sum(dim=0) / (rows * len(step.soft))
+    resized = [
+        resize_soft(SoftMaps(total.flatten(1)[None], grid), size).maps
+        for grid, total in sums.items()
+    ]
+    mean = torch.cat(resized).sum(dim=0) / (rows * len(step.soft))
+    return mean.reshape(-1, *size)
 
 
 def masks_of(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -9,7 +9,6 @@ split between training and held out.
 from __future__ import annotations
 
 import json
-import random
 import re
 import subprocess
 import tarfile
@@ -22,7 +21,6 @@ from PIL import Image
 
 PICTURES = "@lobehub/fluent-emoji-3d@1.1.0"
 NAMES = "unicode-emoji-json@0.9.0"
-HELD_OUT_FAMILIES = 200
 HELD_OUT_FILE = Path(__file__).parent / "held_out.txt"
 SPRITE_SIZE = 192  # pictures are kept at this size; scenes draw them smaller
 
@@ -99,12 +97,6 @@ def split(emoji: list[Emoji]) -> tuple[list[Emoji], list[Emoji]]:
     """(training, held out) by the committed list of families."""
     held = set(HELD_OUT_FILE.read_text().split("\n"))
     return [e for e in emoji if e.family not in held], [e for e in emoji if e.family in held]
-
-
-def choose_held_out(emoji: list[Emoji], seed: int = 7) -> list[str]:
-    """The families that :data:`HELD_OUT_FILE` lists; written once, then kept."""
-    families = sorted({e.family for e in emoji})
-    return sorted(random.Random(seed).sample(families, HELD_OUT_FAMILIES))
 
 
 def _bare(codes: list[str]) -> str:

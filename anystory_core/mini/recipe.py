@@ -8,9 +8,9 @@ scenes), ``base`` (the U-Net), ``folder`` (all that as the trainer reads it), ``
 which begins a folder from the shipped weights, so that ``base`` (then ``cache`` and ``folder``) and
 the stages (``--start-file``) go on from them.
 
-Each resumes where it stopped when the same command is given again, has its own seed, and
-writes its curve to ``DIR/NAME.csv``. More shards may be rendered and cached at any time, also while
-the base trains.
+Each resumes where it stopped when the same command is given again and has its own seed. Those that
+train write their curve to ``DIR/NAME.csv``, the stages to ``DIR/NAME/losses.jsonl``. More
+shards may be rendered and cached at any time, also while the base trains.
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@ The router (paper 3.3) reads places off ``norm2``'s output by one linear map. SD
 are known to hold what a segmentation needs (its router is trained on a frozen base); those of a
 small base that has only learned to remove noise do not: a router on them found half of what perfect
 masks give, on subjects that it had seen and on held-out ones alike (docs/mini.md). So the base is
-also asked, at every block and on pictures in which it reads no reference, which tokens show which
-of the subjects that CLIP describes: the same inner product as a router's coarse map, with the
-cross-entropy as its loss. The heads that ask are not shipped; stage 2 trains its routers anew.
+also asked, at every block, which tokens show which of the subjects that CLIP describes: the same
+inner product as a router's coarse map, with the cross-entropy as its loss. Where references are
+read in places that were given nobody asks: those places would be the answer. The heads that ask are
+not shipped; stage 2 trains its routers anew.
 
 What the heads answer is a route like any other (:meth:`Teller.routes`), so the base also learns to
 draw several references where its own hidden states send them, as it will have to with a router:

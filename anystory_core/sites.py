@@ -42,7 +42,7 @@ class Site:
 
 
 def build_sites(unet: UNetConfig) -> tuple[Site, ...]:
-    """All sites of a U-Net in forward order: 70 for SDXL, 17 for the mini model."""
+    """All sites of a U-Net in forward order: 70 for SDXL, 16 for the mini model."""
     levels = len(unet.channel_mult)
     layers: list[tuple[str, int, int, int, str]] = []  # part, number, level, depth, diffusers path
 

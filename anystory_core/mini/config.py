@@ -49,8 +49,8 @@ LATENT_RGB_FACTORS = (
 )
 LATENT_RGB_BIAS = (0.0739, 0.1169, 0.1405)
 
-# At 128 a training sample costs 3.5 times less, but twelve of the seventeen blocks then see 4x4
-# tokens, where a subject of three is one token or none: no router could place it.
+# At 128 a training sample costs 3.5 times less, but the deepest level's blocks then see 4x4 tokens,
+# where a subject of three is one token or none: no router could place it.
 PICTURE_SIZE = 256
 
 

@@ -76,7 +76,7 @@ def attn1_replacement(scene: Scene, model: Any) -> Any:
         return attention(8 * q, k, v, options["n_heads"])
 
     patched = model.clone()
-    patched.set_model_attn1_replace(sharper, "input", 7, 1)
+    patched.set_model_attn1_replace(sharper, "input", 5, 1)
     patched.set_model_attn1_replace(sharper, "output", 1)
     return patched
 

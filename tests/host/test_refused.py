@@ -81,9 +81,9 @@ UNET = {
     "use_spatial_transformer": True,
     "legacy": False,
     "model_channels": 32,
-    "transformer_depth": [0, 0, 1, 1, 2, 2],
-    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2],
-    "transformer_depth_middle": 2,
+    "transformer_depth": [0, 0, 2, 2, 1, 1],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 1, 1, 1],
+    "transformer_depth_middle": 1,
     "num_heads": -1,
     "num_head_channels": 32,
 }
@@ -229,7 +229,7 @@ CASES: dict[str, Case] = {
                 "adm_in_channels": 2560,
             },
         ),
-        r"ApplyAnyStory: model: SDXLRefiner has \d+ transformer blocks.*expect 17; load a check",
+        r"ApplyAnyStory: model: SDXLRefiner has \d+ transformer blocks.*expect 16; load a check",
     ),
     "FLUX": (
         host_model("Flux", **FLUX),
@@ -292,7 +292,7 @@ def other_widths(scene: Scene, **unet: Any) -> Any:
         ),
         ({"head_dim": 64}, "has heads 2 at block 'input 4.0', these .* expect 1"),
         ({"context_dim": 512}, "has text width 256 at block '.*', these .* expect 512"),
-        ({"transformer_depth": (0, 1, 1)}, r"has 17 transformer blocks, these .* expect \d+"),
+        ({"transformer_depth": (0, 1, 1)}, r"has 16 transformer blocks, these .* expect \d+"),
     ],
 )
 def test_weights_of_other_sizes(scene: Scene, unet: Any, message: str) -> None:

@@ -118,5 +118,5 @@ def test_mini_unet_is_of_the_configured_sizes() -> None:
     count = sum(p.numel() for p in unet.parameters())
     assert 2 * count < 40 * 2**20  # the largest shipped file, in half precision
     blocks = [m for m in unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
-    assert len(blocks) == 17
+    assert len(blocks) == 16
     assert unet.config.cross_attention_dim == config.unet.context_dim

@@ -71,13 +71,13 @@ def test_rows_are_subjects_and_columns_are_steps() -> None:
 
 
 def test_a_tile_shows_the_blocks_own_region() -> None:
-    """Subject 1 has the left half of every block: half of each tile's pixels, all 17 tiles."""
+    """Subject 1 has the left half of every block: half of each tile's pixels, all 16 tiles."""
     record = record_of(AnyStoryConfig.mini(), halves(2), steps=1)
     tile = 40
     picture = figure(record, steps=[0], tile=tile)
     pixels = int(_has(picture, palette(2)[0]).sum())
     swatch = 11 * 11
-    assert pixels == 17 * tile * tile // 2 + swatch
+    assert pixels == 16 * tile * tile // 2 + swatch
 
 
 def test_a_subject_outside_its_window_is_blank() -> None:

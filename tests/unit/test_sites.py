@@ -27,8 +27,8 @@ def test_sdxl_blocks() -> None:
     assert {(s.channels, s.heads, s.stride) for s in sites} == {(640, 10, 2), (1280, 20, 4)}
 
 
-def test_mini_has_17() -> None:
-    assert len(build_sites(AnyStoryConfig.mini().unet)) == 17
+def test_mini_has_16() -> None:
+    assert len(build_sites(AnyStoryConfig.mini().unet)) == 16
 
 
 @pytest.mark.parametrize("name", CONFIGS)

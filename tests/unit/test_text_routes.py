@@ -112,7 +112,7 @@ def grid_of(site: Site) -> Grid:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_rule_over_blocks_and_steps(seed: int) -> None:
-    """Two steps of all 17 blocks on their own grids; the second forgets the first."""
+    """Two steps of all 16 blocks on their own grids; the second forgets the first."""
     words = Words(seed, (1 + seed, 3))
     routes = TextRoutes(words.texts(), SITES)
     make = torch.Generator().manual_seed(100 + seed)

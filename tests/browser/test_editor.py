@@ -135,6 +135,27 @@ def test_picture_and_viewer_appear(editor: Editor) -> None:
     editor.screenshot(f"viewer_{'vue' if editor.vue else 'canvas'}", PREVIEW)
 
 
+def test_a_wide_picture_whose_subjects_act_in_between(editor: Editor) -> None:
+    """The first and the last step have no map; the viewer takes its shape from the others."""
+    editor.template("two_subjects", steps=6)
+    editor.set("EmptyLatentImage", "width", 192)
+    editor.set("ApplyAnyStory", "start", 0.3)
+    editor.set("ApplyAnyStory", "end", 0.7)
+    editor.js(
+        "const node = app.graph._nodes.find((one) => one.type === arguments[0]);"
+        "node.disconnectInput(node.inputs.findIndex((input) => input.name === 'image'))",
+        PREVIEW,
+    )
+    outputs = editor.queue()
+    (shown,) = [out for out in outputs.values() if "anystory_routes" in out]
+    steps = recorded(editor, shown["anystory_routes"][0])
+    assert not steps[0] and not steps[-1] and any(steps)
+    editor.wait("return document.querySelector(arguments[0])", f"{VIEWER} fieldset input")
+    canvas = element(editor, "canvas")
+    width, height = (int(canvas.get_attribute(name)) for name in ("width", "height"))
+    assert (width, height) == (512, 341)  # 3:2
+
+
 def test_pointer_and_switches(editor: Editor) -> None:
     shown = run_two_subjects(editor)
     (entry,) = shown["anystory_routes"]

@@ -24,6 +24,7 @@ from ...anystory_core.sites import Site
 from .ids import CALL_KEY
 
 Options = Mapping[str, Any]
+OVERRIDE = "optimized_attention_override"  # the host's place for another attention
 Replace = Callable[[Tensor, Tensor, Tensor, Options], Tensor]
 
 
@@ -31,7 +32,7 @@ Replace = Callable[[Tensor, Tensor, Tensor, Options], Tensor]
 class HostAttention:
     """Dense attention as the host computes it, with its own choice of backend; except that masked
     calls never go to SageAttention, which takes a mask and ignores it (the host itself avoids that
-    only in newer versions)."""
+    only in newer versions), nor to another pack's override, which mostly is SageAttention."""
 
     options: Options
     precision: Any = None
@@ -42,6 +43,8 @@ class HostAttention:
         kwargs = {"attn_precision": self.precision, "transformer_options": self.options}
         if mask is None:
             return backends.optimized_attention(q, k, v, heads, **kwargs)
+        options = {name: x for name, x in self.options.items() if name != OVERRIDE}
+        kwargs["transformer_options"] = options
         masked = backends.optimized_attention_masked
         if mm.sage_attention_enabled():
             masked = backends.attention_pytorch

@@ -245,23 +245,6 @@ def test_prompts_that_take_turns(scene: Scene) -> None:
         assert list(step.ids) == [site.index for site in record.sites]
 
 
-def test_sage_attention_gets_no_masks(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes a mask and ignores it; then every token would read all subjects."""
-    backends = module("comfy.ldm.modules.attention")
-    model = scene.apply(routing=scene.route(mode="masks", masks=halves()))
-    wanted = scene.sample(model, steps=1)
-    plain = backends.optimized_attention
-
-    def sage(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Any = None, **options: Any) -> Any:
-        return plain(q, k, v, heads, **options)
-
-    monkeypatch.setattr(backends, "optimized_attention_masked", sage)
-    assert differs(scene.sample(model, steps=1), wanted)
-    monkeypatch.setattr(module("comfy.model_management"), "sage_attention_enabled", lambda: True)
-    scale = wanted.abs().max()
-    torch.testing.assert_close(scene.sample(model, steps=1) / scale, wanted / scale, **ROWS)
-
-
 def test_masks_are_followed(scene: Scene) -> None:
     model, maps = scene.apply_with_maps(routing=scene.route(mode="masks", masks=halves()))
     out = scene.sample(model, latent_image=scene.latent(160, 96))

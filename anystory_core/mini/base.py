@@ -128,8 +128,7 @@ def pick(
             if number < reading:
                 references.append(_tensor(shard.references[at]))
             if number < placed:
-                alone = bool(shard.subjects[at] == 1)
-                own = [reading_place(region, alone=alone, rng=rng) for region in regions]
+                own = [reading_place(region, alone=there == 1, rng=rng) for region in regions]
                 places.append(torch.stack(own))
             else:
                 looks.append(_tensor(shard.looks[at]))

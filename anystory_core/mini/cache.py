@@ -1,9 +1,8 @@
 """Latents and text states of the rendered scenes, encoded once and mapped from disk.
 
 Of each shard, in float16: latents (S,4,h,w); of up to N subjects, regions (S,N,h,w) in [0,1],
-descriptions by CLIP (S,N,2W) and reference latents (S,N,4,r,r); the number of subjects (S,), states
-(S,2,77,D) and pooled (S,2,D). Their second axis is the caption with names and the one that says
-"an object".
+descriptions by CLIP (S,N,2W) and reference latents (S,N,4,r,r); states (S,2,77,D) and pooled
+(S,2,D). Their second axis is the caption with names and the one that says "an object".
 """
 
 from __future__ import annotations
@@ -23,15 +22,14 @@ from torch.nn import functional
 from ..training.bases import penultimate
 from . import text
 from .clip import Clip
-from .config import CONFIG
 from .phase import autocast
 from .scenes import read_shard, shard_numbers
-from .telling import describe, look_width
+from .telling import describe
 from .vae import to_signed
 from .views import SIZE, normalise
 
 Half = NDArray[np.float16]
-_KINDS = ("latents", "references", "looks", "regions", "subjects", "states", "pooled")
+_KINDS = ("latents", "references", "looks", "regions", "states", "pooled")
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,6 @@ class Cached:
     references: Half
     looks: Half
     regions: Half
-    subjects: Half
     states: Half
     pooled: Half
 
@@ -95,6 +92,13 @@ def encode_looks(vision: Any, cutouts: NDArray[np.uint8], batch: int = 10) -> Ha
     return torch.cat(looks).numpy()
 
 
+def _spread(values: Half, there: NDArray[np.bool_]) -> Half:
+    """(M,...) of the M that are ``there`` (S,N) -> (S,N,...), zeros for the others."""
+    spread = np.zeros((*there.shape, *values.shape[1:]), np.float16)
+    spread[there] = values
+    return spread
+
+
 def write_shard(
     scenes: Path, folder: Path, number: int, vae: Any, clip: Clip, row_table: Tensor
 ) -> None:
@@ -105,18 +109,12 @@ def write_shard(
     shard = read_shard(scenes, number)
     named = encode_texts(clip.text, row_table, shard.captions)
     plain = encode_texts(clip.text, row_table, shard.plain_captions)
-    there = shard.cutouts.any(axis=(2, 3, 4))  # (S,N)
-    looks = np.zeros((*there.shape, look_width(CONFIG)), np.float16)
-    looks[there] = encode_looks(clip.vision, shard.cutouts[there])
-    cut_out = encode_pictures(vae, shard.cutouts[there])
-    references = np.zeros((*there.shape, *cut_out.shape[1:]), np.float16)
-    references[there] = cut_out
+    there = shard.cutouts.max(axis=(2, 3, 4)) > 0  # (S,N)
     arrays: dict[str, Half] = {
         "latents": encode_pictures(vae, shard.pictures),
-        "references": references,
-        "looks": looks,
+        "references": _spread(encode_pictures(vae, shard.cutouts[there]), there),
+        "looks": _spread(encode_looks(clip.vision, shard.cutouts[there]), there),
         "regions": (shard.regions / np.float32(255)).astype(np.float16),
-        "subjects": np.array(shard.subjects, np.float16),
         "states": np.stack((named[0], plain[0]), axis=1),
         "pooled": np.stack((named[1], plain[1]), axis=1),
     }

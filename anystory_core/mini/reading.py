@@ -50,22 +50,21 @@ class Reader:
     def call(self, latents: Tensor, present: Tensor, source: RouteSource) -> Call:
         """The first n rows of a pass read references (n,N,4,r,r) where ``source`` sends them, those
         that ``present`` (n,N) bool says are there; differentiable."""
+        count = present.shape[1]
         features = [_spread(g, present) for g in self.features(latents[present])]
         conditions: list[SiteConditions] = []
         for site in self.sites:
-            read: list[KeyValue | None] = [None] * present.shape[1]
+            read: list[KeyValue | None] = [None] * count
             if site.index > 1:
                 attn = self.unet.get_submodule(site.diffusers).attn1
                 given = features[site.index - 2]
                 pairs = zip(attn.to_k(given).unbind(1), attn.to_v(given).unbind(1), strict=True)
                 read = [KeyValue(k, v) for k, v in pairs]
-            nothing = Candidates([None] * (len(read) + 1))
+            nothing = Candidates([None] * (count + 1))
             conditions.append(SiteConditions(nothing, Candidates([*read, None])))
-        count = present.shape[1]
-        biases = (*(0.0 for _ in range(count)), -math.inf)
+        biases = (*(0.0,) * count, -math.inf)
         run = Run(tuple(conditions), source, (1.0,) * (count + 1), biases)
-        rows = Rows(tuple(range(len(latents))))
-        active = (True,) * count
+        rows, active = Rows(tuple(range(len(latents)))), (True,) * count
         return Call(run, rows, active, self.sites, diffusers_unet.dense_attention)
 
 

@@ -30,10 +30,10 @@ _NEXT_SUBJECT = 20_000_000
 
 @dataclass(frozen=True)
 class Shard:
-    """``SHARD`` scenes, two captions each, their numbers of subjects. Mapped from disk, uint8:
-    pictures (SHARD,H,W,3); of up to N = ``MOST_SUBJECTS`` subjects, in random order, cut-outs
-    (SHARD,N,R,R,3) of the ReferenceNet's size and regions (SHARD,N,H/8,W/8) where 255 is the
-    subject; all 0 where there is none."""
+    """``SHARD`` scenes, two captions each. Mapped from disk, uint8: pictures (SHARD,H,W,3); of up
+    to N = ``MOST_SUBJECTS`` subjects, in random order, cut-outs (SHARD,N,R,R,3) of the
+    ReferenceNet's size and regions (SHARD,N,H/8,W/8) where 255 is the subject; all 0 where there is
+    none."""
 
     number: int
     pictures: UInt8
@@ -41,7 +41,6 @@ class Shard:
     regions: UInt8
     captions: list[str]
     plain_captions: list[str]
-    subjects: list[int]
 
 
 def _paths(folder: Path, number: int) -> list[Path]:
@@ -82,10 +81,7 @@ def write_shard(emoji: list[Emoji], folder: Path, number: int) -> None:
     cutouts, regions = zip(*cuts, strict=True)
     for file, arrays in zip(files, ([s.picture for s in scenes], cutouts, regions), strict=True):
         np.save(file, np.stack(arrays))
-    texts = [
-        {"caption": s.caption, "plain": s.plain_caption, "subjects": len(s.instances)}
-        for s in scenes
-    ]
+    texts = [{"caption": s.caption, "plain": s.plain_caption} for s in scenes]
     temporary = captions_file.with_suffix(".tmp")
     temporary.write_text(json.dumps(texts))
     os.replace(temporary, captions_file)
@@ -103,7 +99,6 @@ def read_shard(folder: Path, number: int) -> Shard:
         regions,
         [str(t["caption"]) for t in texts],
         [str(t["plain"]) for t in texts],
-        [int(t["subjects"]) for t in texts],
     )
 
 

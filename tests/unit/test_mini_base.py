@@ -40,7 +40,6 @@ def shard() -> Cached:
         references=filled(each, 4, SMALL, SMALL),
         looks=filled(each, look_width(CONFIG)),
         regions=regions,
-        subjects=counts.astype(np.float16),
         states=filled(np.stack((number, number), axis=1), 77, WIDTH),
         pooled=filled(np.stack((number, number), axis=1), WIDTH),
     )

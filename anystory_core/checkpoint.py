@@ -207,15 +207,16 @@ def merge_files(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[
     for path in map(Path, paths):
         header = read_header(path)
         given = header.config
-        if config is not None and "routers" not in header.parts:
-            given = dataclasses.replace(given, router=config.router)
-        if config is not None and "routers" in header.parts:
-            config = dataclasses.replace(config, router=given.router)
-        if config is not None and given != config:
-            raise CheckpointError(
-                f"{path.name}: its configuration differs from the first file's; only files of one "
-                "model can be merged"
-            )
+        if config is not None:
+            if "routers" in header.parts:
+                config = dataclasses.replace(config, router=given.router)
+            else:
+                given = dataclasses.replace(given, router=config.router)
+            if given != config:
+                raise CheckpointError(
+                    f"{path.name}: its configuration differs from the first file's; only files of "
+                    "one model can be merged"
+                )
         config = given
         for part in header.parts:
             if part in owner:

@@ -29,6 +29,8 @@ from .initial import ROUTER_PARTS, build_trained_model
 from .sheets import draw_sheet
 from .stages import Noised, Stage, add_noise, build_stage, gumbel_seeds
 
+_AVERAGE = "average.safetensors"  # in a checkpoint
+
 
 def check_distribution(kind: str) -> None:
     """ConfigError for accelerate's ways to shard a model: they gather a module's weights when it is
@@ -92,13 +94,9 @@ class Trainer:
             fused=True,  # one pass over all parameters; on a CPU the default is a loop over them
         )
         self.stage, self.optimiser = self.accelerator.prepare(stage, optimiser)
-        self.average: dict[str, Tensor] = {}
-        if settings.ema:
-            trained = self._unwrapped().trained()
-            self.average = {name: p.detach().float().clone() for name, p in trained}
         self.step = 0
         self._saved = -1  # step of the newest checkpoint
-        self._resume()
+        self.average = self._begin_average(self._resume())
 
     def run(self) -> Path:
         """Train to the last step and export; returns the weights file."""
@@ -277,7 +275,7 @@ class Trainer:
             self.accelerator.save_state(str(path))
             if self.accelerator.is_main_process:
                 if self.config.optimiser.ema:
-                    save_tensors(path / "average.safetensors", self.average, {})
+                    save_tensors(path / _AVERAGE, self.average, {})
                 (path / "run.json").write_text(json.dumps({"step": self.step}))
             self.accelerator.wait_for_everyone()
 
@@ -299,23 +297,27 @@ class Trainer:
         models.clear()
         checkpoints.load_weights(Path(folder) / "model.safetensors", self._unwrapped().trained())
 
-    def _resume(self) -> None:
+    def _resume(self) -> Path | None:
+        """Load the newest checkpoint, if there is one; its folder."""
         found = checkpoints.newest(self._checkpoints)
         if found is None:
-            return
+            return None
         self.step, path = found
         self._saved = self.step
         self.accelerator.load_state(str(path))
-        average = path / "average.safetensors"
-        if average.exists():
-            with open_tensors(average) as file:
-                for name in self.average:
-                    self.average[name].copy_(file.get_tensor(name))
-        else:  # the run had none until now: it begins where the weights are
-            for name, parameter in self._unwrapped().trained():
-                if name in self.average:
-                    self.average[name].copy_(parameter.detach())
         self.accelerator.print(f"resuming from step {self.step}")
+        return path
+
+    def _begin_average(self, checkpoint: Path | None) -> dict[str, Tensor]:
+        """The moving average as the checkpoint has it; where it has none, the weights."""
+        if not self.config.optimiser.ema:
+            return {}
+        average = {n: p.detach().float().clone() for n, p in self._unwrapped().trained()}
+        if checkpoint is not None and (checkpoint / _AVERAGE).exists():
+            with open_tensors(checkpoint / _AVERAGE) as file:
+                for name, tensor in average.items():
+                    tensor.copy_(file.get_tensor(name))
+        return average
 
     def export(self) -> Path:
         """Write what the stage trained; after stage 2 also the file joined with stage 1's.

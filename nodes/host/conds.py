@@ -101,7 +101,7 @@ class Evaluation:
         number = roles.recorded(conds)
         entries = (conds[number] if number >= 0 else None) or ()
         return cls(
-            tuple(roles.of_list(number, entries) for number, entries in enumerate(conds)),
+            tuple(roles.of_list(i, each) for i, each in enumerate(conds)),
             (number, _first_active(entries, timestep)),
             Areas.of(conds, x),
         )

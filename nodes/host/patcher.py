@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,12 +44,16 @@ class HostAttention:
         kwargs = {"attn_precision": self.precision, "transformer_options": self.options}
         if mask is None:
             return backends.optimized_attention(q, k, v, heads, **kwargs)
-        options = {name: x for name, x in self.options.items() if name != OVERRIDE}
-        kwargs["transformer_options"] = options
-        masked = backends.optimized_attention_masked
+        attention, kwargs["transformer_options"] = self._masked
+        return attention(q, k, v, heads, mask, **kwargs)
+
+    @cached_property
+    def _masked(self) -> tuple[Callable[..., Tensor], Options]:
+        """What computes masked attention in this pass of the U-Net, and its options."""
+        attention = backends.optimized_attention_masked
         if mm.sage_attention_enabled():
-            masked = backends.attention_pytorch
-        return masked(q, k, v, heads, mask, **kwargs)
+            attention = backends.attention_pytorch
+        return attention, {name: x for name, x in self.options.items() if name != OVERRIDE}
 
 
 @dataclass

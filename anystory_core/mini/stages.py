@@ -114,7 +114,8 @@ def stage2(
         **_shared(work, "scenes", steps, 12, name),
         router=RouterSettings(
             subject_file=str(subject_file),
-            tokens="sum",  # Eq. 4 to the letter: grids of 256 and 64 tokens
+            route_weight=1.0,
+            tokens="area",  # with Eq. 4's sum a third of the subjects, the small ones, had 0.3 IoU
             refine=refine,
             start_file=start_file,
         ),

@@ -5,9 +5,10 @@ are known to hold what a segmentation needs (its router is trained on a frozen b
 small base that has only learned to remove noise do not: a router on them found half of what perfect
 masks give, on subjects that it had seen and on held-out ones alike (docs/mini.md). So the base is
 also asked, at every block, which tokens show which of the subjects that CLIP describes: the same
-inner product as a router's coarse map, with the cross-entropy as its loss. Where references are
-read in places that were given nobody asks: those places would be the answer. The heads that ask are
-not shipped; stage 2 trains its routers anew.
+inner product as a router's coarse map. Its loss is the cross-entropy and the error of the maps by
+area, to which small subjects count as much as large ones. Where references are read in places that
+were given nobody asks: those places would be the answer. The heads that ask are not shipped; stage
+2 trains its routers anew.
 
 What the heads answer is a route like any other (:meth:`Teller.routes`), so the base also learns to
 draw several references where its own hidden states send them, as it will have to with a router:
@@ -28,7 +29,7 @@ from torch.nn import functional
 from ..config import AnyStoryConfig
 from ..routes import Crops, Grid, SoftMaps, resize_soft
 from ..sites import Site, build_sites
-from ..training.losses import target_maps
+from ..training.losses import map_error, target_maps
 
 
 def look_width(config: AnyStoryConfig) -> int:
@@ -63,7 +64,8 @@ class Teller(nn.Module):
         self._seen.append(output)
 
     def loss(self, rows: slice, looks: Tensor, subjects: Tensor) -> Tensor:
-        """Cross-entropy of the last pass, the mean over blocks and tokens.
+        """Cross-entropy of the last pass and the error of its maps by area
+        (:func:`~..training.losses.map_error`), the mean over blocks.
 
         looks (n,N,2W) of the subjects that ``rows`` show at ``subjects`` (n,N,h,w) in [0,1], empty
         where there are fewer. Each token chooses between its row's subjects, the background, and a
@@ -75,8 +77,10 @@ class Teller(nn.Module):
         for index, seen in enumerate(self._seen):
             side = math.isqrt(seen.shape[1])
             logits = self.answers(index, asked, absent, seen[rows])
-            right = target_maps(subjects, (side, side)).argmax(dim=1)  # (n,Q)
-            losses.append(functional.cross_entropy(logits, right))
+            target = target_maps(subjects, (side, side))  # (n,N+1,Q)
+            wrong = functional.cross_entropy(logits, target.argmax(dim=1))
+            maps = logits.softmax(dim=1)[:, :-1]
+            losses.append(wrong + map_error(maps, target, ~absent[:, :-2], "area"))
         if len(losses) != len(self.keys):
             raise ValueError(f"a pass of {len(self.keys)} blocks was expected, got {len(losses)}")
         self._seen.clear()

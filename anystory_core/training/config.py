@@ -156,13 +156,15 @@ class RouterSettings:
 
     ``tokens``: "mean" averages a map's squared error over its tokens, so that lambda weighs all
     blocks alike whatever their size; "sum" is Eq. 4 to the letter, where a block of 4096 tokens
-    counts 4 times one of 1024 and lambda = 0.1 means a far larger share of the loss. ``refine``:
-    off for the ablation of Fig. 6, where the coarse map is the route.
+    counts 4 times one of 1024 and lambda = 0.1 means a far larger share of the loss; "area" divides
+    by what the map and the subject cover, so that small subjects count as much as large ones
+    (:func:`~.losses.map_error`). ``refine``: off for the ablation of Fig. 6, where the coarse map
+    is the route.
     """
 
     subject_file: str
     route_weight: float = 0.1  # lambda
-    tokens: Literal["mean", "sum"] = "mean"
+    tokens: Literal["mean", "sum", "area"] = "mean"
     drop_text: float = 0.1
     refine: bool = True
     start_file: str = ""  # go on from the router in these AnyStory weights

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..routes import Grid, SoftMaps
 
+Tokens = Literal["mean", "sum", "area"]
+
 
 def diffusion_loss(
     prediction: Tensor, noise: Tensor, masks: Tensor | None = None, inside: float = 0.0
@@ -44,16 +46,21 @@ def target_maps(masks: Tensor, grid: Grid) -> Tensor:
     return torch.zeros_like(candidates).scatter_(1, winner, 1.0)
 
 
-def map_error(
-    maps: Tensor, target: Tensor, present: Tensor, tokens: Literal["mean", "sum"]
-) -> Tensor:
+def map_error(maps: Tensor, target: Tensor, present: Tensor, tokens: Tokens) -> Tensor:
     """1/N sum_i ||M_i - M_i^gt||^2 of each row, then the mean over all rows.
 
     maps, target (B,N+1,Q); present (B,N) bool. Only subjects count, not the background. A row
     without subjects adds 0 and is counted, so that processes whose batches hold more or fewer of
-    them weigh every row alike."""
+    them weigh every row alike.
+
+    The square is a sum over tokens or their mean; with "area" it is divided by what the two maps
+    cover, ||M_i||^2 + ||M_i^gt||^2, and one token: V-Net's Dice loss (arXiv 1606.04797, section 3),
+    to which a small subject that is missed is as wrong as a large one."""
     error = (maps - target).square()[:, :-1]
     error = error.mean(dim=-1) if tokens == "mean" else error.sum(dim=-1)  # (B,N)
+    if tokens == "area":
+        covered = maps.square().sum(dim=-1) + target.square().sum(dim=-1)  # (B,N+1)
+        error = error / (1 + covered[:, :-1])
     rows = (error * present).sum(dim=1) / present.sum(dim=1).clamp_min(1)
     return rows.mean()
 
@@ -62,7 +69,7 @@ def routing_loss(
     soft_maps: Sequence[SoftMaps],
     masks: Tensor,
     present: Tensor,
-    tokens: Literal["mean", "sum"] = "mean",
+    tokens: Tokens = "mean",
 ) -> tuple[Tensor, Tensor]:
     """Eq. 4 without lambda, as (refined, coarse), each the mean over blocks.
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import pytest
 import torch
 from torch import Tensor
 
 from anystory_core.router import RoutingLogits
 from anystory_core.routes import SoftMaps
-from anystory_core.training.losses import diffusion_loss, map_error, routing_loss, target_maps
+from anystory_core.training.losses import (
+    Tokens,
+    diffusion_loss,
+    map_error,
+    routing_loss,
+    target_maps,
+)
 from anystory_core.training.stages import add_noise
 
 PRESENT = torch.tensor([[True, True], [True, False], [False, False]])
@@ -39,8 +43,8 @@ def test_odd_grids() -> None:
     assert target_maps(masks(), (3, 5)).shape == (3, 3, 15)
 
 
-@pytest.mark.parametrize("tokens", ["mean", "sum"])
-def test_equation_4_by_hand(tokens: Literal["mean", "sum"]) -> None:
+@pytest.mark.parametrize("tokens", ["mean", "sum", "area"])
+def test_equation_4_by_hand(tokens: Tokens) -> None:
     torch.manual_seed(0)
     maps = torch.rand(3, 3, 16, dtype=torch.float64).softmax(dim=1)
     target = target_maps(masks(), (4, 4)).double()
@@ -49,18 +53,32 @@ def test_equation_4_by_hand(tokens: Literal["mean", "sum"]) -> None:
         terms = []
         for i in range(2):
             if PRESENT[b, i]:
-                square = sum(float((maps[b, i, u] - target[b, i, u]) ** 2) for u in range(16))
-                terms.append(square / (16 if tokens == "mean" else 1))
+                found, wanted = maps[b, i].tolist(), target[b, i].tolist()
+                square = sum((m - w) ** 2 for m, w in zip(found, wanted, strict=True))
+                covered = sum(m**2 + w**2 for m, w in zip(found, wanted, strict=True))
+                terms.append(square / {"mean": 16, "sum": 1, "area": 1 + covered}[tokens])
         rows.append(sum(terms) / len(terms) if terms else 0.0)
     got = map_error(maps, target, PRESENT, tokens)
     assert float(got) == pytest.approx(sum(rows) / 3, abs=1e-12)
 
 
-def test_no_subject_no_route_loss() -> None:
+def test_by_area_a_small_subject_missed_is_as_wrong_as_a_large_one() -> None:
+    target = torch.zeros(2, 2, 10_000)
+    target[0, 0, :40], target[1, 0, :4000] = 1, 1
+    missed = torch.zeros_like(target)
+    small, large = (
+        float(map_error(missed[r : r + 1], target[r : r + 1], torch.ones(1, 1).bool(), "area"))
+        for r in (0, 1)
+    )
+    assert 0.97 < small < large < 1
+
+
+@pytest.mark.parametrize("tokens", ["mean", "area"])
+def test_no_subject_no_route_loss(tokens: Tokens) -> None:
     maps = torch.rand(2, 3, 16, requires_grad=True)
-    error = map_error(maps, torch.zeros(2, 3, 16), torch.zeros(2, 2, dtype=torch.bool), "mean")
+    error = map_error(maps, torch.zeros(2, 3, 16), torch.zeros(2, 2, dtype=torch.bool), tokens)
     error.backward()
-    assert float(error) == 0 and maps.grad is not None and not maps.grad.any()
+    assert float(error.detach()) == 0 and maps.grad is not None and not maps.grad.any()
 
 
 def test_gradients_by_finite_differences() -> None:

@@ -54,23 +54,32 @@ def places() -> Tensor:
 
 @torch.no_grad()
 def naive(teller: Teller, hidden: list[Tensor], looks: Tensor, subjects: Tensor) -> float:
-    """Cross-entropy in float64, token by token."""
+    """Cross-entropy in float64, token by token, and the squared error of each subject's map by what
+    both maps cover."""
     look, background = teller.look.double()(looks.double()), teller.background.double()
     total = 0.0
     for z, key, head in zip(hidden, teller.keys.double(), teller.hidden.double(), strict=True):
         side, block = math.isqrt(z.shape[1]), 0.0
         step = SIDE // side
         for row in range(2):
+            maps: list[list[float]] = []
+            wanted: list[int] = []
             own = [i for i in range(2) if bool(subjects[row, i].any())]
             asked = [*(look[row, i] for i in own), background, look[1 - row, 0]]
             for token in range(side * side):
                 y, x = (step * place for place in divmod(token, side))
                 shares = [float(subjects[row, i, y : y + step, x : x + step].mean()) for i in own]
                 shares.append(max(0.0, 1 - sum(shares)))
-                right = shares.index(max(shares))
+                wanted.append(shares.index(max(shares)))
                 scores = key(torch.stack(asked)) @ head(z[row, token].double()) / 8
-                block -= float(scores.log_softmax(0)[right])
-        total += block / (2 * side * side)
+                block -= float(scores.log_softmax(0)[wanted[-1]]) / (2 * side * side)
+                maps.append(scores.softmax(0).tolist())
+            for i in range(len(own)):
+                pairs = [(m[i], float(w == i)) for m, w in zip(maps, wanted, strict=True)]
+                square = sum((m - w) ** 2 for m, w in pairs)
+                covered = sum(m**2 + w**2 for m, w in pairs)
+                block += square / (1 + covered) / (2 * len(own))
+        total += block
     return total / len(hidden)
 
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from . import injection
+from .agreement import Agreement
 from .injection import Attention, Candidates, Regions
 from .routes import Crops, Grid, SoftMaps
 from .run import Run
@@ -89,6 +90,12 @@ class Call:
         on = (*self.active, True)
         self._eta = tuple(e if a else 0.0 for e, a in zip(self.run.strengths, on, strict=True))
         self._gamma = tuple(g if a else -math.inf for g, a in zip(self.run.biases, on, strict=True))
+        # A row that shows a part of the picture may well show one subject alone.
+        self._whole = tuple(
+            row for row in range(len(self._routed)) if not self._crops or self._crops[row] is None
+        )
+        agree = self.run.agree and self.run.subjects > 1 and self._whole
+        self._agreement = Agreement() if agree else None
 
     def begin_cross_attention(self, index: int, z: Tensor, grid: Grid) -> None:
         """z (B,Q,D): ``norm2`` output of block ``index``; grid: its (h,w), h*w = Q."""
@@ -99,6 +106,12 @@ class Call:
             return
         site = self.sites[index - 1]
         soft = self.run.source.maps(site, _take(z, self._routed), grid, self._crops)
+        if self._agreement is not None:
+            maps = self._agreement.settle(_take(soft.maps, self._whole), grid)
+            if len(self._whole) < len(self._routed):
+                where = torch.tensor(self._whole, device=maps.device)
+                maps = soft.maps.index_copy(0, where, maps)
+            soft = replace(soft, maps=maps)
         self._set_route(index, soft)
 
     def _begin_by_query(self, index: int, q: Tensor) -> None:

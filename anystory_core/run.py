@@ -47,13 +47,15 @@ class SiteConditions:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything constant over one sampling run. Built by :func:`prepare_run`."""
+    """Everything constant over one sampling run. Built by :func:`prepare_run`. ``agree``: the
+    blocks of a pass decide together which subject is where (:mod:`.agreement`)."""
 
     conditions: tuple[SiteConditions, ...]  # conditions[l - 1]
     source: RouteSource | TextRoutes
     strengths: tuple[float, ...]  # eta_i for N subjects and the background
     biases: tuple[float, ...]  # gamma_i, the same
     keep_references_in_uncond: bool = False
+    agree: bool = False
     tables: Tables = field(default_factory=Tables, compare=False, repr=False)
 
     @property
@@ -106,6 +108,8 @@ def prepare_run(
     subjects: Sequence[Subject],
     source: RouteSource | TextRoutes,
     settings: Settings,
+    *,
+    agree: bool = False,
 ) -> Run:
     """Project all subjects for one run. The subjects' tensors are on the device and in the dtype of
     ``model.projections``. A branch at strength 0 is not projected."""
@@ -134,6 +138,7 @@ def prepare_run(
         (*strengths, settings.strength),
         (*biases, -math.inf),
         settings.keep_references_in_uncond,
+        agree,
     )
 
 

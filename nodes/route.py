@@ -62,6 +62,14 @@ class SubjectRouter(io.ComfyNode):
                     optional=True,
                     tooltip="The clip that encodes the prompt. Only used by the modes with text.",
                 ),
+                io.Boolean.Input(
+                    "agreement",
+                    default=True,
+                    optional=True,
+                    tooltip="In the modes with the router, for two subjects or more: the blocks of "
+                    "the U-Net decide together which subject is where, and none takes every place. "
+                    "Off is the paper: each block for itself.",
+                ),
             ],
             outputs=[ids.Routing.Output(display_name="routing")],
         )
@@ -71,7 +79,7 @@ class SubjectRouter(io.ComfyNode):
     def execute(cls, anystory: ManagedAnyStory, mode: str, **inputs: Any) -> io.NodeOutput:
         subjects: list[Subject] = []
         masks: list[Any] = []
-        clip = inputs.pop("clip", None)
+        clip, agree = inputs.pop("clip", None), inputs.pop("agreement", True)
         known = {f"{kind}_{n + 1}" for kind in ("subject", "mask") for n in range(ids.MAX_SUBJECTS)}
         unknown = sorted(set(inputs) - known)
         if unknown:
@@ -96,4 +104,5 @@ class SubjectRouter(io.ComfyNode):
         if mode.startswith("text"):
             names = [subject.label for subject in subjects]
             labels = label_states(clip, names, anystory.model.config)
-        return io.NodeOutput(Routing(anystory, tuple(subjects), tuple(masks), mode, labels))
+        routing = Routing(anystory, tuple(subjects), tuple(masks), mode, labels, agree)
+        return io.NodeOutput(routing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import comfy.sample
@@ -48,7 +49,9 @@ def soft_maps(
     """Mean soft map (N+1,h,w) of one routed pass over ``latent`` (1,4,h,w) at a noise level in
     (0,1], with every noise of ``noise`` (R,4,h,w) as a row."""
     maps = RoutingMaps(keep_soft=True)
-    patched = apply_routing(model, routing, Settings(), 0.0, 1.0, maps, bar=False)
+    # Agreement leaves every subject a place; here the picture says whether it has one.
+    alone = dataclasses.replace(routing, agree=False)
+    patched = apply_routing(model, alone, Settings(), 0.0, 1.0, maps, bar=False)
     sampling = patched.get_model_object("model_sampling")
     # The host's noise level at 0 % is a number beyond all of the model's.
     sigma = min(float(sampling.percent_to_sigma(1 - level)), float(sampling.sigma_max))

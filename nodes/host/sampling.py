@@ -41,6 +41,7 @@ class Routing:
     masks: tuple[Tensor | None, ...]
     mode: str
     labels: tuple[Tensor, ...] = ()  # text states of the labels, for the modes with text
+    agree: bool = False  # in the modes with the router: the blocks decide together who is where
 
     def get_models(self) -> list[Any]:
         """What the host may count and free with this output."""
@@ -245,7 +246,8 @@ class SamplingWrapper:
             source = build_source(
                 self.routing.mode, anystory.model, moved, self.routing.masks, texts
             )
-            run = prepare_run(anystory.model, moved, source, self.settings)
+            agree = self.routing.agree and self.routing.mode.startswith("learned")
+            run = prepare_run(anystory.model, moved, source, self.settings, agree=agree)
         finally:
             release(anystory.having("projections"))
         advance(1)

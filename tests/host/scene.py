@@ -65,12 +65,12 @@ class Scene:
     def text(self, words: str) -> Any:
         return self.comfy.CLIPTextEncode().encode(self.mini.clip, words)[0]
 
-    def route(self, *subjects: Any, mode: str = "learned", masks: Any = ()) -> Any:
+    def route(self, *subjects: Any, mode: str = "learned", masks: Any = (), **settings: Any) -> Any:
         chosen = subjects or self.subjects[:2]
         inputs = {f"subject_{i}": s for i, s in enumerate(chosen, 1)}
         inputs |= {f"mask_{i}": m for i, m in enumerate(masks, 1)}
         return self.pack.SubjectRouter.execute(
-            anystory=self.mini.anystory, mode=mode, **inputs
+            anystory=self.mini.anystory, mode=mode, **inputs, **settings
         ).args[0]
 
     def apply(self, model: Any = None, routing: Any = None, **settings: Any) -> Any:

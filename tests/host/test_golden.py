@@ -17,7 +17,7 @@ GOLDEN: dict[str, tuple[list[str], list[str]]] = {
         ["ANYSTORY_SUBJECT"],
     ),
     "AnyStorySubjectOptions": (["subject", *OPTIONS], ["ANYSTORY_SUBJECT"]),
-    "SubjectRouter": (["anystory", "mode", *PAIRS, "clip"], ["ANYSTORY_ROUTING"]),
+    "SubjectRouter": (["anystory", "mode", *PAIRS, "clip", "agreement"], ["ANYSTORY_ROUTING"]),
     "ApplyAnyStory": (
         ["model", "routing", *OPTIONS, "references_in_uncond"], ["MODEL", "ANYSTORY_MAPS"],
     ),

@@ -24,9 +24,9 @@ def twin(mini: Any) -> Any:
 
 
 @pytest.mark.parametrize("size", [(16, 16), (13, 22)])
-@pytest.mark.parametrize("subjects", [0, 1, 3])
+@pytest.mark.parametrize(("subjects", "agree"), [(0, False), (1, False), (3, False), (3, True)])
 def test_the_same_prediction(
-    scene: Any, mini: Any, twin: Any, subjects: int, size: tuple[int, int], way: str
+    scene: Any, mini: Any, twin: Any, subjects: int, agree: bool, size: tuple[int, int], way: str
 ) -> None:
     core = "anystory_pack.anystory_core"
     run, conditioner = module(f"{core}.run"), module(f"{core}.conditioner")
@@ -50,7 +50,7 @@ def test_the_same_prediction(
             return None
         chosen = [s.map(lambda x: x.float()) for s in scene.subjects[:subjects]]
         source = run.build_source("learned", model, chosen, [None] * subjects)
-        prepared = run.prepare_run(model, chosen, source, run.Settings())
+        prepared = run.prepare_run(model, chosen, source, run.Settings(), agree=agree)
         rows = conditioner.Rows((0, 2), (1,))
         return conditioner.Call(prepared, rows, (True,) * subjects, model.sites, attention)
 

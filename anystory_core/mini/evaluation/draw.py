@@ -43,12 +43,14 @@ Routes = Literal["router", "masks", "merged", "single", "text"]
 class Variant:
     """What is drawn with. ``model`` None: the base alone. ``routes``: "merged" is the method
     without a router, where every token attends to the tokens of all subjects; "text" goes by the
-    words of the subjects' names, which are one task's own, so tasks are then drawn one by one."""
+    words of the subjects' names, which are one task's own, so tasks are then drawn one by one.
+    ``agree``: of "router", the blocks decide together who is where (:mod:`...agreement`)."""
 
     model: AnyStoryModel | None
     routes: Routes = "single"
     clip: bool = True
     reference: bool = True
+    agree: bool = True
 
 
 @dataclass
@@ -111,6 +113,7 @@ def make_run(variant: Variant, encoder: Encoder, tasks: Sequence[Task]) -> Run:
         _source(variant, encoder, encoded, tasks),
         (1.0,) * (count + 1),
         (*biases, -math.inf),
+        agree=variant.agree and variant.routes == "router",
     )
 
 

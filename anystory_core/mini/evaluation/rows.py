@@ -34,7 +34,7 @@ class Drawn:
     """A row of drawn pictures. ``model``: "full", "no clip", "no reference", "base", or "converted
     simplified", "converted original" and "converted none", made without training
     (:mod:`..public`); "real" shows the measuring networks the scenes themselves. "plain" captions
-    say "an object" for every name."""
+    say "an object" for every name. ``agree`` as in :class:`~.draw.Variant`."""
 
     title: str
     subjects: int
@@ -43,6 +43,7 @@ class Drawn:
     routes: draw.Routes = "router"
     clip: bool = True
     reference: bool = True
+    agree: bool = True
 
 
 DRAWN = (
@@ -57,6 +58,7 @@ DRAWN = (
     Drawn("base alone", 1, "base"),
     Drawn("full", 2),
     Drawn("full, subjects' names in the caption", 2, captions="named"),
+    Drawn("each block for itself", 2, agree=False),
     Drawn("without router", 2, routes="merged"),
     Drawn("user masks", 2, routes="masks"),
     Drawn("full", 3),
@@ -89,7 +91,7 @@ def measure_drawn(
     """Draw ``samples`` tasks and count. KeyError names a model that is not there."""
     model = None if row.model in WITHOUT_MODEL else models[row.model]
     routes = row.routes if model is None or model.routers is not None else _without(row.routes)
-    variant = Variant(model, routes, row.clip, row.reference)
+    variant = Variant(model, routes, row.clip, row.reference, row.agree)
     verdicts: list[Verdict] = []
     size = 1 if routes == "text" else BATCH
     for tasks in batches(judge.subjects, row.subjects, samples, size):
@@ -145,7 +147,7 @@ def _look(encoder: Encoder, tasks: Sequence[Task], level: int, routes: draw.Rout
     """The tasks' scenes noised to ``level`` with their captions."""
     noise = torch.stack([t.noise((4, SIDE, SIDE), salt=level) for t in tasks])
     text = encoder.stack.encode_text([t.caption("named") for t in tasks])
-    run = make_run(Variant(encoder.model, routes), encoder, tasks)
+    run = make_run(Variant(encoder.model, routes, agree=False), encoder, tasks)
     return look(encoder, run, clean_latents(encoder, tasks), noise, level, text)
 
 

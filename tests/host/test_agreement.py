@@ -1,0 +1,63 @@
+"""The router's switch in the host: when blocks decide together, and when it does nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from scene import Scene, halves, module
+from torch import Tensor
+
+
+def run(scene: Scene, routing: Any, **options: Any) -> tuple[Tensor, Any]:
+    """The latent, and the recorded region ids by step and block."""
+    model, maps = scene.apply_with_maps(routing=routing)
+    latent = scene.sample(model, **options)
+    return latent, maps.find(latent)
+
+
+def regions(record: Any) -> Tensor:
+    ids = [ids.flatten() for step in record.steps for ids in step.ids.values()]
+    return torch.cat(ids)
+
+
+def test_off_is_each_block_for_itself(scene: Scene) -> None:
+    agreed, together = run(scene, scene.route())
+    apart, alone = run(scene, scene.route(agreement=False))
+    assert not torch.equal(agreed, apart)
+    assert not torch.equal(regions(together), regions(alone))
+    # Nobody takes every place: each subject has some, in every block where any has.
+    assert set(regions(together).tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("mode", ["masks", "text"])
+def test_other_rules_have_nothing_to_agree_on(scene: Scene, mode: str) -> None:
+    given = {"mode": mode, "masks": halves(), "clip": scene.mini.clip}
+    on, off = (run(scene, scene.route(agreement=on, **given))[0] for on in (True, False))
+    assert torch.equal(on, off)
+
+
+def test_one_subject_is_alone(scene: Scene) -> None:
+    routes = (scene.route(scene.subjects[0], agreement=on) for on in (True, False))
+    on, off = (run(scene, routing)[0] for routing in routes)
+    assert torch.equal(on, off)
+
+
+def test_parts_of_a_picture_decide_alone(scene: Scene) -> None:
+    """A prompt for an area may well mean one subject only."""
+    area = module("nodes").ConditioningSetArea().append(scene.positive, 64, 128, 0, 0, 1.0)[0]
+    routes = (scene.route(agreement=on) for on in (True, False))
+    on, off = (run(scene, routing, positive=area)[0] for routing in routes)
+    assert torch.equal(on, off)
+
+
+def test_segmentation_asks_the_picture_alone(scene: Scene) -> None:
+    image = torch.rand(1, 128, 96, 3, generator=torch.Generator().manual_seed(0))
+    given = {"model": scene.mini.model, "vae": scene.mini.vae, "image": image}
+    given |= {"noises": 2, "seed": 3, "positive": scene.positive}
+    on, off = (
+        scene.pack.AnyStorySegment.execute(**given, routing=scene.route(agreement=on)).args[0]
+        for on in (True, False)
+    )
+    assert torch.equal(on, off)

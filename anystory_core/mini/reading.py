@@ -49,7 +49,7 @@ class Reader:
 
     def call(self, latents: Tensor, present: Tensor, source: RouteSource) -> Call:
         """The first n rows of a pass read references (n,N,4,r,r) where ``source`` sends them, those
-        that ``present`` (n,N) bool says are there; differentiable."""
+        that ``present`` (n,N) bool says are there and the blocks agree on; differentiable."""
         count = present.shape[1]
         features = [_spread(g, present) for g in self.features(latents[present])]
         conditions: list[SiteConditions] = []
@@ -63,7 +63,7 @@ class Reader:
             nothing = Candidates([None] * (count + 1))
             conditions.append(SiteConditions(nothing, Candidates([*read, None])))
         biases = (*(0.0,) * count, -math.inf)
-        run = Run(tuple(conditions), source, (1.0,) * (count + 1), biases)
+        run = Run(tuple(conditions), source, (1.0,) * (count + 1), biases, agree=True)
         rows, active = Rows(tuple(range(len(latents)))), (True,) * count
         return Call(run, rows, active, self.sites, diffusers_unet.dense_attention)
 

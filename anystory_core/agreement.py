@@ -32,6 +32,7 @@ REACH = 2.0  # tokens of that grid, an eighth of the picture
 SHARPNESS = 8.0
 _LEAST_MAP = 1e-4  # before the logarithm
 _LEAST = 1e-6  # of what is divided by
+_FORBIDDEN = -1e4  # finite: where all are forbidden, shares of nothing are asked for
 
 
 @dataclass
@@ -51,16 +52,15 @@ class Agreement:
         seen = resize_soft(SoftMaps(maps, grid), self._grid).maps
         self._sum = seen if self._sum is None else self._sum + seen
         self._blocks += 1
-        shares = _shares(self._sum / self._blocks, self._grid)
-        shares = resize_soft(SoftMaps(shares, self._grid), grid).maps
+        scores = SoftMaps(_scores(self._sum / self._blocks, self._grid), self._grid)
         subjects = maps[:, :-1]
-        shares = shares * (subjects > 0)
-        shares = shares / shares.sum(dim=1, keepdim=True).clamp_min(_LEAST)
+        scores = resize_soft(scores, grid).maps.masked_fill(subjects <= 0, _FORBIDDEN)
+        shares = (SHARPNESS * scores).softmax(dim=1)
         return torch.cat((subjects.sum(dim=1, keepdim=True) * shares, maps[:, -1:]), dim=1)
 
 
-def _shares(mean: Tensor, grid: Grid) -> Tensor:
-    """m (B,N+1,Q) -> share of each subject (B,N,Q), of sum 1."""
+def _scores(mean: Tensor, grid: Grid) -> Tensor:
+    """m (B,N+1,Q) -> S (B,N,Q)."""
     logs = mean[:, :-1].clamp_min(_LEAST_MAP).log()
     ahead = logs - logs.mean(dim=1, keepdim=True)  # s
     weight = 1 - mean[:, -1:]
@@ -69,7 +69,7 @@ def _shares(mean: Tensor, grid: Grid) -> Tensor:
     near = near[:, :-1] / near[:, -1:].clamp_min(_LEAST)
     covered = weight.sum(dim=2, keepdim=True).clamp_min(_LEAST)
     everywhere = weighted.sum(dim=2, keepdim=True) / covered
-    return (SHARPNESS * (near - everywhere)).softmax(dim=1)
+    return near - everywhere
 
 
 def _blurred(x: Tensor, grid: Grid) -> Tensor:

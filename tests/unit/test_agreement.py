@@ -22,7 +22,7 @@ def maps(grid: tuple[int, int], candidates: int = 3, rows: int = 2, seed: int = 
     return logits.softmax(dim=1)
 
 
-def naive_shares(mean: Tensor, grid: tuple[int, int]) -> Tensor:
+def naive_scores(mean: Tensor, grid: tuple[int, int]) -> Tensor:
     """(C,h*w) of one row -> (N,h*w), place by place as the module's equations say."""
     places = [divmod(u, grid[1]) for u in range(math.prod(grid))]
     subjects = range(mean.shape[0] - 1)
@@ -34,13 +34,11 @@ def naive_shares(mean: Tensor, grid: tuple[int, int]) -> Tensor:
     out = torch.zeros(len(subjects), len(places), dtype=torch.float64)
     for u, (y, x) in enumerate(places):
         g = [math.exp(-((y - b) ** 2 + (x - a) ** 2) / (2 * 2.0**2)) for b, a in places]
-        scores: list[float] = []
         for i in subjects:
             near = sum(g[v] * w[v] * s[v][i] for v in range(len(places)))
             near /= sum(g[v] * w[v] for v in range(len(places)))
             everywhere = sum(w[v] * s[v][i] for v in range(len(places))) / sum(w)
-            scores.append(8 * (near - everywhere))
-        out[:, u] = torch.tensor(scores, dtype=torch.float64).softmax(dim=0)
+            out[i, u] = near - everywhere
     return out
 
 
@@ -58,7 +56,7 @@ def test_two_blocks_against_the_equations(
     agreement = Agreement()
     agreement.settle(first, grid)
     settled = agreement.settle(second, grid)
-    shares = naive_shares((first[0] + second[0]) / 2, grid)
+    shares = (8 * naive_scores((first[0] + second[0]) / 2, grid)).softmax(dim=0)
     assert torch.allclose(settled[0, -1], second[0, -1])
     wanted = shares * second[0, :-1].sum(dim=0)
     assert torch.allclose(settled[0, :-1], wanted, atol=1e-9)
@@ -73,8 +71,8 @@ def test_blocks_of_other_sizes_meet_on_one_grid() -> None:
     seen = [resize_soft(SoftMaps(m, g), own).maps for m, g in ((large, (24, 32)), (small, (6, 8)))]
     mean = (seen[0] + seen[1]) / 2
     for row in range(2):
-        shares = resize_soft(SoftMaps(naive_shares(mean[row], own)[None], own), (6, 8)).maps[0]
-        wanted = shares * small[row, :-1].sum(dim=0)
+        scores = resize_soft(SoftMaps(naive_scores(mean[row], own)[None], own), (6, 8)).maps[0]
+        wanted = (8 * scores).softmax(dim=0) * small[row, :-1].sum(dim=0)
         assert torch.allclose(settled[row, :-1], wanted, atol=1e-9)
 
 
@@ -127,7 +125,11 @@ def test_what_a_block_forbids_stays_forbidden() -> None:
     given_maps[:, 0, :128] = 0
     given_maps[:, :2, 128:136] = 0
     given_maps[:, 2, 128:136] = 1
+    # Where the others say 1 and the block allows 2 alone, it is 2's with all that is a subject's.
+    given_maps[:, 0, 200:], given_maps[:, 1, 200:], given_maps[:, 2, 200:] = 0.98, 0.01, 0.01
+    given_maps[:, 0, 230], given_maps[:, 1, 230], given_maps[:, 2, 230] = 0, 0.99, 0.01
     settled = Agreement().settle(given_maps, (16, 16))
+    assert torch.allclose(settled[:, 1, 230], given_maps[:, 1, 230])
     assert not settled[:, 0, :128].any() and bool((settled[:, 2, 128:136] == 1).all())
     assert torch.allclose(settled.sum(dim=1), given_maps.sum(dim=1), atol=1e-9)
 

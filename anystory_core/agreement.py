@@ -9,13 +9,14 @@ and from what the other places say. With m their mean map of N + 1 candidates, o
 
     w   = 1 - m_{N+1}                                 how much of a token is any subject's
     s_i = ln m_i - mean over j <= N of ln m_j
-    S_i = G * (w s_i) / G * w  -  <w s_i> / <w>       <.>: mean over the picture
+    S_i = G * (w s_i) / G * w  -  clamp(<w s_i> / <w>, -MOST, MOST)
     M_i <- (1 - M_{N+1}) softmax over i of SHARPNESS S_i
 
-G is a Gaussian of deviation :data:`REACH`. The last term of S takes from a subject what it is ahead
-everywhere: it keeps the places where it is furthest ahead, and leaves others to the others. One
-subject changes nothing, and neither does what is the same for all subjects. Not in the paper;
-docs/mini.md has what it does. Nothing is kept from one pass to the next.
+G is a Gaussian of deviation :data:`REACH`, <.> the mean over the picture. The last term of S takes
+from a subject what it is ahead everywhere: it keeps the places where it is furthest ahead, and
+leaves others to the others. What a router is sure of is more than :data:`MOST`, and stays: a
+picture, or a tile of one, that shows a single subject is not shared out. One subject changes
+nothing. Nothing is kept from one pass to the next. Not in the paper; docs/mini.md has what it does.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .routes import Grid, SoftMaps, resize_soft
 SIDE = 16
 REACH = 2.0  # tokens of that grid, an eighth of the picture
 SHARPNESS = 8.0
+MOST = 1.0
 _LEAST_MAP = 1e-4  # before the logarithm
 _LEAST = 1e-6  # of what is divided by
 _FORBIDDEN = -1e4  # finite: where all are forbidden, shares of nothing are asked for
@@ -69,7 +71,7 @@ def _scores(mean: Tensor, grid: Grid) -> Tensor:
     near = near[:, :-1] / near[:, -1:].clamp_min(_LEAST)
     covered = weight.sum(dim=2, keepdim=True).clamp_min(_LEAST)
     everywhere = weighted.sum(dim=2, keepdim=True) / covered
-    return near - everywhere
+    return near - everywhere.clamp(-MOST, MOST)
 
 
 def _blurred(x: Tensor, grid: Grid) -> Tensor:

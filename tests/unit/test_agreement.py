@@ -38,7 +38,7 @@ def naive_scores(mean: Tensor, grid: tuple[int, int]) -> Tensor:
             near = sum(g[v] * w[v] * s[v][i] for v in range(len(places)))
             near /= sum(g[v] * w[v] for v in range(len(places)))
             everywhere = sum(w[v] * s[v][i] for v in range(len(places))) / sum(w)
-            out[i, u] = near - everywhere
+            out[i, u] = near - min(1.0, max(-1.0, everywhere))
     return out
 
 
@@ -108,6 +108,17 @@ def test_no_subject_takes_every_place() -> None:
     left, right = route[4:12, 1:6], route[4:12, 10:15]
     assert bool((left == 0).all()) and bool((right == 1).all())
     assert int((route != 2).sum()) == left.numel() + right.numel()
+
+
+def test_what_is_certain_stays() -> None:
+    """One thing, surely subject 1 in all of its places though not equally: it is not shared out."""
+    before = two_things()
+    share = torch.where(torch.arange(16) < 8, 0.95, 0.9).expand(16, 16).flatten()
+    before[0, 0], before[0, 1] = 0.9 * share, 0.9 * (1 - share)
+    before[0, :2, before[0, 2] > 0.5] = 0.02
+    route, grid = Agreement().settle(before, (16, 16)).argmax(dim=1), (16, 16)
+    assert set(route.unique().tolist()) == {0, 2}
+    assert torch.equal(route.reshape(grid), before.argmax(dim=1).reshape(grid))
 
 
 def test_rows_and_the_order_of_subjects_do_not_matter() -> None:

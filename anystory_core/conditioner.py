@@ -65,9 +65,10 @@ class Call:
     """One forward pass of the U-Net; holds its routes.
 
     ``active`` (N) says which subjects are inside their window. ``crops`` (B, or empty) is the part
-    of the picture that each row shows. ``recorder`` gets the route of the rows in ``record``.
-    ``gumbel`` (training; a seed per row, or empty): sigma in Eq. 5 is then the straight-through
-    Gumbel-softmax, while Eq. 6-8 use the noise-free argmax.
+    of the picture that each row shows; rows in ``apart`` are prompts for a part of the picture,
+    which may mean one subject alone, so they take no part in an agreement. ``recorder`` gets the
+    route of the rows in ``record``. ``gumbel`` (training; a seed per row, or empty): sigma in Eq. 5
+    is then the straight-through Gumbel-softmax, while Eq. 6-8 use the noise-free argmax.
     """
 
     run: Run
@@ -79,6 +80,7 @@ class Call:
     recorder: Recorder | None = None
     record: tuple[int, ...] = ()
     gumbel: tuple[int, ...] = ()
+    apart: tuple[int, ...] = ()
     soft_maps: dict[int, SoftMaps] = field(default_factory=dict[int, SoftMaps])
     _routes: dict[int, _Route] = field(default_factory=dict[int, _Route])
     _waiting: dict[int, Grid] = field(default_factory=dict[int, Grid])  # for the block's query
@@ -90,11 +92,11 @@ class Call:
         on = (*self.active, True)
         self._eta = tuple(e if a else 0.0 for e, a in zip(self.run.strengths, on, strict=True))
         self._gamma = tuple(g if a else -math.inf for g, a in zip(self.run.biases, on, strict=True))
-        # A row that shows a part of the picture may well show one subject alone.
-        self._whole = tuple(
-            row for row in range(len(self._routed)) if not self._crops or self._crops[row] is None
-        )
-        agree = self.run.agree and self.run.subjects > 1 and self._whole
+        subjects = zip(self._eta[:-1], self._gamma[:-1], strict=True)
+        acting = sum(e > 0 or g > -math.inf for e, g in subjects)
+        places = enumerate(self._routed)
+        self._agreeing = tuple(place for place, row in places if row not in self.apart)
+        agree = self.run.agree and acting > 1 and self._agreeing
         self._agreement = Agreement() if agree else None
 
     def begin_cross_attention(self, index: int, z: Tensor, grid: Grid) -> None:
@@ -107,10 +109,10 @@ class Call:
         site = self.sites[index - 1]
         soft = self.run.source.maps(site, _take(z, self._routed), grid, self._crops)
         if self._agreement is not None:
-            maps = self._agreement.settle(_take(soft.maps, self._whole), grid)
-            if len(self._whole) < len(self._routed):
-                where = torch.tensor(self._whole, device=maps.device)
-                maps = soft.maps.index_copy(0, where, maps)
+            maps = self._agreement.settle(index, _take(soft.maps, self._agreeing), grid)
+            if len(self._agreeing) < len(self._routed):
+                settled, maps = maps, soft.maps.clone()
+                maps[list(self._agreeing)] = settled
             soft = replace(soft, maps=maps)
         self._set_route(index, soft)
 

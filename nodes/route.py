@@ -66,9 +66,10 @@ class SubjectRouter(io.ComfyNode):
                     "agreement",
                     default=True,
                     optional=True,
-                    tooltip="In the modes with the router, for two subjects or more: the blocks of "
-                    "the U-Net decide together which subject is where, and none takes every place. "
-                    "Off is the paper: each block for itself.",
+                    tooltip="In the mode 'learned', for two subjects or more: the blocks of the "
+                    "U-Net decide together whose a place is, so that a subject which is only a "
+                    "little ahead does not take every place. Off is the paper: each block for "
+                    "itself.",
                 ),
             ],
             outputs=[ids.Routing.Output(display_name="routing")],

@@ -49,7 +49,7 @@ def soft_maps(
     """Mean soft map (N+1,h,w) of one routed pass over ``latent`` (1,4,h,w) at a noise level in
     (0,1], with every noise of ``noise`` (R,4,h,w) as a row."""
     maps = RoutingMaps(keep_soft=True)
-    # Agreement leaves every subject a place; here the picture says whether it has one.
+    # Agreement looks for a place for every subject; here the picture says whether it has one.
     alone = dataclasses.replace(routing, agree=False)
     patched = apply_routing(model, alone, Settings(), 0.0, 1.0, maps, bar=False)
     sampling = patched.get_model_object("model_sampling")

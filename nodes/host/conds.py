@@ -81,7 +81,7 @@ class Areas:
         """The part that a call with latent ``x`` shows; the host cuts areas at the border."""
         for height, width, top, left in self.of_cond.get(uuid, ()):
             part = min(height, self.size[0] - top), min(width, self.size[1] - left)
-            if part == (x.shape[-2], x.shape[-1]):
+            if part == (x.shape[-2], x.shape[-1]) and part != self.size:
                 return Crop(top, left, *part, *self.size)
         return None
 
@@ -93,6 +93,7 @@ class Evaluation:
     roles: tuple[str, ...] = ()
     recorded: tuple[int, Any] = (0, None)  # number of a list, and uuid of its cond
     areas: Areas | None = None
+    masked: frozenset[Any] = frozenset()  # uuids of conds that act inside a mask
 
     @classmethod
     def of(
@@ -104,6 +105,9 @@ class Evaluation:
             tuple(roles.of_list(i, each) for i, each in enumerate(conds)),
             (number, _first_active(entries, timestep)),
             Areas.of(conds, x),
+            frozenset(
+                entry.get("uuid") for each in conds for entry in each or () if "mask" in entry
+            ),
         )
 
     def is_cond(self, number: int) -> bool:

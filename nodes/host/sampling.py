@@ -41,7 +41,7 @@ class Routing:
     masks: tuple[Tensor | None, ...]
     mode: str
     labels: tuple[Tensor, ...] = ()  # text states of the labels, for the modes with text
-    agree: bool = False  # in the modes with the router: the blocks decide together who is where
+    agree: bool = False  # in the mode "learned": the blocks decide together who is where
 
     def get_models(self) -> list[Any]:
         """What the host may count and free with this output."""
@@ -129,11 +129,14 @@ class RunState:
         cond: list[int] = []
         uncond: list[int] = []
         crops: list[Crop | None] = []
+        apart: list[int] = []
         record: tuple[int, ...] = ()
         for place, (index, uuid) in enumerate(zip(chunks, uuids, strict=True)):
             rows = range(place * size, (place + 1) * size)
             (cond if evaluation.is_cond(index) else uncond).extend(rows)
             crops += [evaluation.crop(uuid, x)] * size
+            if crops[-1] is not None or uuid in evaluation.masked:
+                apart.extend(rows)
             if self.fresh and uuid is not None and (index, uuid) == evaluation.recorded:
                 record = tuple(rows)
         if record:
@@ -148,6 +151,7 @@ class RunState:
             crops=tuple(crops) if any(crops) else (),
             recorder=self.record if record else None,
             record=record,
+            apart=tuple(apart),
         )
 
 
@@ -246,7 +250,7 @@ class SamplingWrapper:
             source = build_source(
                 self.routing.mode, anystory.model, moved, self.routing.masks, texts
             )
-            agree = self.routing.agree and self.routing.mode.startswith("learned")
+            agree = self.routing.agree and self.routing.mode == "learned"
             run = prepare_run(anystory.model, moved, source, self.settings, agree=agree)
         finally:
             release(anystory.having("projections"))

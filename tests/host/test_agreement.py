@@ -27,11 +27,10 @@ def test_off_is_each_block_for_itself(scene: Scene) -> None:
     apart, alone = run(scene, scene.route(agreement=False))
     assert not torch.equal(agreed, apart)
     assert not torch.equal(regions(together), regions(alone))
-    # Nobody takes every place: each subject has some, in every block where any has.
     assert set(regions(together).tolist()) == {0, 1, 2}
 
 
-@pytest.mark.parametrize("mode", ["masks", "text"])
+@pytest.mark.parametrize("mode", ["masks", "learned within masks", "text"])
 def test_other_rules_have_nothing_to_agree_on(scene: Scene, mode: str) -> None:
     given = {"mode": mode, "masks": halves(), "clip": scene.mini.clip}
     on, off = (run(scene, scene.route(agreement=on, **given))[0] for on in (True, False))
@@ -44,12 +43,23 @@ def test_one_subject_is_alone(scene: Scene) -> None:
     assert torch.equal(on, off)
 
 
-def test_parts_of_a_picture_decide_alone(scene: Scene) -> None:
-    """A prompt for an area may well mean one subject only."""
-    area = module("nodes").ConditioningSetArea().append(scene.positive, 64, 128, 0, 0, 1.0)[0]
+@pytest.mark.parametrize("part", ["area", "mask"])
+def test_prompts_for_a_part_of_the_picture_decide_alone(scene: Scene, part: str) -> None:
+    """They may well mean one subject only."""
+    nodes = module("nodes")
+    if part == "area":
+        own = nodes.ConditioningSetArea().append(scene.positive, 64, 128, 0, 0, 1.0)[0]
+    else:
+        own = nodes.ConditioningSetMask().append(scene.positive, halves()[0], "default", 1.0)[0]
     routes = (scene.route(agreement=on) for on in (True, False))
-    on, off = (run(scene, routing, positive=area)[0] for routing in routes)
+    on, off = (run(scene, routing, positive=own)[0] for routing in routes)
     assert torch.equal(on, off)
+
+
+def test_an_area_that_is_the_whole_picture_is_no_part(scene: Scene) -> None:
+    whole = module("nodes").ConditioningSetArea().append(scene.positive, 128, 128, 0, 0, 1.0)[0]
+    agreed, plain = (run(scene, scene.route(), positive=p)[1] for p in (whole, scene.positive))
+    assert torch.equal(regions(agreed), regions(plain))
 
 
 def test_segmentation_asks_the_picture_alone(scene: Scene) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from anystory_core.agreement import SIDE, Agreement
 from anystory_core.conditioner import Rows
-from anystory_core.routes import Crop, SoftMaps, resize_soft
 
 
 def maps(grid: tuple[int, int], candidates: int = 3, rows: int = 2, seed: int = 0) -> Tensor:
@@ -23,39 +22,43 @@ def maps(grid: tuple[int, int], candidates: int = 3, rows: int = 2, seed: int = 
 
 
 def naive_scores(mean: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(C,h*w) of one row -> (N,h*w), place by place as the module's equations say."""
+    """(C,h*w) of one row -> S (N,h*w), place by place as the module's equations say."""
     places = [divmod(u, grid[1]) for u in range(math.prod(grid))]
     subjects = range(mean.shape[0] - 1)
+    logs = [[math.log(max(float(x), 1e-4)) for x in row] for row in mean[:-1]]
     w = [1 - float(mean[-1, u]) for u in range(len(places))]
-    s: list[list[float]] = []
     for u in range(len(places)):
-        logs = [math.log(max(float(mean[i, u]), 1e-4)) for i in subjects]
-        s.append([x - sum(logs) / len(logs) for x in logs])
+        if sum(float(mean[i, u]) > 0 for i in subjects) < 2:
+            w[u] = 0.0
+    ahead = [sum(a * b for a, b in zip(w, logs[i], strict=True)) / sum(w) for i in subjects]
     out = torch.zeros(len(subjects), len(places), dtype=torch.float64)
     for u, (y, x) in enumerate(places):
         g = [math.exp(-((y - b) ** 2 + (x - a) ** 2) / (2 * 2.0**2)) for b, a in places]
         for i in subjects:
-            near = sum(g[v] * w[v] * s[v][i] for v in range(len(places)))
+            near = sum(g[v] * w[v] * logs[i][v] for v in range(len(places)))
             near /= sum(g[v] * w[v] for v in range(len(places)))
-            everywhere = sum(w[v] * s[v][i] for v in range(len(places))) / sum(w)
-            out[i, u] = near - min(1.0, max(-1.0, everywhere))
+            out[i, u] = near + min(max(ahead) - ahead[i], 2.0)
     return out
 
 
 @settings(max_examples=15, deadline=None)
 @given(
     grid=st.sampled_from([(16, 16), (8, 16), (16, 11)]),
-    candidates=st.integers(2, 5),
+    candidates=st.integers(3, 5),
     seed=st.integers(0, 1000),
 )
 def test_two_blocks_against_the_equations(
     grid: tuple[int, int], candidates: int, seed: int
 ) -> None:
-    """Grids whose longer side is the module's own, so that nothing is resized."""
+    """Grids whose longer side is the module's own, so that nothing is resized. The first subject
+    is too far ahead to be caught up with."""
     first, second = (maps(grid, candidates, rows=1, seed=seed + k) for k in (0, 1))
+    for block in (first, second):
+        block[:, 0] *= 30
+        block /= block.sum(dim=1, keepdim=True)
     agreement = Agreement()
-    agreement.settle(first, grid)
-    settled = agreement.settle(second, grid)
+    agreement.settle(1, first, grid)
+    settled = agreement.settle(2, second, grid)
     shares = (8 * naive_scores((first[0] + second[0]) / 2, grid)).softmax(dim=0)
     assert torch.allclose(settled[0, -1], second[0, -1])
     wanted = shares * second[0, :-1].sum(dim=0)
@@ -65,21 +68,36 @@ def test_two_blocks_against_the_equations(
 def test_blocks_of_other_sizes_meet_on_one_grid() -> None:
     large, small = maps((24, 32)), maps((6, 8), seed=1)
     agreement = Agreement()
-    agreement.settle(large, (24, 32))
-    settled = agreement.settle(small, (6, 8))
-    own = (12, SIDE)
-    seen = [resize_soft(SoftMaps(m, g), own).maps for m, g in ((large, (24, 32)), (small, (6, 8)))]
-    mean = (seen[0] + seen[1]) / 2
+    agreement.settle(1, large, (24, 32))
+    settled = agreement.settle(2, small, (6, 8))
+    shrunk = large.reshape(2, 3, 12, 2, SIDE, 2).mean(dim=(3, 5))
+    grown = small.reshape(2, 3, 6, 8).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    mean = (shrunk + grown).flatten(2) / 2
     for row in range(2):
-        scores = resize_soft(SoftMaps(naive_scores(mean[row], own)[None], own), (6, 8)).maps[0]
-        wanted = (8 * scores).softmax(dim=0) * small[row, :-1].sum(dim=0)
+        scores = naive_scores(mean[row], (12, SIDE)).reshape(2, 6, 2, 8, 2)
+        wanted = (8 * scores.mean(dim=(2, 4)).flatten(1)).softmax(dim=0) * small[row, :-1].sum(0)
         assert torch.allclose(settled[row, :-1], wanted, atol=1e-9)
+
+
+def test_places_that_do_not_divide_are_shared_by_area() -> None:
+    """832x1216: 52x76 and 26x38 tokens on a grid of 11x16. A map that is the same everywhere stays
+    so, and no place counts twice."""
+    level = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)[None, :, None]
+    agreement = Agreement()
+    for index, grid in enumerate(((52, 76), (26, 38)), 1):
+        settled = agreement.settle(index, level.expand(1, 3, math.prod(grid)), grid)
+        assert torch.allclose(settled, settled[..., :1])
+    one = torch.zeros(1, 1, 26, 38, dtype=torch.float64)
+    one[0, 0, 3, 5] = 1
+    seen = agreement._gathered(one, (26, 38))  # pyright: ignore[reportPrivateUsage]
+    assert seen.shape == (1, 1, 11, 16)
+    assert float(seen.sum()) == pytest.approx(11 * 16 / (26 * 38))
 
 
 @pytest.mark.parametrize("grid", [(16, 16), (5, 9), (64, 48), (1, 1)])
 def test_it_is_still_a_routing_map(grid: tuple[int, int]) -> None:
     given_maps = maps(grid, candidates=4).float()
-    settled = Agreement().settle(given_maps, grid)
+    settled = Agreement().settle(1, given_maps, grid)
     assert settled.shape == given_maps.shape and settled.dtype == torch.float32
     assert float(settled.min()) >= 0
     assert torch.allclose(settled.sum(dim=1), torch.ones(2, math.prod(grid)), atol=1e-5)
@@ -87,7 +105,7 @@ def test_it_is_still_a_routing_map(grid: tuple[int, int]) -> None:
 
 def test_one_subject_changes_nothing() -> None:
     given_maps = maps((8, 8), candidates=2)
-    assert torch.allclose(Agreement().settle(given_maps, (8, 8)), given_maps)
+    assert torch.allclose(Agreement().settle(1, given_maps, (8, 8)), given_maps)
 
 
 def two_things() -> Tensor:
@@ -104,10 +122,33 @@ def two_things() -> Tensor:
 def test_no_subject_takes_every_place() -> None:
     before, grid = two_things(), (16, 16)
     assert set(before.argmax(dim=1).unique().tolist()) == {0, 2}
-    route = Agreement().settle(before, grid).argmax(dim=1).reshape(grid)
+    route = Agreement().settle(1, before, grid).argmax(dim=1).reshape(grid)
     left, right = route[4:12, 1:6], route[4:12, 10:15]
     assert bool((left == 0).all()) and bool((right == 1).all())
     assert int((route != 2).sum()) == left.numel() + right.numel()
+
+
+@pytest.mark.parametrize("third", [0.0, 1e-5])
+def test_a_subject_that_is_nowhere_does_not_matter(third: float) -> None:
+    two = two_things()
+    three = torch.cat((two[:, :2], torch.full_like(two[:, :1], third), two[:, 2:]), dim=1)
+    with_it, without = Agreement().settle(1, three, (16, 16)), Agreement().settle(1, two, (16, 16))
+    assert torch.allclose(with_it[:, [0, 1, 3]], without, atol=1e-4)
+
+
+def test_a_block_that_runs_again_answers_the_same() -> None:
+    """As under activation checkpointing, when all the others have run."""
+    agreement, blocks = Agreement(), [maps((8, 8), seed=n) for n in range(4)]
+    first = [agreement.settle(n, block, (8, 8)) for n, block in enumerate(blocks, 1)]
+    for n in (3, 1):
+        assert torch.equal(agreement.settle(n, blocks[n - 1], (8, 8)), first[n - 1])
+
+
+def test_half_precision_around_it_changes_nothing() -> None:
+    given_maps = maps((16, 16)).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = Agreement().settle(1, given_maps, (16, 16))
+    assert torch.equal(inside, Agreement().settle(1, given_maps, (16, 16)))
 
 
 def test_what_is_certain_stays() -> None:
@@ -116,18 +157,18 @@ def test_what_is_certain_stays() -> None:
     share = torch.where(torch.arange(16) < 8, 0.95, 0.9).expand(16, 16).flatten()
     before[0, 0], before[0, 1] = 0.9 * share, 0.9 * (1 - share)
     before[0, :2, before[0, 2] > 0.5] = 0.02
-    route, grid = Agreement().settle(before, (16, 16)).argmax(dim=1), (16, 16)
+    route, grid = Agreement().settle(1, before, (16, 16)).argmax(dim=1), (16, 16)
     assert set(route.unique().tolist()) == {0, 2}
     assert torch.equal(route.reshape(grid), before.argmax(dim=1).reshape(grid))
 
 
 def test_rows_and_the_order_of_subjects_do_not_matter() -> None:
     both = torch.cat((two_things(), maps((16, 16), rows=1).float()))
-    settled = Agreement().settle(both, (16, 16))
+    settled = Agreement().settle(1, both, (16, 16))
     for row in (0, 1):
-        alone = Agreement().settle(both[row : row + 1], (16, 16))
+        alone = Agreement().settle(1, both[row : row + 1], (16, 16))
         assert torch.allclose(settled[row], alone[0], atol=1e-6)
-    turned = Agreement().settle(both[:, [1, 0, 2]], (16, 16))
+    turned = Agreement().settle(1, both[:, [1, 0, 2]], (16, 16))
     assert torch.allclose(turned, settled[:, [1, 0, 2]], atol=1e-6)
 
 
@@ -139,34 +180,46 @@ def test_what_a_block_forbids_stays_forbidden() -> None:
     # Where the others say 1 and the block allows 2 alone, it is 2's with all that is a subject's.
     given_maps[:, 0, 200:], given_maps[:, 1, 200:], given_maps[:, 2, 200:] = 0.98, 0.01, 0.01
     given_maps[:, 0, 230], given_maps[:, 1, 230], given_maps[:, 2, 230] = 0, 0.99, 0.01
-    settled = Agreement().settle(given_maps, (16, 16))
+    settled = Agreement().settle(1, given_maps, (16, 16))
     assert torch.allclose(settled[:, 1, 230], given_maps[:, 1, 230])
     assert not settled[:, 0, :128].any() and bool((settled[:, 2, 128:136] == 1).all())
     assert torch.allclose(settled.sum(dim=1), given_maps.sum(dim=1), atol=1e-9)
 
 
-def test_blocks_agree_in_rows_that_show_the_whole_picture() -> None:
-    """Routes are those of an Agreement over the pass; a cropped row's are its block's own, whatever
-    it is batched with; and every row has what it has alone."""
+def test_blocks_agree_in_rows_that_mean_the_whole_picture() -> None:
+    """Routes are those of an Agreement over the pass; a row that is apart has its block's own,
+    whatever it is batched with; and every row has what it has alone."""
     world = World()
-    crop = Crop(0, 0, 4, 6, 8, 6)
-    agreed = world.call(world.run(agree=True), Rows((0, 1, 2)), crops=(None, crop, None))
+    agreed = world.call(world.run(agree=True), Rows((0, 1, 2)), apart=(1,))
     out = world.forward(agreed)
     alone = world.call(world.run(), Rows((0, 1, 2)))
     world.forward(alone)
     agreement, moved = Agreement(), 0
     for index, soft in alone.soft_maps.items():
         wanted = soft.maps.clone()
-        wanted[[0, 2]] = agreement.settle(soft.maps[[0, 2]], soft.grid)
+        wanted[[0, 2]] = agreement.settle(index, soft.maps[[0, 2]], soft.grid)
         assert torch.equal(agreed.soft_maps[index].maps, wanted)
         assert agreed.soft_maps[index].logits is not None
         moved += int((wanted.argmax(dim=1) != soft.maps.argmax(dim=1)).sum())
     assert moved
-    for row, crops in ((0, ()), (1, (crop,) * 3)):
-        call = world.call(world.run(agree=True), Rows((row,)), crops=crops)
+    for row, apart in ((0, ()), (1, (1,))):
+        call = world.call(world.run(agree=True), Rows((row,)), apart=apart)
         for index, pair in world.forward(call).items():
             for a, b in zip(pair, out[index], strict=True):
                 assert torch.allclose(a[row], b[row], atol=1e-9)
+
+
+@pytest.mark.parametrize("active", [(True, False), (False, True)])
+def test_a_subject_that_acts_alone_decides_alone(active: tuple[bool, bool]) -> None:
+    world = World()
+    calls = [
+        world.call(world.run(agree=agree), Rows((0, 1, 2)), active=active)
+        for agree in (True, False)
+    ]
+    first, second = (world.forward(call) for call in calls)
+    for index in first:
+        for a, b in zip(first[index], second[index], strict=True):
+            assert torch.equal(a, b)
 
 
 def test_a_single_subject_has_nothing_to_agree_on() -> None:

@@ -56,11 +56,11 @@ def map_error(maps: Tensor, target: Tensor, present: Tensor, tokens: Tokens) -> 
     The square is a sum over tokens or their mean; with "area" it is divided by what the two maps
     cover, ||M_i||^2 + ||M_i^gt||^2, and one token: V-Net's Dice loss (arXiv 1606.04797, section 3),
     to which a small subject that is missed is as wrong as a large one."""
-    error = (maps - target).square()[:, :-1]
+    maps, target = maps[:, :-1], target[:, :-1]
+    error = (maps - target).square()
     error = error.mean(dim=-1) if tokens == "mean" else error.sum(dim=-1)  # (B,N)
     if tokens == "area":
-        covered = maps.square().sum(dim=-1) + target.square().sum(dim=-1)  # (B,N+1)
-        error = error / (1 + covered[:, :-1])
+        error = error / (1 + maps.square().sum(dim=-1) + target.square().sum(dim=-1))
     rows = (error * present).sum(dim=1) / present.sum(dim=1).clamp_min(1)
     return rows.mean()
 

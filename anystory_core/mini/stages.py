@@ -115,7 +115,7 @@ def stage2(
         router=RouterSettings(
             subject_file=str(subject_file),
             route_weight=1.0,
-            tokens="area",  # with Eq. 4's sum a third of the subjects, the small ones, had 0.3 IoU
+            tokens="area",  # with Eq. 4's sum the smallest quarter of subjects had 0.3 IoU
             refine=refine,
             start_file=start_file,
         ),

@@ -22,6 +22,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+Tokens = Literal["mean", "sum", "area"]  # of :class:`RouterSettings`
+
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 
@@ -164,7 +166,7 @@ class RouterSettings:
 
     subject_file: str
     route_weight: float = 0.1  # lambda
-    tokens: Literal["mean", "sum", "area"] = "mean"
+    tokens: Tokens = "mean"
     drop_text: float = 0.1
     refine: bool = True
     start_file: str = ""  # go on from the router in these AnyStory weights

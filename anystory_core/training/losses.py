@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..routes import Grid, SoftMaps
-
-Tokens = Literal["mean", "sum", "area"]
+from .config import Tokens
 
 
 def diffusion_loss(

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from anystory_core.router import RoutingLogits
 from anystory_core.routes import SoftMaps
+from anystory_core.training.config import Tokens
 from anystory_core.training.losses import (
-    Tokens,
     diffusion_loss,
     map_error,
     routing_loss,

@@ -13,33 +13,25 @@ import torch
 from torch import Tensor
 
 from .errors import RoutingError
-from .routes import SoftMaps, resize_soft
+from .routes import SoftMaps, mean_over_blocks
 from .routing_maps import StepRecord
 
 
 def mean_maps(step: StepRecord, size: tuple[int, int]) -> Tensor:
     """Mean soft map of all blocks and all recorded rows: (N+1,h,w) float32 in [0,1], summing to 1.
 
-    ``size`` is usually the latent's grid. Blocks of one grid are summed before they are resized, so
-    the cost does not grow with their number.
+    ``size`` is usually the latent's grid.
     """
     if not step.soft:
         raise RoutingError(
             "routing: no map was recorded; the subjects are inactive (strength 0, or outside start "
             "and end)"
         )
-    sums: dict[tuple[int, int], Tensor] = {}
-    for index, soft in step.soft.items():
-        grid = step.grids[index]
-        total = soft.float().sum(dim=0).reshape(-1, *grid)  # (C,h,w), over rows
-        sums[grid] = sums[grid] + total if grid in sums else total
-    rows = next(iter(step.soft.values())).shape[0]
-    resized = [
-        resize_soft(SoftMaps(total.flatten(1)[None], grid), size).maps
-        for grid, total in sums.items()
+    blocks = [
+        SoftMaps(soft.float().mean(dim=0, keepdim=True), step.grids[index])
+        for index, soft in step.soft.items()
     ]
-    mean = torch.cat(resized).sum(dim=0) / (rows * len(step.soft))
-    return mean.reshape(-1, *size)
+    return mean_over_blocks(blocks, size).reshape(-1, *size)
 
 
 def masks_of(maps: Tensor, size: tuple[int, int]) -> Tensor:

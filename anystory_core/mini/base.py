@@ -2,10 +2,10 @@
 
 Latents and text states come from the cache; the noise schedule is SDXL's. Losses are weighted by
 min(SNR, 5) / SNR, timesteps are spread over a batch, noisy ones closer together, and one caption in
-ten is dropped. Half of a batch also reads references of its subjects (:mod:`.reading`), one part of
-it in places that are given and one where the hidden states themselves send them, and errors inside
-the subjects count more. The second part and most of what reads nothing is asked where the subjects
-are (:mod:`.telling`).
+ten is dropped. More than half of a batch also reads references of its subjects (:mod:`.reading`),
+one part of it in places that are given and one where the hidden states themselves send them, and
+errors inside the subjects count more. The second part and most of what reads nothing is asked where
+the subjects are (:mod:`.telling`).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _DROP = 0.1
 _PLAIN = 0.5  # share of captions that say only "an object"
 # Shares of a batch: reading in given places; reading, of two subjects or more, where the answers
 # about them send each; reading nothing. The last two are asked.
-_PLACED, _SENT, _TOLD = 0.25, 0.25, 0.375
-_TELLING = 0.2  # what being asked counts
+_PLACED, _SENT, _TOLD = 0.25, 0.375, 0.25
+_TELLING = 0.3  # what being asked counts
 _EVERYWHERE = 0.5  # of one subject: share of scenes all of which may read, as in stage 1
 # Share of the rest that reads inside the subject's outline; the others read in a box around it.
 # Where only outlines read, an outline says what to draw, and a user's box is filled to its corners.
@@ -203,7 +203,7 @@ def train_base(folder: Path, *, steps: int) -> None:
             sent = teller.routes(batch.looks[: reading - placed], batch.present[placed:reading])
             masks = RowSources.of_masks(batch.places)
             source = RowSources((*masks.parts, (reading - placed, sent)))
-            call = reader.call(batch.references, batch.present[:reading], source)
+            call = reader.call(batch.references, batch.present[:reading], source, placed)
             noisy = noisy.contiguous(memory_format=layout)
             predicted = predict(
                 unet, reader.slot, call, noisy, t, batch.states, batch.pooled, size_ids(count)

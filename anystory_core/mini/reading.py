@@ -47,9 +47,10 @@ class Reader:
         tied[first] = functional.pad(tied[first], (0, 0, 0, 0, 0, 1))
         return functional_call(self.net, tied, (functional.pad(latents, (0, 0, 0, 0, 0, 1)),))
 
-    def call(self, latents: Tensor, present: Tensor, source: RouteSource) -> Call:
+    def call(self, latents: Tensor, present: Tensor, source: RouteSource, placed: int = 0) -> Call:
         """The first n rows of a pass read references (n,N,4,r,r) where ``source`` sends them, those
-        that ``present`` (n,N) bool says are there and the blocks agree on; differentiable."""
+        that ``present`` (n,N) bool says are there; differentiable. Blocks agree on the places of
+        all but the first ``placed`` rows, whose places were given."""
         count = present.shape[1]
         features = [_spread(g, present) for g in self.features(latents[present])]
         conditions: list[SiteConditions] = []
@@ -65,7 +66,8 @@ class Reader:
         biases = (*(0.0,) * count, -math.inf)
         run = Run(tuple(conditions), source, (1.0,) * (count + 1), biases, agree=True)
         rows, active = Rows(tuple(range(len(latents)))), (True,) * count
-        return Call(run, rows, active, self.sites, diffusers_unet.dense_attention)
+        apart = tuple(range(placed))
+        return Call(run, rows, active, self.sites, diffusers_unet.dense_attention, apart=apart)
 
 
 def _spread(features: Tensor, present: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..routes import Grid, SoftMaps
+from ..routes import Grid, SoftMaps, mean_over_blocks
 from .config import Tokens
 
 
@@ -73,15 +73,36 @@ def routing_loss(
 
     The refined map's mask is the argmax of the coarse one and passes no gradient, so the coarse map
     is supervised in the same way, as in the segmentation decoder that the paper follows."""
-    refined: list[Tensor] = []
-    coarse: list[Tensor] = []
-    targets: dict[Grid, Tensor] = {}
-    for soft in soft_maps:
-        if soft.logits is None:
-            raise ValueError("routing_loss needs the maps of a trained router")
-        if soft.grid not in targets:
-            targets[soft.grid] = target_maps(masks, soft.grid)
-        target = targets[soft.grid]
-        refined.append(map_error(soft.maps, target, present, tokens))
-        coarse.append(map_error(soft.logits.coarse.softmax(dim=1), target, present, tokens))
-    return torch.stack(refined).mean(), torch.stack(coarse).mean()
+    targets = {grid: target_maps(masks, grid) for grid in {soft.grid for soft in soft_maps}}
+
+    def error(blocks: Sequence[SoftMaps]) -> Tensor:
+        errors = [map_error(b.maps, targets[b.grid], present, tokens) for b in blocks]
+        return torch.stack(errors).mean()
+
+    return error(soft_maps), error([_coarse(soft) for soft in soft_maps])
+
+
+def mean_routing_loss(
+    soft_maps: Sequence[SoftMaps],
+    masks: Tensor,
+    present: Tensor,
+    grid: Grid,
+    tokens: Tokens = "mean",
+) -> tuple[Tensor, Tensor]:
+    """The error of the mean map over blocks on ``grid``, finer than theirs, as (refined, coarse).
+
+    It is what masks are read off (:mod:`..segment`). Eq. 4 asks each block to be as sure as it can;
+    of their mean it is better when the blocks that see more are surer than the others, and when a
+    token at an outline says how much of it is the subject's."""
+    target = target_maps(masks, grid)
+
+    def error(blocks: Sequence[SoftMaps]) -> Tensor:
+        return map_error(mean_over_blocks(blocks, grid), target, present, tokens)
+
+    return error(soft_maps), error([_coarse(soft) for soft in soft_maps])
+
+
+def _coarse(soft: SoftMaps) -> SoftMaps:
+    if soft.logits is None:
+        raise ValueError("routing_loss needs the maps of a trained router")
+    return SoftMaps(soft.logits.coarse.softmax(dim=1), soft.grid)

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from ..build import AnyStoryModel
 from ..conditioner import Call, Rows
 from ..preprocess import latent_mask, zero_clip
-from ..routes import LearnedRoutes, SingleRoute, SoftMaps
+from ..routes import Grid, LearnedRoutes, SingleRoute, SoftMaps
 from ..run import Run, project
 from . import diffusers_unet
 from .bases import Base
 from .batches import Batch, sample_seed
 from .cache import Encodings
 from .config import TrainingConfig
-from .losses import diffusion_loss, routing_loss
+from .losses import diffusion_loss, mean_routing_loss, routing_loss
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,13 @@ class Stage(nn.Module):
         call = self.conditions(batch, noised.seeds)
         predicted = self.predict(call, noised)
         diffusion = diffusion_loss(predicted, noised.noise, batch.masks, self.inside)
-        return self.total({"diffusion": diffusion}, call, batch)
+        height, width = noised.latents.shape[-2:]
+        return self.total({"diffusion": diffusion}, call, batch, (height, width))
 
-    def total(self, losses: dict[str, Tensor], call: Call, batch: Batch) -> dict[str, Tensor]:
-        """Add "loss" and what else the stage minimises."""
+    def total(
+        self, losses: dict[str, Tensor], call: Call, batch: Batch, grid: Grid
+    ) -> dict[str, Tensor]:
+        """Add "loss" and what else the stage minimises; ``grid``: the latents'."""
         return {**losses, "loss": losses["diffusion"]}
 
     def clip_states(self, pixels: Tensor) -> Tensor:
@@ -222,14 +225,24 @@ class RouterStage(Stage):
         run = Run(conditions, source, (1.0,) * (subjects + 1), biases)
         return self.make_call(run, rows, seeds)
 
-    def total(self, losses: dict[str, Tensor], call: Call, batch: Batch) -> dict[str, Tensor]:
+    def total(
+        self, losses: dict[str, Tensor], call: Call, batch: Batch, grid: Grid
+    ) -> dict[str, Tensor]:
         settings = self.config.router
         assert settings is not None
         maps: list[SoftMaps] = list(call.soft_maps.values())
         refined, coarse = routing_loss(maps, batch.masks, batch.present, settings.tokens)
-        supervised = refined + coarse if self.model.config.router.refine else refined
+        both = self.model.config.router.refine
+        supervised = refined + coarse if both else refined
         loss = losses["diffusion"] + settings.route_weight * supervised
-        return {**losses, "route": refined, "coarse": coarse, "loss": loss}
+        losses = {**losses, "route": refined, "coarse": coarse}
+        if settings.mean_weight:
+            refined, coarse = mean_routing_loss(
+                maps, batch.masks, batch.present, grid, settings.tokens
+            )
+            loss = loss + settings.mean_weight * (refined + coarse if both else refined)
+            losses["mean_route"] = refined
+        return {**losses, "loss": loss}
 
 
 def build_stage(model: AnyStoryModel, encodings: Encodings, config: TrainingConfig) -> Stage:

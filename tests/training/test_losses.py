@@ -12,6 +12,7 @@ from anystory_core.training.config import Tokens
 from anystory_core.training.losses import (
     diffusion_loss,
     map_error,
+    mean_routing_loss,
     routing_loss,
     target_maps,
 )
@@ -89,9 +90,40 @@ def test_gradients_by_finite_differences() -> None:
     def loss(c: Tensor, r: Tensor) -> Tensor:
         soft = SoftMaps(r.softmax(dim=1), (4, 4), RoutingLogits(c, r))
         a, b = routing_loss([soft], masks(), PRESENT)
-        return a + b
+        return a + b + sum(mean_routing_loss([soft], masks(), PRESENT, (8, 8), "area"))
 
     assert torch.autograd.gradcheck(loss, (coarse, refined))
+
+
+def soft_maps(logits: Tensor, side: int) -> SoftMaps:
+    return SoftMaps(logits.softmax(dim=1), (side, side), RoutingLogits(logits, logits))
+
+
+def test_the_mean_map_is_compared_on_the_finer_grid() -> None:
+    """Against a transcription: each block is enlarged, then their mean is one map."""
+    g = torch.Generator().manual_seed(3)
+    logits = [torch.randn(3, 3, side * side, generator=g) for side in (4, 2, 4)]
+    blocks = [soft_maps(x, side) for x, side in zip(logits, (4, 2, 4), strict=True)]
+    large = [
+        torch.nn.functional.interpolate(b.maps.reshape(3, 3, *b.grid), size=(8, 8), mode="bilinear")
+        for b in blocks
+    ]
+    wanted = map_error(sum(large).flatten(2) / 3, target_maps(masks(), (8, 8)), PRESENT, "area")
+    refined, coarse = mean_routing_loss(blocks, masks(), PRESENT, (8, 8), "area")
+    assert float(refined) == float(coarse) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_of_the_mean_map_a_block_that_does_not_know_may_say_so() -> None:
+    """A block that is right and one that is wrong: Eq. 4 leaves the wrong one as it is best alone,
+    and of the mean it is better when it says nothing."""
+    right = 8 * (2 * target_maps(masks(), (8, 8)) - 1)
+    wrong, unsure = -right, torch.zeros_like(right)
+
+    def error(other: Tensor) -> float:
+        blocks = [soft_maps(right, 8), soft_maps(other, 8)]
+        return float(mean_routing_loss(blocks, masks(), PRESENT, (8, 8), "area")[0])
+
+    assert error(right) < error(unsure) < error(wrong)
 
 
 def test_equation_1() -> None:

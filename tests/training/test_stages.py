@@ -31,7 +31,7 @@ def test_the_subject_stage_learns(subject_run: Any) -> None:
 
 
 def test_the_router_stage_learns(router_run: Any) -> None:
-    for name in ("loss", "route", "coarse"):
+    for name in ("loss", "route", "coarse", "mean_route"):
         assert router_run.after[name] < 0.8 * router_run.before[name], name
     assert router_run.file.name == "anystory.safetensors"
     model = load_model(router_run.file)
@@ -65,7 +65,7 @@ def test_curves_for_tensorboard(router_run: Any) -> None:
     curves = EventAccumulator(str(router_run.folder / "logs" / "training"))
     curves.Reload()
     lines = (router_run.folder / "losses.jsonl").read_text().splitlines()
-    for name in ("loss", "diffusion", "route", "coarse"):
+    for name in ("loss", "diffusion", "route", "coarse", "mean_route"):
         drawn = {event.step: event.value for event in curves.Scalars(f"loss/{name}")}
         written = {line["step"]: line[name] for line in map(json.loads, lines)}
         assert drawn == pytest.approx(written, rel=1e-6)

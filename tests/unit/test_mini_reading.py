@@ -110,6 +110,19 @@ def test_two_subjects_are_read_each_in_its_place(unet: Any) -> None:
     other[1, 1] = 7
     assert torch.equal(read(other, there), together)
 
+    # Given places are taken as they are; else a subject that is ahead everywhere gives some up.
+    places[0], places[0, 1, :, :8] = 0.5, 0.4
+    places[0, 0] = 0.6
+    source = RowSources.of_masks(places)
+    given, agreed = (
+        diffusers_unet.predict(
+            unet, reader.slot, reader.call(both, there, source, placed), *inputs()
+        )
+        for placed in (1, 0)
+    )
+    assert not torch.allclose(given[0], agreed[0], atol=1e-4)
+    assert torch.equal(given[1], agreed[1])
+
     one = RowSources.of_masks(places[1:, :1])
     call = reader.call(both[1:, :1], there[1:, :1], one)
     alone = diffusers_unet.predict(unet, reader.slot, call, *(x[1:] for x in inputs()))

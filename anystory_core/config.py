@@ -226,7 +226,7 @@ class AnyStoryConfig:
             routing_qformer=QFormerConfig(
                 queries=1, width=192, layers=2, heads=6, head_dim=32, output_dim=192
             ),
-            reference=ReferenceConfig(size=128, latent_scale=1.0),
+            reference=ReferenceConfig(size=192, latent_scale=1.0),
             router=RouterConfig(key_dim=64, heads=4),
         )
 

@@ -191,7 +191,9 @@ def test_the_same_subject_twice_equals_once(scene: Scene) -> None:
     left = halves()[0]
     once = scene.sample(scene.apply(routing=scene.route(a, mode="masks", masks=[left])))
     twice = scene.sample(scene.apply(routing=scene.route(a, a, mode="masks", masks=[left, left])))
-    assert torch.equal(once, twice)
+    # The second one's keys are masked, but the kernel sums over twice as many.
+    scale = once.abs().max()
+    torch.testing.assert_close(once / scale, twice / scale, **ROUNDING)
 
 
 def test_another_picture_of_a_subject_changes_the_result(scene: Scene) -> None:

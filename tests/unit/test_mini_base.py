@@ -58,12 +58,12 @@ def scene_of(batch: Picked, row: int) -> int:
 def test_shares_of_a_batch(batches: list[Picked]) -> None:
     for batch in batches:
         assert len(batch.latents) == len(batch.states) == len(batch.pooled) == 16
-        assert len(batch.places) == 4 and len(batch.references) == 8
+        assert len(batch.places) == 4 and len(batch.references) == 10
         assert len(batch.subjects) == 14 and batch.told == slice(4, 14)
         assert len(batch.looks) == 10
         counts = batch.present.sum(dim=1)
         assert counts.min() >= 1
-        assert counts[4:8].min() >= 2  # who is sent reads two at least
+        assert counts[4:10].min() >= 2  # who is sent reads two at least
     counts = torch.cat([batch.present.sum(dim=1)[:4] for batch in batches])
     assert set(counts.tolist()) == {1, 2, 3}
 
@@ -76,7 +76,7 @@ def test_rows_belong_together(batches: list[Picked]) -> None:
             scene = scene_of(batch, row)
             count = (scene - 1) % (MOST + 1)
             assert batch.present[row].tolist() == [i < count for i in range(MOST)]
-            if row < 8:
+            if row < 10:
                 found = batch.references[row, :, 0, 0, 0]
                 assert torch.allclose(found, scene + each, atol=0.02)  # float16 at 24
             if row >= 4:
@@ -104,10 +104,10 @@ def test_errors_count_more_inside_what_is_read(batches: list[Picked]) -> None:
     for batch in batches:
         weights = batch.importance()[:, 0]
         union = batch.subjects.amax(dim=1)
-        for row in range(8):
+        for row in range(10):
             least = inside(weights[row], union[row]).min()
             assert least > 2 * weights[row][union[row] == 0].max()
-        assert torch.equal(weights[8:], torch.ones_like(weights[8:]))
+        assert torch.equal(weights[10:], torch.ones_like(weights[10:]))
 
 
 def test_some_captions_are_dropped(batches: list[Picked]) -> None:

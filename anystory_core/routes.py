@@ -6,7 +6,7 @@ conditioner takes their argmax as the route. Masks live in picture space, 1 = su
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -85,18 +85,16 @@ def resize_soft(soft: SoftMaps, grid: Grid) -> SoftMaps:
     return SoftMaps(image.flatten(2), grid)
 
 
-def mean_over_blocks(blocks: Iterable[SoftMaps], grid: Grid) -> Tensor:
-    """(B,C,Q) on ``grid``. Blocks of one grid are summed before they are resized, so the
-    cost does not grow with their number. ValueError when there is none."""
+def mean_over_blocks(blocks: Sequence[SoftMaps], grid: Grid) -> Tensor:
+    """(B,C,Q) on ``grid``. Blocks of one grid are summed before they are resized, so the cost does
+    not grow with their number. ValueError when there is none."""
+    if not blocks:
+        raise ValueError("mean_over_blocks: no block has a map")
     sums: dict[Grid, Tensor] = {}
-    count = 0
     for soft in blocks:
         sums[soft.grid] = sums[soft.grid] + soft.maps if soft.grid in sums else soft.maps
-        count += 1
-    if not count:
-        raise ValueError("mean_over_blocks: no block has a map")
     resized = [resize_soft(SoftMaps(total, of), grid).maps for of, total in sums.items()]
-    return torch.stack(resized).sum(dim=0) / count
+    return torch.stack(resized).sum(dim=0) / len(blocks)
 
 
 @dataclass(frozen=True)

@@ -162,8 +162,7 @@ class RouterSettings:
     by what the map and the subject cover, so that small subjects count as much as large ones
     (:func:`~.losses.map_error`). ``mean_weight``: what the same error of the mean map over all
     blocks counts besides, on the latent's grid (:func:`~.losses.mean_routing_loss`); 0 is the
-    paper. ``refine``: off for the ablation of Fig. 6, where the coarse map
-    is the route.
+    paper. ``refine``: off for the ablation of Fig. 6, where the coarse map is the route.
     """
 
     subject_file: str

@@ -231,18 +231,19 @@ class RouterStage(Stage):
         settings = self.config.router
         assert settings is not None
         maps: list[SoftMaps] = list(call.soft_maps.values())
-        refined, coarse = routing_loss(maps, batch.masks, batch.present, settings.tokens)
-        both = self.model.config.router.refine
-        supervised = refined + coarse if both else refined
-        loss = losses["diffusion"] + settings.route_weight * supervised
-        losses = {**losses, "route": refined, "coarse": coarse}
+        errors = routing_loss(maps, batch.masks, batch.present, settings.tokens)
+        loss = losses["diffusion"] + settings.route_weight * self._supervised(errors)
+        losses = {**losses, "route": errors[0], "coarse": errors[1]}
         if settings.mean_weight:
-            refined, coarse = mean_routing_loss(
-                maps, batch.masks, batch.present, grid, settings.tokens
-            )
-            loss = loss + settings.mean_weight * (refined + coarse if both else refined)
-            losses["mean_route"] = refined
+            errors = mean_routing_loss(maps, batch.masks, batch.present, grid, settings.tokens)
+            loss = loss + settings.mean_weight * self._supervised(errors)
+            losses["mean_route"] = errors[0]
         return {**losses, "loss": loss}
+
+    def _supervised(self, errors: tuple[Tensor, Tensor]) -> Tensor:
+        """Of refined and coarse maps; without refinement they are the same."""
+        refined, coarse = errors
+        return refined + coarse if self.model.config.router.refine else refined
 
 
 def build_stage(model: AnyStoryModel, encodings: Encodings, config: TrainingConfig) -> Stage:

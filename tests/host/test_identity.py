@@ -191,9 +191,9 @@ def test_the_same_subject_twice_equals_once(scene: Scene) -> None:
     left = halves()[0]
     once = scene.sample(scene.apply(routing=scene.route(a, mode="masks", masks=[left])))
     twice = scene.sample(scene.apply(routing=scene.route(a, a, mode="masks", masks=[left, left])))
-    # The second one's keys are masked, but the kernel sums over twice as many.
+    # The second one's keys are masked, but the kernel sums over twice as many; 7e-6 was measured.
     scale = once.abs().max()
-    torch.testing.assert_close(once / scale, twice / scale, **ROUNDING)
+    torch.testing.assert_close(once / scale, twice / scale, rtol=0, atol=5e-5)
 
 
 def test_another_picture_of_a_subject_changes_the_result(scene: Scene) -> None:

@@ -298,9 +298,10 @@ class ReferenceNet(nn.Module):
                 if tail and level and layer == unet.num_res_blocks:
                     block.append(Upsample(layers, width))
                 self.output_blocks.append(nn.ModuleList(block))
-        self.out = nn.Sequential(
-            layers.group_norm(width), nn.SiLU(), layers.conv(width, unet.in_channels)
-        )
+        if full:
+            self.out = nn.Sequential(
+                layers.group_norm(width), nn.SiLU(), layers.conv(width, unet.in_channels)
+            )
 
     def forward(self, latents: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
         """latents (V,in_channels+1,h,w) at U-Net scale, mask channel last and in [0,1] ->

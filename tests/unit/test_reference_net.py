@@ -150,6 +150,16 @@ def test_the_mask_is_the_fifth_channel() -> None:
         assert torch.allclose(one, two, atol=1e-9) and not torch.allclose(one, plain, atol=1e-3)
 
 
+@pytest.mark.parametrize("depth", [(0, 1, 2), (1, 1, 2)])
+def test_nothing_is_built_that_no_feature_reads(depth: tuple[int, ...]) -> None:
+    """Wherever the last block is. A trainer of several processes waits for every gradient."""
+    unet = dataclasses.replace(SIMPLIFIED.unet, transformer_depth=depth)
+    net = ReferenceNet(dataclasses.replace(SIMPLIFIED, unet=unet))
+    features = net(torch.randn(1, 5, 8, 8))
+    torch.stack([feature.square().sum() for feature in features]).sum().backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None] == []
+
+
 def test_text_blocks_need_text() -> None:
     _, net = nets(False)
     with pytest.raises(ValueError, match="context"):

@@ -258,9 +258,8 @@ class ReferenceNet(nn.Module):
         self.input_blocks = nn.ModuleList(
             [nn.ModuleList([layers.conv(unet.in_channels + 1, width)])]
         )
-        for level, (mult, depth) in enumerate(
-            zip(unet.channel_mult, unet.transformer_depth, strict=True)
-        ):
+        levels = list(enumerate(zip(unet.channel_mult, unet.transformer_depth, strict=True)))
+        for level, (mult, depth) in levels:
             for _ in range(unet.num_res_blocks):
                 outputs = mult * unet.model_channels
                 block: list[nn.Module] = [ResBlock(layers, width, outputs, time)]
@@ -282,9 +281,7 @@ class ReferenceNet(nn.Module):
         )
 
         self.output_blocks = nn.ModuleList()
-        for level, (mult, depth) in reversed(
-            list(enumerate(zip(unet.channel_mult, unet.transformer_depth, strict=True)))
-        ):
+        for level, (mult, depth) in reversed(levels):
             for layer in range(unet.num_res_blocks + 1):
                 number = len(self.output_blocks)
                 if not full and number > last.number:

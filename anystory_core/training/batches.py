@@ -131,12 +131,13 @@ class SampleDataset(Dataset[Sample]):
 
     def __init__(self, index: Index, config: TrainingConfig, model: AnyStoryConfig) -> None:
         kinds = ("pair", "scene") if config.stage == "subject" else ("scene",)
-        self.entries = [e for e in index.entries if e.kind in kinds]
-        if not self.entries:
+        if not any(e.kind in kinds for e in index.entries):
             raise DataError(
                 f"data: stage {config.stage!r} needs samples of kind {' or '.join(kinds)}, found "
                 f"none among {len(index)}; see docs/data.md"
             )
+        # Those that lack a file stay: :func:`decode` says so, and they are counted as corrupt.
+        self.entries = [e for e in index.entries if e.kind is None or e.kind in kinds]
         self.config = config
         self.model = model
         self.subjects = 1 if config.stage == "subject" else config.data.max_subjects

@@ -29,6 +29,7 @@ from torch import Tensor
 from ..errors import AnyStoryError
 
 PICTURES = ("png", "jpg", "jpeg", "webp")
+PARTS = ("reference", "target", "reference_mask", "target_mask", "image", "masks", "caption")
 MOST_BAD = 0.01  # share of corrupt samples at which a run stops
 
 
@@ -116,10 +117,11 @@ class Index:
 
 
 def _group(names: Iterator[tuple[str, str, Place]]) -> list[tuple[str, Mapping[str, Place]]]:
+    """Files by key; those that are no part of a sample are passed over."""
     groups: dict[str, dict[str, Place]] = {}
     for folder, name, place in names:
         key, _, suffix = name.partition(".")
-        if suffix:
+        if suffix.lower().partition(".")[0] in PARTS:
             groups.setdefault(f"{folder}{key}", {})[suffix.lower()] = place
     return sorted(groups.items())
 

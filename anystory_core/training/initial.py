@@ -58,6 +58,11 @@ def build_trained_model(config: TrainingConfig, base: Base) -> AnyStoryModel:
         raise ConfigError(
             f"router.subject_file: made for {model.config.name!r}, the base is {base.config.name!r}"
         )
+    if model.reference_net is not None and model.config.reference.cross_attention:
+        raise ConfigError(
+            "router.subject_file: its ReferenceNet reads text (converted with 'original'), which "
+            "stage 2 cannot give it; convert with --reference-net simplified"
+        )
     if "routers" in model.parts:
         raise ConfigError("router.subject_file: it holds a router already; give the stage 1 file")
     router = dataclasses.replace(model.config.router, refine=config.router.refine)

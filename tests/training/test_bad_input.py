@@ -1,8 +1,7 @@
-"""Configurations, data and bases that cannot work: each its own sentence."""
+"""Configurations and bases that cannot work: each its own sentence."""
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shutil
@@ -13,21 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from anystory_core.build import build_model
+from anystory_core.checkpoint import save_model
 from anystory_core.errors import AnyStoryError, ConfigError
-from anystory_core.training import initial, shards
+from anystory_core.training import initial
 from anystory_core.training.bases import load_base
-from anystory_core.training.batches import Batch
-from anystory_core.training.check import check
 from anystory_core.training.config import BaseSettings, load_config, seconds
-from anystory_core.training.data import BadSamples, DataError, Index, decode
 from anystory_core.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,6 +135,19 @@ def test_files_to_go_on_from(subject_run: Any, world: Any, tmp_path: Path) -> No
     initial.copy_parts(model, str(subject_run.file), "subject.start_file")
 
 
+def test_a_reference_net_that_reads_text_is_refused_by_stage_2(world: Any, tmp_path: Path) -> None:
+    own = tiny.config()
+    reading = replace(own, reference=replace(own.reference, cross_attention=True))
+    model = build_model(reading, ("reference_net", "reference_projections"))
+    file = tmp_path / "original.safetensors"
+    save_model(file, model, reading)
+    path = tiny.run_toml(
+        tmp_path, world.base, world.scenes, "router", steps=1, router={"subject_file": str(file)}
+    )
+    with pytest.raises(ConfigError, match=r"router\.subject_file: its ReferenceNet reads text"):
+        Trainer(load_config(path)).run()
+
+
 def test_bases(world: Any, tmp_path: Path) -> None:
     model = str(world.base / "config.json")
     with pytest.raises(ConfigError, match="does not exist"):
@@ -198,118 +206,6 @@ def test_text_encoders_of_either_transformers(world: Any, tmp_path: Path) -> Non
     save_file({f"text_model.{k}": v for k, v in bare.items()}, path, metadata={"format": "pt"})
     again = load_base(settings).text(["a shape"])
     assert torch.equal(again[0], states) and torch.equal(again[1], pooled)
-
-
-def test_data_paths(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="neither a folder nor"):
-        Index.of((str(tmp_path / "no"),))
-    with pytest.raises(DataError, match="holds no samples"):
-        Index.of((str(tmp_path),))
-    (tmp_path / "shard.tar").write_bytes(b"no tar")
-    with pytest.raises(DataError, match="cannot be read"):
-        Index.of((str(tmp_path),))
-
-
-def test_an_empty_shard(tmp_path: Path) -> None:
-    shards.write_shards([], tmp_path)
-    (tmp_path / "shard-000000.tar").write_bytes(b"\0" * 10240)
-    with pytest.raises(DataError, match="holds no samples"):
-        Index.of((str(tmp_path),))
-
-
-def test_shards_and_folders_hold_the_same(tmp_path: Path) -> None:
-    samples = tiny.pairs(3) + tiny.scenes(3)
-    shards.write_shards(samples, tmp_path / "shards", per_shard=2)
-    shards.write_folder(samples, tmp_path / "folder")
-    packed, loose = (Index.of((str(tmp_path / n),)) for n in ("shards", "folder"))
-    assert len(packed) == len(loose) == 6
-    for a, b in zip(packed.entries, loose.entries, strict=True):
-        assert a.kind == b.kind
-        one, two = decode(a), decode(b)
-        assert one.caption == two.caption and bool((one.target == two.target).all())
-        assert one.masks.shape == two.masks.shape and bool((one.masks == two.masks).all())
-
-
-def test_the_checker_names_bad_samples(tmp_path: Path) -> None:
-    shards.write_folder(tiny.pairs(3) + tiny.scenes(2), tmp_path)
-    assert check([str(tmp_path)])[1]
-    (tmp_path / "pair0001.target.png").write_bytes(b"no picture")
-    (tmp_path / "scene0000.caption.txt").unlink()
-    report, good = check([str(tmp_path)])
-    assert not good and "corrupt: 2" in report and "pair: 2" in report and "64x64: 3" in report
-    assert "pair0001: target.png is not a picture" in report and "scene0000: has" in report
-
-
-def test_inside_needs_the_place_of_the_subject(
-    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Pairs with a mask of the target train; of one without, the run says what it needs, and of
-    one whose mask has another size, which."""
-    data = tmp_path / "data"
-    whole = np.zeros((64, 64), np.bool_)
-    whole[:32] = True
-    masks = [shards.png(whole.astype(np.uint8) * 255)] * 6 + [
-        shards.png(np.zeros((9, 9), np.uint8))
-    ]
-    samples = tiny.pairs(8)
-    for (_, files), mask in zip(samples, masks, strict=False):
-        files["target_mask.png"] = mask
-    shards.write_folder(samples, data)
-    path = tiny.run_toml(tmp_path / "run", world.base, data, "subject", steps=2)
-    path.write_text(path.read_text().replace("[subject]", "[subject]\ninside = 3.0"))
-    trainer = Trainer(load_config(path))
-    assert trainer.stage.inside == 3.0
-    batch = Batch.of([trainer.dataset[0]])
-    assert batch.masks.shape[1] == 1 and 0.4 < float(batch.masks.mean()) < 0.6
-    trainer.run()
-    said = capsys.readouterr().err
-    assert "pair0006: target_mask.png is (9, 9), the picture (64, 64)" in said
-    assert "pair0007: no target_mask.png, which subject.inside = 3 needs" in said
-
-
-def test_masks_in_palette_files(tmp_path: Path) -> None:
-    """Black and white may be the numbers 0 and 1 of a palette; only masks.png means the numbers."""
-    half = np.zeros((64, 64), np.uint8)
-    half[:32] = 1
-    image = Image.fromarray(half, "P")
-    image.putpalette((0, 0, 0, 255, 255, 255))
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    samples = [*tiny.pairs(1), *tiny.scenes(1)]
-    for (_, files), names in zip(
-        samples, (("target_mask.png", "reference_mask.png"), ("masks.png",)), strict=True
-    ):
-        files.update(dict.fromkeys(names, file.getvalue()))
-    shards.write_folder(samples, tmp_path)
-    pair, scene = (decode(entry) for entry in Index.of((str(tmp_path),)).entries)
-    for mask in (pair.masks[0], pair.reference_mask, scene.masks[0]):
-        assert mask is not None
-        assert torch.equal(mask, torch.from_numpy(half).float())
-
-
-def test_corrupt_samples_are_replaced_counted_and_named(
-    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = tmp_path / "data"
-    shards.write_folder(tiny.pairs(8), data)
-    (data / "pair0003.target.png").write_bytes(b"no picture")
-    path = tiny.run_toml(tmp_path / "run", world.base, data, "subject", steps=2)
-    trainer = Trainer(load_config(path))
-    trainer.run()
-    assert trainer.bad.read >= 8 and any("pair0003" in text for text in trainer.bad.bad)
-    said = capsys.readouterr().err
-    assert said.count("replaced by the next: data/pair0003: target.png is not a picture") == 1
-    assert f"1 of {trainer.bad.read} samples read were corrupt: ['data/pair0003']" in said
-
-
-def test_too_many_corrupt_samples_stop_the_run() -> None:
-    bad = BadSamples()
-    for _ in range(1000):
-        bad.note(None)
-    for number in range(10):
-        bad.note(DataError(f"sample{number}"))
-    with pytest.raises(DataError, match="11 of 1011 samples are corrupt.*sample0"):
-        bad.note(DataError("sample10"))
 
 
 def test_the_command_says_one_line(world: Any, tmp_path: Path) -> None:

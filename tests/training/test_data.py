@@ -1,0 +1,146 @@
+"""Samples in folders and shards: what is read, and what is corrupt."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from anystory_core.training import shards
+from anystory_core.training.batches import Batch
+from anystory_core.training.check import check
+from anystory_core.training.config import load_config
+from anystory_core.training.data import BadSamples, DataError, Index, decode
+from anystory_core.training.trainer import Trainer
+
+
+def test_data_paths(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="neither a folder nor"):
+        Index.of((str(tmp_path / "no"),))
+    with pytest.raises(DataError, match="holds no samples"):
+        Index.of((str(tmp_path),))
+    (tmp_path / "shard.tar").write_bytes(b"no tar")
+    with pytest.raises(DataError, match="cannot be read"):
+        Index.of((str(tmp_path),))
+
+
+def test_an_empty_shard(tmp_path: Path) -> None:
+    shards.write_shards([], tmp_path)
+    (tmp_path / "shard-000000.tar").write_bytes(b"\0" * 10240)
+    with pytest.raises(DataError, match="holds no samples"):
+        Index.of((str(tmp_path),))
+
+
+def test_shards_and_folders_hold_the_same(tmp_path: Path) -> None:
+    samples = tiny.pairs(3) + tiny.scenes(3)
+    shards.write_shards(samples, tmp_path / "shards", per_shard=2)
+    shards.write_folder(samples, tmp_path / "folder")
+    packed, loose = (Index.of((str(tmp_path / n),)) for n in ("shards", "folder"))
+    assert len(packed) == len(loose) == 6
+    for a, b in zip(packed.entries, loose.entries, strict=True):
+        assert a.kind == b.kind
+        one, two = decode(a), decode(b)
+        assert one.caption == two.caption and bool((one.target == two.target).all())
+        assert one.masks.shape == two.masks.shape and bool((one.masks == two.masks).all())
+
+
+def test_the_checker_names_bad_samples(tmp_path: Path) -> None:
+    shards.write_folder(tiny.pairs(3) + tiny.scenes(2), tmp_path)
+    assert check([str(tmp_path)])[1]
+    (tmp_path / "pair0001.target.png").write_bytes(b"no picture")
+    (tmp_path / "scene0000.caption.txt").unlink()
+    report, good = check([str(tmp_path)])
+    assert not good and "corrupt: 2" in report and "pair: 2" in report and "64x64: 3" in report
+    assert "pair0001: target.png is not a picture" in report and "scene0000: has" in report
+
+
+def test_inside_needs_the_place_of_the_subject(
+    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pairs with a mask of the target train; of one without, the run says what it needs, and of
+    one whose mask has another size, which."""
+    data = tmp_path / "data"
+    whole = np.zeros((64, 64), np.bool_)
+    whole[:32] = True
+    masks = [shards.png(whole.astype(np.uint8) * 255)] * 6 + [
+        shards.png(np.zeros((9, 9), np.uint8))
+    ]
+    samples = tiny.pairs(8)
+    for (_, files), mask in zip(samples, masks, strict=False):
+        files["target_mask.png"] = mask
+    shards.write_folder(samples, data)
+    path = tiny.run_toml(tmp_path / "run", world.base, data, "subject", steps=2)
+    path.write_text(path.read_text().replace("[subject]", "[subject]\ninside = 3.0"))
+    trainer = Trainer(load_config(path))
+    assert trainer.stage.inside == 3.0
+    batch = Batch.of([trainer.dataset[0]])
+    assert batch.masks.shape[1] == 1 and 0.4 < float(batch.masks.mean()) < 0.6
+    trainer.run()
+    said = capsys.readouterr().err
+    assert "pair0006: target_mask.png is (9, 9), the picture (64, 64)" in said
+    assert "pair0007: no target_mask.png, which subject.inside = 3 needs" in said
+
+
+def test_masks_in_palette_files(tmp_path: Path) -> None:
+    """Black and white may be the numbers 0 and 1 of a palette; only masks.png means the numbers."""
+    half = np.zeros((64, 64), np.uint8)
+    half[:32] = 1
+    image = Image.fromarray(half, "P")
+    image.putpalette((0, 0, 0, 255, 255, 255))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    samples = [*tiny.pairs(1), *tiny.scenes(1)]
+    for (_, files), names in zip(
+        samples, (("target_mask.png", "reference_mask.png"), ("masks.png",)), strict=True
+    ):
+        files.update(dict.fromkeys(names, file.getvalue()))
+    shards.write_folder(samples, tmp_path)
+    pair, scene = (decode(entry) for entry in Index.of((str(tmp_path),)).entries)
+    for mask in (pair.masks[0], pair.reference_mask, scene.masks[0]):
+        assert mask is not None
+        assert torch.equal(mask, torch.from_numpy(half).float())
+
+
+DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
+    ("target.png", lambda path: path.write_bytes(b"no picture"), "target.png is not a picture"),
+    ("caption.txt", Path.unlink, "has ['reference.png', 'reference_mask.png'"),
+]
+
+
+@pytest.mark.parametrize(("file", "damage", "words"), DAMAGES)
+def test_corrupt_samples_are_replaced_counted_and_named(
+    world: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    damage: Callable[[Path], object],
+    words: str,
+) -> None:
+    data = tmp_path / "data"
+    shards.write_folder(tiny.pairs(8), data)
+    damage(data / f"pair0003.{file}")
+    (data / "sources.txt").write_text("where they are from")  # no part of a sample
+    path = tiny.run_toml(tmp_path / "run", world.base, data, "subject", steps=2)
+    trainer = Trainer(load_config(path))
+    trainer.run()
+    assert trainer.bad.read >= 8 and any("pair0003" in text for text in trainer.bad.bad)
+    said = capsys.readouterr().err
+    assert said.count(f"replaced by the next: data/pair0003: {words}") == 1
+    assert f"1 of {trainer.bad.read} samples read were corrupt: ['data/pair0003']" in said
+
+
+def test_too_many_corrupt_samples_stop_the_run() -> None:
+    bad = BadSamples()
+    for _ in range(1000):
+        bad.note(None)
+    for number in range(10):
+        bad.note(DataError(f"sample{number}"))
+    with pytest.raises(DataError, match="11 of 1011 samples are corrupt.*sample0"):
+        bad.note(DataError("sample10"))

@@ -60,7 +60,8 @@ class Window:
     end: float
 
     def holds(self, sigma: float) -> bool:
-        return self.end <= sigma <= self.start
+        """Both ends count; an empty window holds nothing, also where a step falls on it."""
+        return self.end < self.start and self.end <= sigma <= self.start
 
 
 @dataclass

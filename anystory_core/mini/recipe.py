@@ -5,8 +5,8 @@ scenes), ``base`` (the U-Net), ``folder`` (all that as the trainer reads it), ``
 ``stage2`` (:mod:`anystory_core.training`), ``export`` (files that ship), ``identity`` and
 ``finder`` (the networks that :mod:`.evaluate` measures with). Only when asked for by name:
 ``no_clip``, ``no_reference`` and ``no_refinement``, the stages of its ablations; and ``restore``,
-which begins a folder from the shipped weights, so that ``base`` (then ``cache`` and ``folder``) and
-the stages (``--start-file``) go on from them.
+which begins a folder from the shipped weights, so that ``base`` (after ``world`` and ``cache``),
+then ``folder`` and the stages (``--start-file``) go on from them.
 
 Each resumes where it stopped when the same command is given again and has its own seed. Those that
 train write their curve to ``DIR/NAME.csv``, the stages to ``DIR/NAME/losses.jsonl``. More

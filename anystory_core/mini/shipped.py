@@ -70,6 +70,8 @@ def restore(work: Path, folder: Path = FOLDER) -> None:
     torch.save(shipped.vae.state_dict(), work / "vae.whitened.pt")
     whole = clip.Clip(shipped.ids)
     whole.vision, whole.text = shipped.vision, shipped.text
+    _begin(vae.phase(work), shipped.vae, vae.phase(work).steps)
+    _begin(vae.decoder_phase(work), shipped.vae.decoder, vae.decoder_phase(work).steps)
     _begin(clip.phase(work), whole, clip.phase(work).steps)
     _begin(base.phase(work, 1), Base(shipped.unet, CONFIG), 0)
 

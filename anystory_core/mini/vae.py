@@ -105,11 +105,13 @@ def reconstruction_loss(a: Tensor, b: Tensor) -> Tensor:
     return loss
 
 
-def _phase(folder: Path) -> Phase:
+def phase(folder: Path) -> Phase:
+    """Encoder and decoder together; its rate and seed."""
     return Phase(name="vae", folder=folder, steps=3600, learning_rate=1e-3, seed=1, ema=0.995)
 
 
-def _decoder_phase(folder: Path) -> Phase:
+def decoder_phase(folder: Path) -> Phase:
+    """The decoder on, once the latents are fixed."""
     return Phase(name="decoder", folder=folder, steps=6000, learning_rate=5e-4, seed=4, ema=0.998)
 
 
@@ -134,9 +136,12 @@ def whiten(vae: Any, pixels: Tensor) -> None:
 def finish_encoder(folder: Path) -> None:
     """Whiten the trained VAE on rendered scenes, once: ``folder/vae.whitened.pt``."""
     vae = build_vae().to(memory_format=torch.channels_last)
-    _phase(folder).load(vae)
+    phase(folder).load(vae)
     pictures = read_shard(folder / "scenes", 0).pictures[:100]
-    whiten(vae, to_signed(torch.from_numpy(pictures.copy())))
+    pixels = to_signed(torch.from_numpy(pictures.copy()))
+    whiten(vae, pixels)
+    factors, bias = rgb_factors(vae, pixels)
+    print(f"vae: previews, for config.py: {factors.tolist()}, {bias.tolist()}", flush=True)
     # Processes that share a phase may all get here; each writes the same, and none reads a part.
     temporary = folder / f"vae.whitened.{os.getpid()}.tmp"
     torch.save(vae.state_dict(), temporary)
@@ -149,9 +154,9 @@ def load_vae(folder: Path) -> Any:
     if not (folder / "vae.whitened.pt").exists():
         finish_encoder(folder)
     vae.load_state_dict(torch.load(folder / "vae.whitened.pt", weights_only=True))
-    phase = _decoder_phase(folder)
-    if phase.state_file.exists():
-        phase.load(vae.decoder)
+    decoding = decoder_phase(folder)
+    if decoding.state_file.exists():
+        decoding.load(vae.decoder)
     return vae.eval().requires_grad_(False)
 
 
@@ -181,7 +186,7 @@ def train_decoder(emoji: list[Emoji], folder: Path) -> None:
             restored = vae.decode(latents).sample
         return reconstruction_loss(restored.float(), pixels)
 
-    _decoder_phase(folder).run(decoder, loss_of)
+    decoder_phase(folder).run(decoder, loss_of)
 
 
 def train_vae(emoji: list[Emoji], folder: Path) -> None:
@@ -203,4 +208,4 @@ def train_vae(emoji: list[Emoji], folder: Path) -> None:
         extra = _SPREAD_WEIGHT * spread.mean() + _HUE_WEIGHT * hue
         return reconstruction_loss(restored.float(), pixels) + extra
 
-    _phase(folder).run(vae, loss_of)
+    phase(folder).run(vae, loss_of)

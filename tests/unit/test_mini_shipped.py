@@ -62,6 +62,14 @@ def test_shipped_files_come_back_as_modules_and_as_a_folder(work: Path, tmp_path
         for key, tensor in wanted.state_dict().items():
             kept = tensor.half().float() if tensor.is_floating_point() else tensor
             assert torch.equal(kept, state[key]), (name, key)
+    for phase, done in (
+        (vae.phase(again), True),
+        (vae.decoder_phase(again), True),
+        (clip.phase(again), True),
+        (base.phase(again, 9), False),
+    ):
+        step = torch.load(phase.state_file, weights_only=True)["step"]
+        assert step == (phase.steps if done else 0), phase.name
     with pytest.raises(ValueError, match="holds a trained base already"):
         shipped.restore(again, files)
 

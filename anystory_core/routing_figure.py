@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,14 +198,12 @@ def overlay(
     picture: Tensor,
     *,
     row: int = 0,
-    steps: Iterable[int] | None = None,
     opacity: float = 0.45,
 ) -> Tensor:
     """The consensus routes over the decoded picture (H,W,3 in [0,1]): tinted regions with
     outlines, and a legend with every subject's share below: (H',W,3), H' > H."""
     height, width = int(picture.shape[0]), int(picture.shape[1])
-    chosen = None if steps is None else tuple(steps)
-    masks = record.masks(row, (height, width), chosen)  # (N,H,W)
+    masks = record.masks(row, (height, width))  # (N,H,W)
     colours = palette(record.subjects)
     out = picture[..., :3].float().clamp(0, 1).cpu().clone()
     line = max(1, round(max(height, width) / 400))
@@ -215,7 +213,7 @@ def overlay(
         out[inside] = (1 - opacity) * out[inside] + opacity * tint
         eroded = -torch.nn.functional.max_pool2d(-mask[None, None], 2 * line + 1, 1, line)[0, 0]
         out[inside & (eroded < 0.5)] = tint
-    legend = _legend(record.labels, record.shares(row, chosen), colours, width)
+    legend = _legend(record.labels, record.shares(row), colours, width)
     return torch.cat((out, legend))
 
 

@@ -6,7 +6,7 @@ row. Soft maps are kept only when asked for. Subject i has id i; the background 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -86,21 +86,20 @@ class RoutingRecord:
         ids = self.steps[step].ids.get(index)
         return None if ids is None else ids[row].reshape(self.steps[step].grids[index])
 
-    def votes(self, row: int, steps: Iterable[int] | None = None) -> Tensor:
+    def votes(self, row: int) -> Tensor:
         """Share of blocks and steps that gave each token to each candidate: (N+1,h,w) float in
         [0,1] on the finest recorded grid. Coarser blocks vote for all tokens they cover."""
-        chosen = range(len(self.steps)) if steps is None else tuple(steps)
-        grids = [grid for step in chosen for grid in self.steps[step].grids.values()]
+        grids = [grid for step in self.steps for grid in step.grids.values()]
         if not grids:
             raise RoutingError(
-                "maps: no routes were recorded in these steps; the subjects may have been inactive "
+                "maps: no routes were recorded; the subjects may have been inactive "
                 "(strength 0, or outside start and end)"
             )
         height, width = max(grids, key=lambda g: g[0] * g[1])
         total = torch.zeros(self.subjects + 1, height, width)
         count = 0
-        for step in chosen:
-            for index in self.steps[step].ids:
+        for step, recorded in enumerate(self.steps):
+            for index in recorded.ids:
                 ids = self.block_map(step, index, row)
                 if ids is None:
                     continue
@@ -111,22 +110,22 @@ class RoutingRecord:
                 count += 1
         return total / count
 
-    def consensus(self, row: int, steps: Iterable[int] | None = None) -> Tensor:
+    def consensus(self, row: int) -> Tensor:
         """Region ids (h,w) int64 by majority over blocks and steps, on the finest grid."""
-        return self.votes(row, steps).argmax(dim=0)
+        return self.votes(row).argmax(dim=0)
 
-    def masks(self, row: int, size: tuple[int, int], steps: Iterable[int] | None = None) -> Tensor:
+    def masks(self, row: int, size: tuple[int, int]) -> Tensor:
         """The consensus as N masks (N,H,W), 0 or 1, at picture size; smooth outlines: the votes are
         enlarged before the majority is taken."""
         votes = torch.nn.functional.interpolate(
-            self.votes(row, steps)[None], size=size, mode="bilinear", align_corners=False
+            self.votes(row)[None], size=size, mode="bilinear", align_corners=False
         )[0]
         winner = votes.argmax(dim=0)
         return torch.stack([(winner == i).float() for i in range(self.subjects)])
 
-    def shares(self, row: int, steps: Iterable[int] | None = None) -> tuple[float, ...]:
+    def shares(self, row: int) -> tuple[float, ...]:
         """Fraction of the picture that each subject got in the consensus, then the background's."""
-        winner = self.consensus(row, steps)
+        winner = self.consensus(row)
         return tuple(float((winner == i).float().mean()) for i in range(self.subjects + 1))
 
     def _check(self, step: int, row: int) -> None:

@@ -23,7 +23,7 @@ from .host.sampling import Routing
 _AT_ONCE = 4  # noises in one pass of the U-Net
 
 
-def empty_conditioning(model: Any, routing: Routing) -> list[Any]:
+def empty_conditioning(routing: Routing) -> list[Any]:
     """Zero text states, which SDXL was trained to take for an empty prompt."""
     unet = routing.anystory.model.config.unet
     pooled = unet.adm_channels - 6 * 256
@@ -150,7 +150,7 @@ class AnyStorySegment(io.ComfyNode):
     ) -> io.NodeOutput:
         check_mode(routing)
         if positive is None:
-            positive = empty_conditioning(model, routing)
+            positive = empty_conditioning(routing)
         passes = [min(_AT_ONCE, noises - i) for i in range(0, noises, _AT_ONCE)]
         progress = comfy.utils.ProgressBar(image.shape[0] * (len(passes) + 1))
         masks: list[Tensor] = []

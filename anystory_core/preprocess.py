@@ -51,9 +51,10 @@ def prepare_views(
     """Cut the subject out of each picture.
 
     image (V,H,W,C), C = 1, 3 or 4 (alpha is the mask when none is given); mask (V or 1,h,w) of any
-    size, or None. ``invert_mask`` is for the host's LoadImage, whose mask is 1 - alpha; an all-zero
-    64 x 64 mask is what it gives for a picture without alpha, and counts as none.
-    SubjectError: empty mask, non-finite values, wrong number of channels or masks.
+    size in the picture's shape, or None. ``invert_mask`` is for the host's LoadImage, whose mask is
+    1 - alpha; an all-zero 64 x 64 mask is what it gives for a picture without alpha, and counts as
+    none.
+    SubjectError: empty mask, non-finite values, wrong number of channels or masks, another shape.
     """
     rgb, alpha = _split_channels(image)
     notes: list[str] = []

@@ -50,10 +50,10 @@ class Subject:
     """Everything the U-Net needs of one subject, from V pictures of it.
 
     tokens (V*T, C) or None without a subject encoder; features: L-1 tensors (V*G_l, d_l), empty
-    without a ReferenceNet; routing (d_r,) or None without a router. background_tokens (T,C) and
-    background_routing (d_r,) are those of the zero image, the same for all subjects of a model.
-    cutout (V,R,R,3) uint8 is what was encoded; fingerprint and clip_fingerprint name the AnyStory
-    and the CLIP vision weights that encoded it ("" where nobody said).
+    without a ReferenceNet; routing (d_r,) or None without a routing encoder. background_tokens
+    (T,C) and background_routing (d_r,) are those of the zero image, the same for all subjects of a
+    model. cutout (V,R,R,3) uint8 is what was encoded; fingerprint and clip_fingerprint name the
+    AnyStory and the CLIP vision weights that encoded it ("" where nobody said).
     """
 
     label: str

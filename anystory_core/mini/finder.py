@@ -124,7 +124,7 @@ def targets(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def loss_of_batch(network: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
-    """Heat (weighted squared error of the sigmoid's logits), boxes (L1 at the middles), place."""
+    """Heat (cross-entropy, middles counting three times), boxes (L1 at the middles), place."""
     heat, box, place = cast(Any, network)(pixels)
     wanted, distances, inside = targets(labels[:, 1:].reshape(len(labels), -1, 4))
     heat_loss = functional.binary_cross_entropy_with_logits(

@@ -34,7 +34,7 @@ def dense_attention(
 @contextmanager
 def attention_kernels(device: torch.device) -> Iterator[None]:
     """What attention may run on in a training step. On a CPU the fused kernel's backward pass takes
-    up to 5 times the plain one's at small sizes, and half precision is kept: widened products of
+    2 to 4 times the plain one's at small sizes, and half precision is kept: widened products of
     256 tokens took twice the time. Elsewhere torch chooses."""
     if device.type != "cpu":
         yield

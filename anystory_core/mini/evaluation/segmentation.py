@@ -58,7 +58,7 @@ def maps_of(encoder: Encoder, tasks: Sequence[Task], noise: Tensor) -> list[Tens
         torch.zeros(rows, LENGTH, CONFIG.unet.context_dim),
         torch.zeros(rows, TEXT["hidden_size"]),
     )
-    run = make_run(Variant(encoder.model, "router"), encoder, tasks)
+    run = make_run(Variant(encoder.model, "router", agree=False), encoder, tasks)
     total = [torch.zeros(run.subjects + 1, SIDE, SIDE) for _ in tasks]
     for one in noise.unbind(dim=1):
         call = look(encoder, run, clean, one, LEVEL, empty)

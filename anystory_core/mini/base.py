@@ -39,7 +39,7 @@ _PLAIN = 0.5  # share of captions that say only "an object"
 # Shares of a batch: reading in given places; reading, of two subjects or more, where the answers
 # about them send each; reading nothing. The last two are asked.
 _PLACED, _SENT, _TOLD = 0.25, 0.375, 0.25
-_TELLING = 1.0  # what being asked counts
+_TELLING = 0.3  # what being asked counts
 _EVERYWHERE = 0.5  # of one subject: share of scenes all of which may read, as in stage 1
 # Share of the rest that reads inside the subject's outline; the others read in a box around it.
 # Where only outlines read, an outline says what to draw, and a user's box is filled to its corners.
@@ -60,15 +60,13 @@ def size_ids(batch: int) -> Tensor:
     return time_ids(PICTURE_SIZE, PICTURE_SIZE, batch, torch.device("cpu"))
 
 
-def spread_timesteps(batch: int, generator: torch.Generator, power: int = 2) -> Tensor:
-    """(B,) int64 in [0,1000): t = (1 - u^power) 1000, u from each of B equal slices, in random
-    order.
+def spread_timesteps(batch: int, generator: torch.Generator) -> Tensor:
+    """(B,) int64 in [0,1000): t = (1 - u^2) 1000, u from each of B equal slices, in random order.
 
-    Squared, noisy ones come more often: what a subject looks like is decided there, where errors
-    are small."""
+    Noisy ones more often: what a subject looks like is decided there, where errors are small."""
     offset = torch.rand(batch, generator=generator)
     u = (torch.arange(batch) + offset) / batch
-    t = ((1 - u**power) * 1000).long().clamp_max(999)
+    t = ((1 - u.square()) * 1000).long().clamp_max(999)
     return t[torch.randperm(batch, generator=generator)]
 
 
@@ -196,12 +194,10 @@ def train_base(folder: Path, *, steps: int) -> None:
         count = BATCH // parts
         rng = np.random.default_rng((3, step, part))
         batch = pick(shards, count, empty, rng)
-        reading, placed = len(batch.references), len(batch.places)
         t = spread_timesteps(count, generator)
-        # Those that only tell do it at all timesteps alike: routes are followed at all.
-        t[reading : batch.told.stop] = spread_timesteps(batch.told.stop - reading, generator, 1)
         noise = torch.randn(batch.latents.shape, generator=generator)
         a = signal[t][:, None, None, None]
+        reading, placed = len(batch.references), len(batch.places)
         noisy = a.sqrt() * batch.latents + (1 - a).sqrt() * noise
         with autocast(), attention_kernels(torch.device("cpu")):
             sent = teller.routes(batch.looks[: reading - placed], batch.present[placed:reading])

@@ -14,7 +14,7 @@ from anystory_core.mini import emoji as emoji_module
 from anystory_core.mini import samples
 from anystory_core.mini.backgrounds import PLACES, draw_place
 from anystory_core.mini.emoji import Emoji
-from anystory_core.mini.world import captions, pool_of, render_reference, render_scene
+from anystory_core.mini.world import SIZE, captions, pool_of, render_reference, render_scene
 
 COLOURS = [(230, 30, 30), (30, 200, 40), (40, 60, 230), (240, 220, 20), (200, 40, 220)]
 
@@ -45,7 +45,7 @@ def test_scene_is_a_function_of_its_seed(subjects: list[Emoji], count: int) -> N
         assert np.array_equal(a.mask, b.mask)
     assert not np.array_equal(first.picture, other.picture)
     assert len(first.instances) == count
-    assert first.picture.shape == (256, 256, 3) and first.picture.dtype == np.uint8
+    assert first.picture.shape == (SIZE, SIZE, 3) and first.picture.dtype == np.uint8
 
 
 def test_masks_are_the_visible_pixels(subjects: list[Emoji]) -> None:
@@ -141,9 +141,9 @@ def test_samples_are_what_the_trainer_reads(
     assert set(np.unique(regions).tolist()) == {0, 1, 2}
     pair = samples.pair_files(render_scene(pool_of(subjects), 3, subjects=1), 9, "one")
     reference = np.asarray(Image.open(io.BytesIO(pair["reference.png"])))
-    assert reference.shape == (256, 256, 4) and set(np.unique(reference[..., 3])) == {0, 255}
+    assert reference.shape == (SIZE, SIZE, 4) and set(np.unique(reference[..., 3])) == {0, 255}
     place = np.asarray(Image.open(io.BytesIO(pair["target_mask.png"])))
-    assert place.shape == (256, 256) and set(np.unique(place)) == {0, 255}
+    assert place.shape == (SIZE, SIZE) and set(np.unique(place)) == {0, 255}
 
 
 def test_a_shard_holds_a_reference_of_each_subject(subjects: list[Emoji]) -> None:
@@ -154,7 +154,7 @@ def test_a_shard_holds_a_reference_of_each_subject(subjects: list[Emoji]) -> Non
     cutouts, regions = scenes.cut_references(scene, 7)
     assert cutouts.shape[0] == regions.shape[0] == 3
     assert not cutouts[2].any() and not regions[2].any()
-    shares = [i.mask.reshape(32, 8, 32, 8).mean(axis=(1, 3)) for i in scene.instances]
+    shares = [i.mask.reshape(SIZE // 8, 8, SIZE // 8, 8).mean(axis=(1, 3)) for i in scene.instances]
     errors = [[np.abs(regions[k] / 255 - s).max() for s in shares] for k in (0, 1)]
     found = [int(np.argmin(row)) for row in errors]
     assert sorted(found) == [0, 1]  # each of them once

@@ -79,18 +79,15 @@ def thumbnail(cutout: Tensor, side: int = 96) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def save_subject(path: str | os.PathLike[str], subject: Subject, *, overwrite: bool) -> None:
-    """Write one subject atomically. SubjectError when it is there and ``overwrite`` is off, or of
-    more pictures than :func:`load_subject` reads."""
+def save_subject(path: str | os.PathLike[str], subject: Subject, *, overwrite: bool) -> bool:
+    """Write one subject atomically, unless the file holds it already; returns whether it was
+    written. SubjectError when another one is there and ``overwrite`` is off, or of more pictures
+    than :func:`load_subject` reads."""
     path = Path(path)
     if subject.views > MOST_VIEWS:
         raise SubjectError(
             f"subject: it was encoded from {subject.views} pictures, at most {MOST_VIEWS} can be "
             "saved; encode fewer of them"
-        )
-    if path.exists() and not overwrite:
-        raise SubjectError(
-            f"name: {path.stem!r} is already there; choose another name, or switch overwrite on"
         )
     optional = {
         "tokens": subject.tokens,
@@ -110,6 +107,14 @@ def save_subject(path: str | os.PathLike[str], subject: Subject, *, overwrite: b
         "clip": subject.clip_fingerprint,
         "modelspec.thumbnail": thumbnail(subject.cutout[0]),
     }
+    if path.exists():
+        if _holds(path, ready, header):
+            return False
+        if not overwrite:
+            raise SubjectError(
+                f"name: {path.stem!r} is already there, and another subject; choose another name, "
+                "or switch overwrite on"
+            )
     try:
         save_tensors(path, ready, header)
     except OSError as error:
@@ -117,6 +122,20 @@ def save_subject(path: str | os.PathLike[str], subject: Subject, *, overwrite: b
             f"name: {path.name} cannot be written ({error.strerror}); free some space, or choose "
             "another folder"
         ) from error
+    return True
+
+
+def _holds(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:
+    """Whether a file is just what would be written."""
+    try:
+        with open_tensors(path) as file:
+            return (
+                file.metadata() == header
+                and set(file.keys()) == set(tensors)
+                and all(torch.equal(file.get_tensor(name), x) for name, x in tensors.items())
+            )
+    except (SafetensorError, OSError, RuntimeError):
+        return False  # whatever it is
 
 
 def load_subject(path: str | os.PathLike[str], model: AnyStoryModel) -> Subject:

@@ -9,12 +9,13 @@ from typing import Any
 import comfy.model_management as mm
 import comfy.utils
 import folder_paths
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..anystory_core.convert import DTYPES, REFERENCE_NETS, convert
 from ..anystory_core.errors import AnyStoryError, CheckpointError
 from ..anystory_core.subject_files import EXTENSION, check_name
 from .host import ids
+from .host.saying import say
 
 ADAPTERS = "ipadapter"  # the folder that other packs use for these files too
 PRECISIONS = ("fp16", "bf16")
@@ -98,7 +99,7 @@ class BuildAnyStory(io.ComfyNode):
         text = f"{file}: {done.size / 1e9:.2f} GB, {', '.join(done.parts)}"
         if done.kept:
             text += "; kept, it was made from the same files in the same way"
-        return io.NodeOutput(file, ui=ui.PreviewText("\n".join((text, *done.notes))))
+        return io.NodeOutput(file, ui={"text": say([text, *done.notes])})
 
     @classmethod
     def fingerprint_inputs(
@@ -110,6 +111,8 @@ class BuildAnyStory(io.ComfyNode):
         precision: str = "",
     ) -> Any:
         """Changes with the settings and the two sources, and when the file made of them is gone."""
+        if not all(isinstance(value, str) for value in (checkpoint, ip_adapter, name)):
+            return None  # from other nodes, whose own state the host knows
         try:
             made = _output(check_name(name) + EXTENSION).is_file()
             sources = [path.stat() for path in _sources(checkpoint, ip_adapter)]

@@ -17,6 +17,7 @@ from ..anystory_core.preprocess import prepare_views, zero_clip
 from ..anystory_core.subject import UNNAMED, Subject, SubjectOptions
 from .host import ids, tensors
 from .host.managed import ManagedAnyStory, compute_dtype, load, release
+from .host.saying import say
 from .host.texts import encode_label
 
 
@@ -145,8 +146,7 @@ class EncodeSubject(io.ComfyNode):
                 release(patchers)
         progress.update(1)
         preview = ui.PreviewImage(tensors.uint8_picture(views.cutout), cls=cls).as_dict()
-        if views.notes:
-            preview["text"] = tuple(views.notes)
+        preview["text"] = say(views.notes or ["The subject was cut out by its mask."])
         return io.NodeOutput(subject, ui=preview)
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..anystory_core.checkpoint import load_model, read_header
 from ..anystory_core.errors import CheckpointError
 from .host import ids
 from .host.managed import OPERATIONS, ManagedAnyStory
+from .host.saying import say
 
 folder_paths.add_model_folder_path(
     ids.FOLDER, os.path.join(folder_paths.models_dir, ids.FOLDER), is_default=True
@@ -84,10 +85,12 @@ class LoadAnyStory(io.ComfyNode):
             )
         model = load_model(path, operations=OPERATIONS)
         anystory = ManagedAnyStory(model, anystory_name)
-        return io.NodeOutput(anystory, ui=ui.PreviewText(describe(anystory)))
+        return io.NodeOutput(anystory, ui={"text": say([describe(anystory)])})
 
     @classmethod
     def fingerprint_inputs(cls, anystory_name: str) -> Any:
+        if not isinstance(anystory_name, str):
+            return None  # it comes from another node, whose own state the host knows
         path = folder_paths.get_full_path(ids.FOLDER, anystory_name)
         try:
             return read_header(path).fingerprint if path else anystory_name

@@ -14,6 +14,7 @@ from ..anystory_core.errors import SubjectError
 from ..anystory_core.subject import Subject
 from .host import ids, tensors
 from .host.managed import ManagedAnyStory
+from .host.saying import say
 
 FOLDER = "anystory_subjects"  # the host's name for the places below
 PLACES = ("output", "models")
@@ -67,7 +68,8 @@ class SaveAnyStorySubject(io.ComfyNode):
                 io.Boolean.Input(
                     "overwrite",
                     default=False,
-                    tooltip="Off: a file of that name is an error. On: it is replaced.",
+                    tooltip="Off: a file of that name with another subject is an error. On: it is "
+                    "replaced.",
                 ),
             ],
             outputs=[ids.Subject.Output(display_name="subject")],
@@ -81,9 +83,10 @@ class SaveAnyStorySubject(io.ComfyNode):
         if place not in PLACES:
             raise SubjectError(f"place: got {place!r}, expected one of {list(PLACES)}")
         path = subject_files.subject_path(folders_of(place)[0], name)
-        subject_files.save_subject(path, subject, overwrite=overwrite)
+        written = subject_files.save_subject(path, subject, overwrite=overwrite)
         shown = ui.PreviewImage(tensors.uint8_picture(subject.cutout), cls=cls).as_dict()
-        shown["text"] = (f"{subject.label}: saved as {path.name} in {place}",)
+        done = "saved" if written else "was saved before"
+        shown["text"] = say([f"{subject.label}: {done} as {path.name} in {place}"])
         return io.NodeOutput(subject, ui=shown)
 
 
@@ -125,13 +128,15 @@ class LoadAnyStorySubject(io.ComfyNode):
             found = tensors.weights_fingerprint(clip_vision.model)
             subject_files.check_clip(subject, subject_name, found)
         shown = ui.PreviewImage(tensors.uint8_picture(subject.cutout), cls=cls).as_dict()
-        shown["text"] = (subject.label,)
+        shown["text"] = say([subject.label])
         return io.NodeOutput(subject, ui=shown)
 
     @classmethod
     def fingerprint_inputs(
         cls, anystory: Any = None, subject_name: str = "", clip_vision: Any = None
     ) -> Any:
+        if not isinstance(subject_name, str):
+            return None  # it comes from another node, whose own state the host knows
         try:
             state = find(subject_name).stat()
             return subject_name, state.st_mtime_ns, state.st_size

@@ -62,11 +62,13 @@ class Queue:
         out = self.node.execute(**given)
         assert out.args == ("made.safetensors",)
         self.seen = key
-        return out.ui.as_dict()["text"][0]
+        return "\n".join(out.ui["text"])
 
 
 def test_it_converts_once(scene: Scene, small: dict[str, Path]) -> None:
     queue, made = Queue(scene), small["anystory"] / "made.safetensors"
+    linked: dict[str, Any] = {**GIVEN, "name": None}  # as the host gives a link
+    assert queue.node.fingerprint_inputs(**linked) is None
     first = queue.run()
     assert first is not None and "reference_net" in first and "kept" not in first
     loaded = scene.pack.LoadAnyStory.execute("made.safetensors").args[0]

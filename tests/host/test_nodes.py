@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,6 +81,29 @@ def test_encode_shows_its_cut_out_and_says_what_it_assumed(scene: Scene) -> None
     )
     assert len(out.ui["images"]) == 1
     assert "plain background was cut away" in " ".join(out.ui["text"])
+    # Every key every time: the host joins the outputs of a list by the keys of the first.
+    given = scene.pack.EncodeSubject.execute(
+        anystory=mini.anystory, clip_vision=mini.clip_vision, vae=mini.vae, image=picture(0)[0],
+        mask=picture(0)[1],
+    )  # fmt: skip
+    assert given.ui.keys() == out.ui.keys() and given.ui["text"] != out.ui["text"]
+
+
+def test_what_is_said_is_shown_on_the_node(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the message that both editors draw; without a server nobody hears it."""
+    said: list[tuple[str, ...]] = []
+    server = SimpleNamespace(client_id="me", send_progress_text=lambda *given: said.append(given))
+    server_module = SimpleNamespace(PromptServer=SimpleNamespace(instance=server))
+    mini = scene.mini
+    given = {
+        "anystory": mini.anystory, "clip_vision": mini.clip_vision, "vae": mini.vae,
+        "image": picture(0)[0],
+    }  # fmt: skip
+    scene.pack.EncodeSubject.execute(**given)
+    monkeypatch.setitem(sys.modules, "server", server_module)
+    with module("comfy_execution.utils").CurrentNodeContext("prompt", "17"):
+        out = scene.pack.EncodeSubject.execute(**given)
+    assert said == [("\n".join(out.ui["text"]), "17", "me")]
 
 
 def test_preview_outputs(scene: Scene) -> None:
@@ -130,10 +154,10 @@ def test_load_anystory(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyP
     }  # fmt: skip
     load = scene.pack.LoadAnyStory
     whole = load.execute("whole.safetensors")
-    assert "router" in json.dumps(whole.ui.as_dict()) and "No router" not in json.dumps(
-        whole.ui.as_dict()
-    )
-    assert "No router" in json.dumps(load.execute("no router.safetensors").ui.as_dict())
+    (text,) = whole.ui["text"]
+    assert "router" in text and "No router" not in text
+    assert "No router" in load.execute("no router.safetensors").ui["text"][0]
+    assert load.fingerprint_inputs(None) is None  # a link, as the host gives it
     loaded: Any = whole[0].model.state_dict()
     assert all(torch.equal(loaded[k], v) for k, v in model.state_dict().items())
     assert load.fingerprint_inputs("whole.safetensors") != load.fingerprint_inputs(

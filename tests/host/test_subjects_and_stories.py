@@ -48,6 +48,7 @@ def test_a_loaded_subject_draws_the_same_picture(scene: Any, folders: Path, plac
     before = node.fingerprint_inputs(subject_name="a ball.safetensors")
     scene.pack.SaveAnyStorySubject.execute(scene.subjects[1], "a ball", place, overwrite=True)
     assert node.fingerprint_inputs(subject_name="a ball.safetensors") != before
+    assert node.fingerprint_inputs(subject_name=None) is None  # a link, as the host gives it
 
 
 def test_subjects_in_every_models_folder_are_found(scene: Any, folders: Path) -> None:

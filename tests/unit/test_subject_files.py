@@ -98,14 +98,24 @@ def test_nothing_is_replaced_unless_asked(
     model: AnyStoryModel, subject: Subject, tmp_path: Path
 ) -> None:
     path = subject_path(tmp_path, "fox")
-    save_subject(path, subject, overwrite=False)
-    before = path.read_bytes()
-    with pytest.raises(SubjectError, match="'fox' is already there"):
-        save_subject(path, subject, overwrite=False)
-    assert path.read_bytes() == before
+    assert save_subject(path, subject, overwrite=False)
+    before, written = path.read_bytes(), path.stat().st_mtime_ns
+    # A host runs a node again whenever its result is no longer kept.
+    assert not save_subject(path, subject, overwrite=False)
+    assert not save_subject(path, subject, overwrite=True)
+    assert path.stat().st_mtime_ns == written
     other = dataclasses.replace(subject, label="other")
-    save_subject(path, other, overwrite=True)
+    moved = dataclasses.replace(subject, tokens=subject.tokens + 1)
+    for changed in (other, moved):
+        with pytest.raises(SubjectError, match="'fox' is already there, and another subject"):
+            save_subject(path, changed, overwrite=False)
+        assert path.read_bytes() == before
+    assert save_subject(path, other, overwrite=True)
     assert load_subject(path, model).label == "other"
+    path.write_bytes(b"cut off")
+    with pytest.raises(SubjectError, match="is already there"):
+        save_subject(path, subject, overwrite=False)
+    assert save_subject(path, other, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["fox.safetensors"]
 
 

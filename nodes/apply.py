@@ -92,6 +92,11 @@ class ApplyAnyStory(io.ComfyNode):
         return io.NodeOutput(patched, maps)
 
 
+def is_applied(model: Any) -> bool:
+    """Whether a ModelPatcher's sampling is routed already."""
+    return bool(model.get_wrappers(WrappersMP.OUTER_SAMPLE, ids.WRAPPER_KEY))
+
+
 def apply_routing(
     model: Any,
     routing: Routing,
@@ -114,7 +119,7 @@ def apply_routing(
         start=start,
         end=end,
     )
-    if model.get_wrappers(WrappersMP.OUTER_SAMPLE, ids.WRAPPER_KEY):
+    if is_applied(model):
         raise RoutingError(
             "model: it already went through an ApplyAnyStory; connect all subjects to one "
             "SubjectRouter and apply it once"

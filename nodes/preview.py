@@ -129,6 +129,11 @@ class RoutingMapPreview(io.ComfyNode):
         image: Tensor | None = None,
     ) -> io.NodeOutput:
         record = maps.find(latent["samples"])
+        if not record.steps:
+            raise RoutingError(
+                "maps: no routes were recorded; no step falls into the time range of the positive "
+                "prompt. Widen it, or connect a prompt without one"
+            )
         chosen = choose_steps(steps, len(record.steps))
         picture = routing_figure.figure(
             record, row=batch_index, steps=chosen, background=show_background

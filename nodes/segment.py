@@ -15,7 +15,7 @@ from torch import Tensor
 from ..anystory_core import segment
 from ..anystory_core.errors import RoutingError
 from ..anystory_core.run import Settings
-from .apply import apply_routing
+from .apply import apply_routing, is_applied
 from .host import ids, tensors
 from .host.records import RoutingMaps
 from .host.sampling import Routing
@@ -149,6 +149,10 @@ class AnyStorySegment(io.ComfyNode):
         positive: Any = None,
     ) -> io.NodeOutput:
         check_mode(routing)
+        if is_applied(model):
+            raise RoutingError(
+                "model: it already went through an ApplyAnyStory; connect the model from before it"
+            )
         if positive is None:
             positive = empty_conditioning(routing)
         passes = [min(_AT_ONCE, noises - i) for i in range(0, noises, _AT_ONCE)]

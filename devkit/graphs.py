@@ -75,7 +75,7 @@ def run_graph(
     prompt = copy.deepcopy(prompt)
     for node in prompt.values():
         inputs = node["inputs"]
-        if seed is not None and "seed" in inputs:
+        if seed is not None and isinstance(inputs.get("seed"), int):  # others are another node's
             inputs["seed"] = seed
         if node["class_type"] == "LoadImage":
             inputs["image"] = client.upload(INPUTS / inputs["image"])

@@ -119,7 +119,11 @@ export class RouteViewer {
         this.load(entry.file).then((blob) => readAtlas(blob, entry.layout)),
         entry.picture ? this.load(entry.picture).then((blob) => createImageBitmap(blob)) : null,
       ]);
-      if (run !== this.runs) return; // a newer one is on its way
+      if (run !== this.runs) {
+        picture?.close();
+        return; // a newer one is on its way
+      }
+      this.picture?.close();
       this.atlas = atlas;
       this.picture = picture;
     } catch (error) {

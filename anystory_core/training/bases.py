@@ -106,6 +106,7 @@ def load_base(settings: BaseSettings) -> Base:
             "model (transformers layout: config.json and model.safetensors)"
         )
     if path.is_dir():
+        _check_prediction(path)
         unet, vae, encoders = _from_folder(path)
     elif path.is_file():
         unet, vae, encoders = load_single_file(path, config)
@@ -138,7 +139,7 @@ def _model_config(name: str) -> AnyStoryConfig:
     if name == "mini":
         return AnyStoryConfig.mini()
     try:
-        return AnyStoryConfig.from_json(Path(name).read_text())
+        return AnyStoryConfig.from_json(Path(name).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"base.model: got {name!r}, expected 'sdxl', 'mini' or a JSON file of a configuration"
@@ -166,10 +167,10 @@ def _from_folder(path: Path) -> tuple[Any, Any, list[Any]]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """A folder's config.json."""
-    file = path / "config.json"
+    """A JSON file, or a folder's config.json."""
+    file = path if path.suffix == ".json" else path / "config.json"
     try:
-        table = json.loads(file.read_text())
+        table = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"base.path: {file} cannot be read ({error}); get it again") from error
     if not isinstance(table, dict):
@@ -209,10 +210,17 @@ def _check_unet(unet: Any, config: AnyStoryConfig, path: Path) -> None:
                 f"base.path: {path.name} has {name} = {got}, the model {config.name!r} expects "
                 f"{wanted}; choose a base of that family or set base.model"
             )
-    prediction = unet.config.get("prediction_type", "epsilon")
-    if prediction != "epsilon":
+
+
+def _check_prediction(folder: Path) -> None:
+    """ModelMismatchError unless the pipeline's scheduler, where there is one, is for networks that
+    predict the noise, as Eq. 1 is."""
+    settings = folder / "scheduler" / "scheduler_config.json"
+    found = _settings(settings).get("prediction_type", "epsilon") if settings.is_file() else None
+    if found not in (None, "epsilon"):
         raise ModelMismatchError(
-            f"base.path: {path.name} predicts {prediction!r}; Eq. 1 is for 'epsilon'"
+            f"base.path: {folder.name} predicts {found!r}; Eq. 1 is for 'epsilon', so choose a "
+            "base that predicts the noise"
         )
 
 

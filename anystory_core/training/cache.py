@@ -34,7 +34,10 @@ class Encodings:
         self.base = base
         folder, augmented = config.data.cache, config.augment.changes
         precision = str(base.unet.dtype).removeprefix("torch.")
-        self.folder = Path(folder) / f"{base.fingerprint}-{precision}" if folder else None
+        reference = base.config.reference  # latents are kept at the U-Net's scale
+        scale = f"{reference.latent_scale:g}-{reference.latent_shift:g}"
+        name = f"{base.fingerprint}-{scale}-{precision}"
+        self.folder = Path(folder) / name if folder else None
         self.keeps_references = self.folder is not None and not augmented
 
     def text(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Generator, Iterable
@@ -16,6 +17,10 @@ from torch import Tensor
 from ..checkpoint import open_tensors
 from ..errors import AnyStoryError
 
+# What torch, safetensors and accelerate raise at files that are cut off, missing or another run's.
+_UNREADABLE = (
+    OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError,
+)  # fmt: skip
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -34,6 +39,22 @@ def writing(field: str, what: str, folder: Path) -> Generator[None, None, None]:
         raise CheckpointFolderError(
             f"{field}: {what} cannot be written to {folder} ({error}); free space or name another "
             "folder, then start the run again: it goes on from its last checkpoint"
+        ) from error
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Generator[None, None, None]:
+    """What a damaged checkpoint, or another run's, makes its readers raise, as a
+    CheckpointFolderError that says what to do."""
+    try:
+        yield
+    except CheckpointFolderError:
+        raise
+    except _UNREADABLE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise CheckpointFolderError(
+            f"run.folder: {path} cannot be gone on from ({reason}): it is damaged, or of a run "
+            "with other settings. Remove it to go on from the one before, or name another folder"
         ) from error
 
 
@@ -62,11 +83,11 @@ def write(folder: Path, step: int, keep: int, fill: Callable[[Path], None]) -> P
                     with open(os.path.join(root, name), "rb+") as file:
                         os.fsync(file.fileno())
             os.replace(partial, target)
+            for _, old in _whole(folder)[:-keep]:
+                shutil.rmtree(old)
     except CheckpointFolderError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for _, old in _whole(folder)[:-keep]:
-        shutil.rmtree(old)
     return target
 
 

@@ -238,7 +238,7 @@ def _bounds(
 def load_config(path: Path) -> TrainingConfig:
     """Read a TOML file; paths in it become absolute. ConfigError names what is wrong, and where."""
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be opened ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

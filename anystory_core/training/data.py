@@ -23,7 +23,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import AnyStoryError
@@ -191,7 +191,7 @@ def _open(entry: Entry, stem: str) -> Image.Image:
             try:
                 image = Image.open(io.BytesIO(place.read()))
                 image.load()
-                return image
+                return ImageOps.exif_transpose(image)  # as LoadImage turns it
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 raise DataError(
                     f"{entry.key}: {stem}.{extension} is not a picture ({error})"
@@ -233,13 +233,15 @@ class BadSamples:
     say: Callable[[str], object] = print
     read: int = 0
     bad: list[str] = field(default_factory=list[str])
+    _named: set[str] = field(default_factory=set[str])
 
     def note(self, error: DataError | None) -> None:
         """Count one sample. DataError when too many were bad, but not for the first two."""
         self.read += 1
         if error is None:
             return
-        if str(error) not in self.bad:
+        if str(error) not in self._named:
+            self._named.add(str(error))
             self.say(f"a corrupt sample was replaced by the next: {error}")
         self.bad.append(str(error))
         if len(self.bad) > max(2, MOST_BAD * max(self.read, 100)):

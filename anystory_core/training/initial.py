@@ -54,15 +54,18 @@ def build_trained_model(config: TrainingConfig, base: Base) -> AnyStoryModel:
         return model
     assert config.router is not None
     model = load_model(config.router.subject_file, dtype=torch.float32)
-    if model.config.unet != base.config.unet:
-        raise ConfigError(
-            f"router.subject_file: made for {model.config.name!r}, the base is {base.config.name!r}"
-        )
     if model.reference_net is not None and model.config.reference.cross_attention:
         raise ConfigError(
             "router.subject_file: its ReferenceNet reads text (converted with 'original'), which "
             "stage 2 cannot give it; convert with --reference-net simplified"
         )
+    for part in ("unet", "clip", "reference"):
+        own, wanted = getattr(model.config, part), getattr(base.config, part)
+        if own != wanted:
+            raise ConfigError(
+                f"router.subject_file: made for {model.config.name!r} with {part} = {own}, the "
+                f"base is {base.config.name!r} with {wanted}; give a file of this base"
+            )
     if "routers" in model.parts:
         raise ConfigError("router.subject_file: it holds a router already; give the stage 1 file")
     router = dataclasses.replace(model.config.router, refine=config.router.refine)

@@ -17,6 +17,8 @@ from ..errors import ModelMismatchError
 from .names import diffusers_unet_config, ldm_to_diffusers
 
 _UNET = "model.diffusion_model."
+# Tensors by which files say that their U-Net does not predict the noise.
+_OTHER_PREDICTIONS = ("v_pred", "edm_mean", "edm_vpred.sigma_max")
 _SMALL_TEXT = "conditioner.embedders.0.transformer."
 _LARGE_TEXT = "conditioner.embedders.1.model."
 
@@ -64,6 +66,12 @@ def networks_of(
     tools = cast(Any, single_file_utils)
     if f"{_UNET}input_blocks.0.0.weight" not in state:
         raise ModelMismatchError(f"base.path: {name} holds no U-Net of Stable Diffusion's kind")
+    for marker in _OTHER_PREDICTIONS:
+        if marker in state:
+            raise ModelMismatchError(
+                f"base.path: {name} does not predict the noise (it holds {marker!r}); Eq. 1 is for "
+                "networks that do, so choose another base"
+            )
     unet = cast(Any, UNet2DConditionModel)(**diffusers_unet_config(config.unet))
     table = ldm_to_diffusers(config).items()
     renamed = {new: state[_UNET + old] for old, new in table if _UNET + old in state}

@@ -57,7 +57,7 @@ def add_noise(
         noise.append(torch.randn(clean.shape[1:], generator=generator))
     t = torch.stack(timesteps).to(clean.device)
     eps = torch.stack(noise).to(clean)
-    alpha = alphas.to(clean.device)[t].to(clean.dtype)[:, None, None, None]
+    alpha = alphas[torch.stack(timesteps)].to(clean)[:, None, None, None]
     return alpha.sqrt() * clean + (1 - alpha).sqrt() * eps, eps, t
 
 

@@ -273,10 +273,8 @@ class Trainer:
         def fill(path: Path) -> None:
             self.accelerator.wait_for_everyone()  # until the main process has made the folder
             self.accelerator.save_state(str(path))
-            if self.accelerator.is_main_process:
-                if self.config.optimiser.ema:
-                    save_tensors(path / _AVERAGE, self.average, {})
-                (path / "run.json").write_text(json.dumps({"step": self.step}))
+            if self.accelerator.is_main_process and self.config.optimiser.ema:
+                save_tensors(path / _AVERAGE, self.average, {})
             self.accelerator.wait_for_everyone()
 
         if self.accelerator.num_processes == 1 or self.accelerator.is_main_process:
@@ -304,7 +302,11 @@ class Trainer:
             return None
         self.step, path = found
         self._saved = self.step
-        self.accelerator.load_state(str(path))
+        with checkpoints.reading(path):
+            self.accelerator.load_state(str(path))
+        # accelerate counts micro-batches on from where it was, and ``accumulate`` may be another
+        # now; a checkpoint is always between two steps.
+        self.accelerator.step = 0
         self.accelerator.print(f"resuming from step {self.step}")
         return path
 
@@ -314,7 +316,7 @@ class Trainer:
             return {}
         average = {n: p.detach().float().clone() for n, p in self._unwrapped().trained()}
         if checkpoint is not None and (checkpoint / _AVERAGE).exists():
-            with open_tensors(checkpoint / _AVERAGE) as file:
+            with checkpoints.reading(checkpoint), open_tensors(checkpoint / _AVERAGE) as file:
                 for name, tensor in average.items():
                     tensor.copy_(file.get_tensor(name))
         return average

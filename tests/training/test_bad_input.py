@@ -135,7 +135,7 @@ def test_files_to_go_on_from(subject_run: Any, world: Any, tmp_path: Path) -> No
     initial.copy_parts(model, str(subject_run.file), "subject.start_file")
 
 
-def test_a_reference_net_that_reads_text_is_refused_by_stage_2(world: Any, tmp_path: Path) -> None:
+def test_stage_2_refuses_a_file_that_does_not_fit(world: Any, tmp_path: Path) -> None:
     own = tiny.config()
     reading = replace(own, reference=replace(own.reference, cross_attention=True))
     model = build_model(reading, ("reference_net", "reference_projections"))
@@ -145,6 +145,10 @@ def test_a_reference_net_that_reads_text_is_refused_by_stage_2(world: Any, tmp_p
         tmp_path, world.base, world.scenes, "router", steps=1, router={"subject_file": str(file)}
     )
     with pytest.raises(ConfigError, match=r"router\.subject_file: its ReferenceNet reads text"):
+        Trainer(load_config(path)).run()
+    other = replace(own, reference=replace(own.reference, size=2 * own.reference.size))
+    save_model(file, build_model(other, ("reference_net", "reference_projections")), other)
+    with pytest.raises(ConfigError, match=r"router\.subject_file: made for .* with reference = "):
         Trainer(load_config(path)).run()
 
 
@@ -194,6 +198,18 @@ def test_damaged_bases(
     damage(base / file)
     with pytest.raises(ConfigError, match=words):
         load_base(BaseSettings(path=str(base), model=str(base / "config.json")))
+
+
+def test_a_base_that_does_not_predict_the_noise(world: Any, tmp_path: Path) -> None:
+    base = shutil.copytree(world.base, tmp_path / "base")
+    settings = BaseSettings(path=str(base), model=str(base / "config.json"))
+    (base / "scheduler").mkdir()
+    file = base / "scheduler" / "scheduler_config.json"
+    file.write_text('{"prediction_type": "epsilon"}')
+    load_base(settings)
+    file.write_text('{"prediction_type": "v_prediction"}')
+    with pytest.raises(AnyStoryError, match=r"base\.path: base predicts 'v_prediction'"):
+        load_base(settings)
 
 
 def test_text_encoders_of_either_transformers(world: Any, tmp_path: Path) -> None:

@@ -108,6 +108,24 @@ def test_masks_in_palette_files(tmp_path: Path) -> None:
         assert torch.equal(mask, torch.from_numpy(half).float())
 
 
+def test_photographs_are_turned_as_the_host_turns_them(tmp_path: Path) -> None:
+    """Phones save them lying, with a note which side is up."""
+    ((_, files),) = tiny.pairs(1)
+    lying = Image.new("RGB", (64, 32), "red")
+    lying.paste("blue", (0, 0, 32, 32))
+    note = Image.Exif()
+    note[0x0112] = 6  # the right side is up
+    file = io.BytesIO()
+    lying.save(file, "JPEG", quality=95, exif=note)
+    for name in [n for n in files if n.startswith(("target", "reference_mask"))]:
+        del files[name]
+    files["target.jpg"] = file.getvalue()
+    shards.write_folder([("one", files)], tmp_path)
+    target = decode(Index.of((str(tmp_path),)).entries[0]).target
+    assert target.shape == (64, 32, 3)
+    assert target[:32, :, 2].mean() > 0.8 and target[32:, :, 0].mean() > 0.8  # blue is up
+
+
 DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     ("target.png", lambda path: path.write_bytes(b"no picture"), "target.png is not a picture"),
     ("caption.txt", Path.unlink, "has ['reference.png', 'reference_mask.png'"),

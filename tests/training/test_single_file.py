@@ -114,3 +114,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         rest = {k: v for k, v in state.items() if not k.startswith(prefix)}
         with pytest.raises(ModelMismatchError, match=f"base.safetensors .*{words}"):
             networks_of(rest, tiny.config(), path.name, SMALL)
+    for marker in ("v_pred", "edm_mean"):
+        marked = {**state, marker: torch.zeros(0)}
+        with pytest.raises(ModelMismatchError, match=f"does not predict the noise .*{marker}"):
+            networks_of(marked, tiny.config(), path.name, SMALL)

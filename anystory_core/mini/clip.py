@@ -22,7 +22,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from .config import VISION
 from .emoji import Emoji
-from .phase import Phase, autocast, shares
+from .phase import Phase, autocast, first_makes, shares
 from .scenes import SHARD, read_shard, shard_numbers
 from .text import build_text, tokenize, vocabulary
 from .views import SIZE, VIEWS, load_views, normalise
@@ -73,8 +73,12 @@ def load_vocabulary(folder: Path) -> list[int]:
 def _keep_vocabulary(emoji: Sequence[Emoji], folder: Path) -> list[int]:
     """Write the vocabulary once: weights depend on it."""
     file = folder / "vocabulary.json"
-    if not file.exists():
-        file.write_text(json.dumps(vocabulary(emoji)))
+
+    def write() -> None:
+        if not file.exists():
+            file.write_text(json.dumps(vocabulary(emoji)))
+
+    first_makes(write)
     return load_vocabulary(folder)
 
 

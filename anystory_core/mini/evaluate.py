@@ -23,6 +23,8 @@ from typing import Any
 import torch
 
 from ..build import AnyStoryModel
+from ..training.bases import fingerprint
+from .config import PICTURE_SIZE
 from .emoji import Emoji, load_emoji, split
 from .evaluation import report, rows, segmentation
 from .evaluation.judge import Judge
@@ -154,7 +156,10 @@ def main() -> None:
         judge = Judge.load(given.work, len(training), subjects)
     except FileNotFoundError as error:
         print(f"no measuring networks ({error}): routing only", flush=True)
-    key = "-".join((stack.fingerprint, *(m.fingerprint for m in models.values())))
+    parts = [str(PICTURE_SIZE), stack.fingerprint, *(m.fingerprint for m in models.values())]
+    if judge is not None:
+        parts.append(fingerprint((judge.finder, judge.identity)))
+    key = "-".join(parts)
     table = Table(given.out, key)
     measure_all(stack, models, subjects, judge, table, given.samples, given.rows)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoint import load_model, save_model
+from ..checkpoint import load_model, save_model, save_tensors
 from ..training.names import ldm_to_diffusers
 from . import vae as vae_module
 from .base import load_unet
@@ -47,7 +46,7 @@ def export(work: Path) -> dict[str, int]:
             for name, tensor in state.items()
         }
         path(part).parent.mkdir(parents=True, exist_ok=True)
-        save_file(half, path(part))
+        save_tensors(path(part), half, {})
         sizes[part] = path(part).stat().st_size
         if sizes[part] > LARGEST_FILE:
             raise ValueError(f"{path(part).name}: {sizes[part]} bytes, at most {LARGEST_FILE}")

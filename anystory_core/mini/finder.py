@@ -24,7 +24,7 @@ from torch.nn import functional
 from ..preprocess import mask_box
 from .backgrounds import PLACES
 from .emoji import Emoji
-from .phase import Phase, autocast, shares
+from .phase import Phase, autocast, first_makes, shares
 from .world import UInt8, pool_of, render_scene
 
 SIZE = 128  # larger pictures are shrunk before they are looked at
@@ -88,7 +88,10 @@ def _load_scenes(emoji: Sequence[Emoji], folder: Path) -> tuple[UInt8, NDArray[n
     """Pictures (SCENES,128,128,3) and labels (SCENES,13): the place, then three boxes, -1 where
     there is none. Rendered first when missing."""
     pictures_file, labels_file = folder / "finder.npy", folder / "finder_labels.npy"
-    if not labels_file.exists():
+
+    def render() -> None:
+        if labels_file.exists():
+            return
         pool = pool_of(emoji)
         shape = (SCENES, SIZE, SIZE, 3)
         temporary = pictures_file.with_suffix(".tmp")
@@ -103,6 +106,8 @@ def _load_scenes(emoji: Sequence[Emoji], folder: Path) -> tuple[UInt8, NDArray[n
         pictures.flush()
         os.replace(temporary, pictures_file)
         np.save(labels_file, labels)
+
+    first_makes(render)
     return np.load(pictures_file, mmap_mode="r"), np.load(labels_file)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .emoji import Emoji
-from .phase import Phase, autocast, shares
+from .phase import Phase, autocast, first_makes, shares
 from .scenes import SHARD, read_shard, shard_numbers
 from .world import UInt8, solid_box, transformed
 
@@ -80,7 +80,10 @@ def render_cut(emoji: Emoji, rng: random.Random) -> UInt8:
 
 def load_cuts(emoji: Sequence[Emoji], file: Path) -> UInt8:
     """(len(emoji), CUTS, 80, 80, 4), mapped from disk, rendered first when missing."""
-    if not file.exists():
+
+    def render() -> None:
+        if file.exists():
+            return
         temporary = file.with_suffix(".tmp")
         shape = (len(emoji), CUTS, _ROOM, _ROOM, 4)
         out = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
@@ -89,6 +92,8 @@ def load_cuts(emoji: Sequence[Emoji], file: Path) -> UInt8:
                 out[i, cut] = render_cut(item, random.Random(900_000 + i * CUTS + cut))
         out.flush()
         os.replace(temporary, file)
+
+    first_makes(render)
     return np.load(file, mmap_mode="r")
 
 

@@ -76,6 +76,15 @@ def _share(number: int, task: Callable[[], None], processes: int, meet: str) -> 
             distributed.destroy_process_group()
 
 
+def first_makes(make: Callable[[], object]) -> None:
+    """Let the first of the processes that share a phase make files that all of them read. All must
+    call this; ``make`` does nothing where they are there."""
+    if not shares()[0]:
+        make()
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
 def _average_gradients(parameters: list[nn.Parameter]) -> None:
     """Replace gradients by their mean over all processes, in one message."""
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -162,6 +171,8 @@ class Phase:
             for group in optimiser.param_groups:
                 group["lr"] = self.rate(step)
             loss = loss_of(step, generator)
+            if not bool(loss.isfinite()):  # the checkpoint must stay as it is
+                raise FloatingPointError(f"{self.name}: the loss of step {step} is {float(loss)}")
             loss.backward()
             if parts > 1:
                 _average_gradients(parameters)

@@ -151,7 +151,9 @@ def cache_scenes(work: Path) -> None:
     """Encode the rendered shards that are not encoded yet, this process's share of them."""
     vae, (clip, row_table) = load_vae(work), load_clip(work)
     part, parts = shares()
-    for number in missing(work / "scenes", work / "cache")[part::parts]:
+    for number in missing(work / "scenes", work / "cache"):
+        if number % parts != part:
+            continue
         cache_shard(work / "scenes", work / "cache", number, vae, clip, row_table)
         print(f"cache: shard {number}", flush=True)
 

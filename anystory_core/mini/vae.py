@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .emoji import Emoji
-from .phase import Phase, autocast, shares
+from .phase import Phase, autocast, first_makes, shares
 from .scenes import read_shard
 from .world import SIZE, UInt8, pool_of, render_reference, render_scene
 
@@ -135,6 +136,8 @@ def whiten(vae: Any, pixels: Tensor) -> None:
 
 def finish_encoder(folder: Path) -> None:
     """Whiten the trained VAE on rendered scenes, once: ``folder/vae.whitened.pt``."""
+    if (folder / "vae.whitened.pt").exists():
+        return
     vae = build_vae().to(memory_format=torch.channels_last)
     phase(folder).load(vae)
     pictures = read_shard(folder / "scenes", 0).pictures[:100]
@@ -142,8 +145,7 @@ def finish_encoder(folder: Path) -> None:
     whiten(vae, pixels)
     factors, bias = rgb_factors(vae, pixels)
     print(f"vae: previews, for config.py: {factors.tolist()}, {bias.tolist()}", flush=True)
-    # Processes that share a phase may all get here; each writes the same, and none reads a part.
-    temporary = folder / f"vae.whitened.{os.getpid()}.tmp"
+    temporary = folder / "vae.whitened.tmp"
     torch.save(vae.state_dict(), temporary)
     os.replace(temporary, folder / "vae.whitened.pt")
 
@@ -151,8 +153,7 @@ def finish_encoder(folder: Path) -> None:
 def load_vae(folder: Path) -> Any:
     """The whitened VAE, with the decoder as far as it is trained, in evaluation mode."""
     vae = build_vae().to(memory_format=torch.channels_last)
-    if not (folder / "vae.whitened.pt").exists():
-        finish_encoder(folder)
+    first_makes(partial(finish_encoder, folder))
     vae.load_state_dict(torch.load(folder / "vae.whitened.pt", weights_only=True))
     decoding = decoder_phase(folder)
     if decoding.state_file.exists():

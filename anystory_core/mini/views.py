@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..preprocess import BOX_SCALE, CLIP_MEAN, CLIP_STD
 from .emoji import Emoji
+from .phase import first_makes
 from .world import UInt8, solid_box, transformed
 
 SIZE = 224
@@ -37,7 +38,10 @@ def render_view(emoji: Emoji, rng: random.Random) -> UInt8:
 
 def load_views(emoji: Sequence[Emoji], file: Path) -> UInt8:
     """(len(emoji), VIEWS, 224, 224, 3), mapped from disk, rendered first when missing."""
-    if not file.exists():
+
+    def render() -> None:
+        if file.exists():
+            return
         temporary = file.with_suffix(".tmp")
         shape = (len(emoji), VIEWS, SIZE, SIZE, 3)
         out = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
@@ -46,6 +50,8 @@ def load_views(emoji: Sequence[Emoji], file: Path) -> UInt8:
                 out[i, view] = render_view(item, random.Random(i * VIEWS + view))
         out.flush()
         os.replace(temporary, file)
+
+    first_makes(render)
     return np.load(file, mmap_mode="r")
 
 

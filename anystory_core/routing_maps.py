@@ -95,20 +95,19 @@ class RoutingRecord:
                 "maps: no routes were recorded; the subjects may have been inactive "
                 "(strength 0, or outside start and end)"
             )
-        height, width = max(grids, key=lambda g: g[0] * g[1])
-        total = torch.zeros(self.subjects + 1, height, width)
-        count = 0
+        finest = max(grids, key=lambda g: g[0] * g[1])
+        # Summed on each grid first: a run of SDXL has thousands of maps on two or three grids.
+        sums = {grid: torch.zeros(self.subjects + 1, *grid) for grid in set(grids)}
         for step, recorded in enumerate(self.steps):
-            for index in recorded.ids:
+            for index, grid in recorded.grids.items():
                 ids = self.block_map(step, index, row)
-                if ids is None:
-                    continue
+                assert ids is not None
                 one_hot = torch.nn.functional.one_hot(ids.long(), self.subjects + 1)
-                total += torch.nn.functional.interpolate(
-                    one_hot.movedim(-1, 0)[None].float(), size=(height, width), mode="nearest"
-                )[0]
-                count += 1
-        return total / count
+                sums[grid] += one_hot.movedim(-1, 0)
+        total = torch.zeros(self.subjects + 1, *finest)
+        for votes in sums.values():
+            total += torch.nn.functional.interpolate(votes[None], size=finest, mode="nearest")[0]
+        return total / len(grids)
 
     def consensus(self, row: int) -> Tensor:
         """Region ids (h,w) int64 by majority over blocks and steps, on the finest grid."""

@@ -3,14 +3,14 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { manageInputs } from "./router_inputs.js";
+import { manageInputs, tidyAll } from "./router_inputs.js";
 import { textsFor } from "./texts.js";
 import { RouteViewer } from "./viewer.js";
 
 const LEAST_WIDTH = 340;
 const MARGIN = 10; // pixels around the viewer
-const RESTORE_DELAY = 200; // milliseconds: the editor restores outputs after it has built the graph
 const viewers = new WeakMap(); // node -> RouteViewer
+const shown = new WeakMap(); // node -> the entries of its viewer
 
 function addStyle() {
   const link = document.createElement("link");
@@ -50,8 +50,10 @@ function viewerOf(node) {
 }
 
 function show(node, output) {
-  if (!output?.anystory_routes?.length) return;
-  viewerOf(node).show(output.anystory_routes, output.text);
+  const entries = output?.anystory_routes;
+  if (!entries?.length || shown.get(node) === entries) return;
+  shown.set(node, entries);
+  viewerOf(node).show(entries, output.text);
   if (node.size[0] < LEAST_WIDTH) node.setSize([LEAST_WIDTH, node.size[1]]);
   grow(node);
 }
@@ -69,15 +71,26 @@ function watchOutputs(node) {
     before?.apply(this, arguments);
     show(this, output);
   };
-  // A graph that is opened again gets its outputs back without being run.
-  setTimeout(() => {
-    if (node.graph && !viewers.has(node)) show(node, app.nodeOutputs?.[node.id]);
-  }, RESTORE_DELAY);
+}
+
+/** The node of an output's key: "id", or "uuid:id" inside of a subgraph. */
+function nodeOf(key) {
+  const [id, subgraph] = key.split(":").reverse();
+  const root = app.rootGraph ?? app.graph;
+  return (subgraph ? root.subgraphs?.get(subgraph) : root)?.getNodeById(id);
 }
 
 app.registerExtension({
   name: "AnyStory",
   setup: addStyle,
+  afterConfigureGraph: tidyAll,
+  // A graph that is opened again, or from the history, gets outputs without being run.
+  onNodeOutputsUpdated(outputs) {
+    for (const [key, output] of Object.entries(outputs ?? {})) {
+      const node = output?.anystory_routes && nodeOf(key);
+      if (node?.comfyClass === "RoutingMapPreview") show(node, output);
+    }
+  },
   nodeCreated(node) {
     if (node.comfyClass === "RoutingMapPreview") watchOutputs(node);
     if (node.comfyClass === "SubjectRouter") manageInputs(node);

@@ -21,6 +21,23 @@ function linkOf(graph, id) {
   return graph?.links?.get ? graph.links.get(id) : graph?.links?.[id];
 }
 
+/** Take inputs off the drawing; returns how many. */
+function removeInputs(node, unwanted) {
+  const before = node.inputs.length;
+  for (let i = before - 1; i >= 0; i--) if (unwanted(node.inputs[i])) node.removeInput(i);
+  return before - node.inputs.length;
+}
+
+/** Tell links and drawing that inputs are in other places now. */
+function renumber(node) {
+  node.inputs.forEach((input, i) => {
+    const link = linkOf(node.graph, input.link);
+    if (link) link.target_slot = i;
+  });
+  // Nodes that are drawn by Vue take their slots anew on this event.
+  node.graph?.trigger?.("node:slot-links:changed", { nodeId: node.id, slotType: INPUT });
+}
+
 /** Show the pairs that are needed, in the order of the node's definition. */
 function tidy(node, definition) {
   const numbers = definition.map((slot) => numberOf(slot.name));
@@ -31,11 +48,7 @@ function tidy(node, definition) {
     inputs.every((input, i) => !i || rank.get(inputs[i - 1].name) <= rank.get(input.name));
 
   const tight = node.size[1] <= node.computeSize()[1] + 1;
-  const before = node.inputs.length;
-  for (let i = node.inputs.length - 1; i >= 0; i--) {
-    if (numberOf(node.inputs[i].name) > shown) node.removeInput(i);
-  }
-  const removed = before - node.inputs.length;
+  const removed = removeInputs(node, (input) => numberOf(input.name) > shown);
   const present = new Set(node.inputs.map((input) => input.name));
   const missing = wanted.filter((slot) => !present.has(slot.name));
   for (const { name, type, ...rest } of missing) node.addInput(name, type, rest);
@@ -45,19 +58,25 @@ function tidy(node, definition) {
     const place = (input) => rank.get(input.name) ?? definition.length;
     node.inputs = [...node.inputs].sort((a, b) => place(a) - place(b));
   }
-  node.inputs.forEach((input, i) => {
-    const link = linkOf(node.graph, input.link);
-    if (link) link.target_slot = i;
-  });
+  renumber(node);
   const least = node.computeSize()[1];
   node.setSize([node.size[0], tight ? least : Math.max(least, node.size[1])]);
-  // Nodes that are drawn by Vue take their slots anew on this event.
-  node.graph?.trigger?.("node:slot-links:changed", { nodeId: node.id, slotType: INPUT });
   node.setDirtyCanvas?.(true, true);
 }
 
-/** Keep a new SubjectRouter tidy. Work waits until the graph stands still: a graph that is being
- * loaded needs all slots until its links are in place. */
+const waiting = new Map(); // node -> its definition
+
+/** Tidy the nodes that wait for it. The editor calls this when it has built a graph, before it
+ * remembers the graph's state; otherwise it happens as soon as the graph stands still. */
+export function tidyAll() {
+  for (const [node, definition] of waiting) {
+    waiting.delete(node);
+    if (node.graph) tidy(node, definition);
+  }
+}
+
+/** Keep a new SubjectRouter tidy. Work waits until the graph stands still: while links are moved,
+ * slots must stay where they are. */
 export function manageInputs(node) {
   const definition = node.inputs.map(({ name, type, shape, localized_name, tooltip }) => ({
     name,
@@ -66,14 +85,19 @@ export function manageInputs(node) {
     localized_name,
     tooltip,
   }));
-  let waiting = false;
   const soon = () => {
-    if (waiting) return;
-    waiting = true;
-    setTimeout(() => {
-      waiting = false;
-      if (node.graph) tidy(node, definition);
-    });
+    if (!waiting.size) setTimeout(tidyAll);
+    waiting.set(node, definition);
+  };
+  // The editor gives a configured node all its defined inputs, and then links pasted nodes by the
+  // numbers of the slots that were saved.
+  const configure = node.configure;
+  node.configure = function (data) {
+    const saved = new Set(data?.inputs?.map((input) => input.name));
+    const result = configure.apply(this, arguments);
+    const free = (input) => numberOf(input.name) && input.link == null && !saved.has(input.name);
+    if (saved.size && removeInputs(this, free)) renumber(this);
+    return result;
   };
   const before = node.onConnectionsChange;
   node.onConnectionsChange = function (...values) {

@@ -257,6 +257,38 @@ def test_one_more_input_than_is_used(editor: Editor) -> None:
     assert editor.inputs("SubjectRouter") == ["anystory", *pairs, "clip"]
 
 
+def test_a_copied_router_keeps_its_links(opened: Editor) -> None:
+    """The editor links pasted nodes by the numbers of their saved sockets."""
+    opened.load(json.loads(TEMPLATES["public_weights_sdxl"].read_text()))
+    opened.frames()
+    opened.js(
+        "const { canvas } = app; canvas.selectItems();"
+        "canvas.copyToClipboard(); canvas.pasteFromClipboard();"
+    )
+    opened.frames()
+    routers = [node for node in opened.saved()["nodes"] if node["type"] == "SubjectRouter"]
+    first, second = (
+        [entry["name"] for entry in node["inputs"] if entry.get("link") is not None]
+        for node in routers
+    )
+    assert first == second and "clip" in first
+    assert inputs_of(routers[0]) == inputs_of(routers[1])
+
+
+def test_what_was_shown_comes_back(editor: Editor) -> None:
+    """With the outputs that the editor keeps: of the tab before, or of the history."""
+    shown, saved = run_two_subjects(editor), editor.saved()
+    node = next(node["id"] for node in saved["nodes"] if node["type"] == PREVIEW)
+    editor.open(vue=editor.vue)
+    editor.load(saved)
+    editor.frames()
+    visible = "return Boolean(document.querySelector(arguments[0])?.checkVisibility())"
+    assert not editor.js(visible, VIEWER)
+    editor.js("app.nodeOutputs = { [arguments[0]]: arguments[1] }", str(node), shown)
+    editor.look_at(PREVIEW)
+    editor.wait(visible, VIEWER)
+
+
 def test_without_the_script(browser: Editor) -> None:
     """A graph saved with the script opens and runs without it, and the node shows its pictures."""
     browser.open()

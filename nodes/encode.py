@@ -146,7 +146,7 @@ class EncodeSubject(io.ComfyNode):
                 release(patchers)
         progress.update(1)
         preview = ui.PreviewImage(tensors.uint8_picture(views.cutout), cls=cls).as_dict()
-        preview["text"] = say(views.notes or ["The subject was cut out by its mask."])
+        preview["text"] = say(views.notes)
         return io.NodeOutput(subject, ui=preview)
 
 

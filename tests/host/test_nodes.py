@@ -86,7 +86,7 @@ def test_encode_shows_its_cut_out_and_says_what_it_assumed(scene: Scene) -> None
         anystory=mini.anystory, clip_vision=mini.clip_vision, vae=mini.vae, image=picture(0)[0],
         mask=picture(0)[1],
     )  # fmt: skip
-    assert given.ui.keys() == out.ui.keys() and given.ui["text"] != out.ui["text"]
+    assert given.ui.keys() == out.ui.keys() and given.ui["text"] == ()
 
 
 def test_what_is_said_is_shown_on_the_node(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,9 +101,14 @@ def test_what_is_said_is_shown_on_the_node(scene: Scene, monkeypatch: pytest.Mon
     }  # fmt: skip
     scene.pack.EncodeSubject.execute(**given)
     monkeypatch.setitem(sys.modules, "server", server_module)
-    with module("comfy_execution.utils").CurrentNodeContext("prompt", "17"):
+    context = module("comfy_execution.utils").CurrentNodeContext
+    with context("prompt", "17"):
         out = scene.pack.EncodeSubject.execute(**given)
-    assert said == [("\n".join(out.ui["text"]), "17", "me")]
+        scene.pack.EncodeSubject.execute(**given, mask=picture(0)[1])  # nothing to say
+        scene.pack.EncodeSubject.execute(**given, mask=picture(0)[1])
+    with context("prompt", "18"):
+        scene.pack.EncodeSubject.execute(**given, mask=picture(0)[1])
+    assert said == [("\n".join(out.ui["text"]), "17", "me"), ("", "17", "me")]
 
 
 def test_preview_outputs(scene: Scene) -> None:

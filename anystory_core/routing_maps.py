@@ -35,6 +35,7 @@ class RoutingRecord:
     labels: tuple[str, ...]
     sites: tuple[Site, ...]
     keep_soft: bool = False
+    idle: bool = False  # no subject acted in the run, so there is nothing to record
     steps: list[StepRecord] = field(default_factory=list[StepRecord])
     _pending: StepRecord | None = None
 

@@ -126,6 +126,7 @@ def apply_routing(
         )
     patched = model.clone()
     if not routing.subjects:
+        maps.unrouted = True
         return patched
     anystory = routing.anystory
     check_model(model, anystory.model.config, anystory.model.sites)

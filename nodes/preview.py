@@ -17,6 +17,7 @@ from ..anystory_core.routing_atlas import build_atlas
 from ..anystory_core.routing_maps import RoutingRecord
 from .host import ids, tensors
 from .host.records import RoutingMaps
+from .host.saying import say
 
 LEAST_SHARE = 0.01  # a subject below it was hardly drawn
 
@@ -68,6 +69,20 @@ def viewer_data(record: RoutingRecord, row: int) -> dict[str, Any]:
         file.write(atlas.png)
     place = {"filename": filename, "subfolder": subfolder, "type": "temp"}
     return {"file": place, "layout": atlas.layout}
+
+
+def nothing_to_show(cls: Any, record: RoutingRecord, size: tuple[int, int]) -> io.NodeOutput:
+    """A run without routes is no error: others of the same list may have some."""
+    why = (
+        "No subject acted in this run: there is none, its strength is 0, or its window is empty."
+        if record.idle
+        else "No step falls into the time range of the positive prompt."
+    )
+    masks = torch.zeros(max(1, record.subjects), *size)
+    black = torch.zeros(1, *size, 3)
+    shown = ui.PreviewImage(black, cls=cls).as_dict()
+    shown |= {"anystory_routes": [], "text": say([f"No routes. {why}"])}
+    return io.NodeOutput(black, masks, ui=shown)
 
 
 class RoutingMapPreview(io.ComfyNode):
@@ -129,18 +144,15 @@ class RoutingMapPreview(io.ComfyNode):
         image: Tensor | None = None,
     ) -> io.NodeOutput:
         record = maps.find(latent["samples"])
+        size = tuple(tensors.PIXELS_PER_LATENT * n for n in latent["samples"].shape[-2:])
         if not record.steps:
-            raise RoutingError(
-                "maps: no routes were recorded; no step falls into the time range of the positive "
-                "prompt. Widen it, or connect a prompt without one"
-            )
+            return nothing_to_show(cls, record, (size[0], size[1]))
         chosen = choose_steps(steps, len(record.steps))
         picture = routing_figure.figure(
             record, row=batch_index, steps=chosen, background=show_background
         )
         shown = ui.PreviewImage(picture[None], cls=cls).as_dict()
         viewer = viewer_data(record, batch_index)
-        size = tuple(tensors.PIXELS_PER_LATENT * n for n in latent["samples"].shape[-2:])
         if image is not None:
             if not batch_index < image.shape[0]:
                 raise RoutingError(

@@ -66,12 +66,12 @@ def soft_maps(
         latent.repeat(noise.shape[0], 1, 1, 1),
         disable_pbar=True,
     )
-    if not maps.runs:
+    (record,) = maps.runs.values()
+    if record.idle:
         raise RoutingError(
             "routing: no subject acts (strength 0, or a time window that is empty); raise its "
             "strength in AnyStory Subject Options"
         )
-    (record,) = maps.runs.values()
     if not record.steps:
         raise RoutingError(
             f"positive: none of its prompts is used at noise {level}; raise or lower noise, or "

@@ -18,6 +18,7 @@ class RoutingMaps:
     """The ANYSTORY_MAPS socket: the last runs of one ApplyAnyStory."""
 
     keep_soft: bool = False
+    unrouted: bool = False  # the router has no subject: sampling is the host's own
     runs: dict[str, RoutingRecord] = field(default_factory=dict)
 
     def file(self, latent: Tensor, record: RoutingRecord) -> None:
@@ -30,13 +31,14 @@ class RoutingMaps:
 
     def find(self, latent: Tensor) -> RoutingRecord:
         """The run that returned ``latent``."""
+        if self.unrouted:
+            return RoutingRecord((), (), idle=True)
         record = self.runs.get(fingerprint(latent))
         if record is None:
             raise RoutingError(
                 "latent: no recorded run returned this latent. Connect the LATENT of the sampler "
                 "that uses this ApplyAnyStory's model; if it is connected, the sampler's result "
                 "came from the cache, which no longer has its routes: change the seed, or clear "
-                "the host's execution cache and queue again. A run in which no subject acts "
-                "(strength 0, start not before end) records nothing"
+                "the host's execution cache and queue again"
             )
         return record

@@ -186,9 +186,12 @@ class SamplingWrapper:
         guider = executor.class_obj
         windows = self._windows(guider.model_patcher)
         if self._idle(windows):
-            return executor(
+            latent = executor(
                 noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs
             )
+            labels = tuple(subject.label for subject in self.routing.subjects)
+            self.maps.file(latent, RoutingRecord(labels, (), idle=True))
+            return latent
         with contextlib.nullcontext() if self.node is None else named(self.node):
             state = self._prepare(guider, windows, sigmas.shape[-1] - 1)
         options = guider.model_options

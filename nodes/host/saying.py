@@ -12,7 +12,6 @@ from typing import Any
 
 from comfy_execution.utils import get_executing_context
 
-
 _told: set[tuple[str | None, str]] = set()  # clients and nodes that show something of ours
 
 

@@ -135,6 +135,31 @@ def test_preview_warns_of_a_subject_without_a_place(scene: Scene) -> None:
     assert text.startswith("'box' got 0.0 % of the picture")
 
 
+@pytest.mark.parametrize("why", ["strength", "window", "nobody", "prompt"])
+def test_a_run_without_routes_is_no_error(scene: Scene, why: str) -> None:
+    """In a list it must not take the other pictures' maps away."""
+    positive = scene.positive
+    if why == "prompt":
+        positive = module("node_helpers").conditioning_set_values(
+            positive, {"start_percent": 0.4, "end_percent": 0.6}
+        )
+    empty = scene.pack.SubjectRouter.execute(anystory=scene.mini.anystory, mode="learned").args[0]
+    given: dict[str, dict[str, Any]] = {
+        "strength": {"strength": 0.0, "reference_strength": 0.0},
+        "window": {"start": 0.5, "end": 0.5},
+        "nobody": {"routing": empty},
+        "prompt": {},
+    }
+    model, maps = scene.apply_with_maps(**given[why])
+    shown = scene.preview(maps, scene.sample(model, steps=2, positive=positive))
+    acting, some = scene.apply_with_maps()
+    assert shown.ui.keys() == scene.preview(some, scene.sample(acting, steps=1)).ui.keys()
+    masks = shown.args[1]
+    assert masks.shape == (1 if why == "nobody" else 2, 128, 128) and not masks.any()
+    (text,) = shown.ui["text"]
+    assert ("time range of the positive prompt" if why == "prompt" else "No subject acted") in text
+
+
 def test_preview_is_blank_outside_the_window(scene: Scene) -> None:
     model, maps = scene.apply_with_maps(start=0.4)
     out = scene.sample(model, steps=4)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from anystory_core.config import ReferenceConfig
 from anystory_core.training.bases import fingerprint
 from anystory_core.training.batches import Batch
 from anystory_core.training.cache import Encodings
@@ -26,8 +27,9 @@ from anystory_core.training.config import (
 class CountingBase:
     """Encodes a picture as its mean, and counts the pictures."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> None:
         self.fingerprint, self.unet, self.encoded = "base", SimpleNamespace(dtype=dtype), 0
+        self.config = SimpleNamespace(reference=ReferenceConfig(latent_scale=scale))
 
     def encode_picture(self, pixels: Tensor) -> Tensor:
         self.encoded += len(pixels)
@@ -66,10 +68,10 @@ def test_one_key_and_two_pictures(tmp_path: Path) -> None:
     assert base.encoded == 5
 
 
-def test_another_precision_has_its_own_entries(tmp_path: Path) -> None:
+def test_another_precision_or_scale_has_its_own_entries(tmp_path: Path) -> None:
     picture, cpu = torch.rand(3, 8, 8), torch.device("cpu")
-    for dtype in (torch.float32, torch.bfloat16):
-        base = CountingBase(dtype)
+    for dtype, scale in ((torch.float32, 1.0), (torch.bfloat16, 1.0), (torch.float32, 0.13)):
+        base = CountingBase(dtype, scale)
         encodings(base, tmp_path).latents(batch(picture), cpu)
         assert base.encoded == 1
 

@@ -98,16 +98,18 @@ class RoutingRecord:
             )
         finest = max(grids, key=lambda g: g[0] * g[1])
         # Summed on each grid first: a run of SDXL has thousands of maps on two or three grids.
-        sums = {grid: torch.zeros(self.subjects + 1, *grid) for grid in set(grids)}
+        ids: dict[Grid, list[Tensor]] = {grid: [] for grid in grids}
         for step, recorded in enumerate(self.steps):
+            self._check(step, row)
             for index, grid in recorded.grids.items():
-                ids = self.block_map(step, index, row)
-                assert ids is not None
-                one_hot = torch.nn.functional.one_hot(ids.long(), self.subjects + 1)
-                sums[grid] += one_hot.movedim(-1, 0)
+                ids[grid].append(recorded.ids[index][row])
         total = torch.zeros(self.subjects + 1, *finest)
-        for votes in sums.values():
-            total += torch.nn.functional.interpolate(votes[None], size=finest, mode="nearest")[0]
+        for grid, rows in ids.items():
+            stacked = torch.stack(rows)  # (maps,Q)
+            votes = torch.stack([(stacked == i).sum(dim=0) for i in range(self.subjects + 1)])
+            total += torch.nn.functional.interpolate(
+                votes.float().unflatten(1, grid)[None], size=finest, mode="nearest"
+            )[0]
         return total / len(grids)
 
     def consensus(self, row: int) -> Tensor:

@@ -107,9 +107,8 @@ class RoutingRecord:
         for grid, rows in ids.items():
             stacked = torch.stack(rows)  # (maps,Q)
             votes = torch.stack([(stacked == i).sum(dim=0) for i in range(self.subjects + 1)])
-            total += torch.nn.functional.interpolate(
-                votes.float().unflatten(1, grid)[None], size=finest, mode="nearest"
-            )[0]
+            drawn = votes.float().reshape(1, -1, *grid)
+            total += torch.nn.functional.interpolate(drawn, size=finest, mode="nearest")[0]
         return total / len(grids)
 
     def consensus(self, row: int) -> Tensor:

@@ -27,6 +27,7 @@ def test_off_is_each_block_for_itself(scene: Scene) -> None:
     apart, alone = run(scene, scene.route(agreement=False))
     assert not torch.equal(agreed, apart)
     assert not torch.equal(regions(together), regions(alone))
+    assert set(regions(together).tolist()) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("mode", ["masks", "learned within masks", "text"])

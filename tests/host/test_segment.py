@@ -83,7 +83,10 @@ def test_the_model_is_not_changed(scene: Any) -> None:
     [
         ("masks", "routing: mode 'masks' would only give your own masks back"),
         ("none", "routing: it has no subject"),
-        ("applied", "model: it already went .*; connect the model from before it"),
+        (
+            "applied",
+            "model: it already went through an ApplyAnyStory; connect the model from before it",
+        ),
         ("off", "routing: no subject acts"),
         ("later", "positive: none of its prompts is used at noise 0.5; raise or lower noise"),
     ],

@@ -73,12 +73,7 @@ def load_vocabulary(folder: Path) -> list[int]:
 def _keep_vocabulary(emoji: Sequence[Emoji], folder: Path) -> list[int]:
     """Write the vocabulary once: weights depend on it."""
     file = folder / "vocabulary.json"
-
-    def write() -> None:
-        if not file.exists():
-            file.write_text(json.dumps(vocabulary(emoji)))
-
-    first_makes(write)
+    first_makes(file, lambda: file.write_text(json.dumps(vocabulary(emoji))))
     return load_vocabulary(folder)
 
 

@@ -90,8 +90,6 @@ def _load_scenes(emoji: Sequence[Emoji], folder: Path) -> tuple[UInt8, NDArray[n
     pictures_file, labels_file = folder / "finder.npy", folder / "finder_labels.npy"
 
     def render() -> None:
-        if labels_file.exists():
-            return
         pool = pool_of(emoji)
         shape = (SCENES, SIZE, SIZE, 3)
         temporary = pictures_file.with_suffix(".tmp")
@@ -107,7 +105,7 @@ def _load_scenes(emoji: Sequence[Emoji], folder: Path) -> tuple[UInt8, NDArray[n
         os.replace(temporary, pictures_file)
         np.save(labels_file, labels)
 
-    first_makes(render)
+    first_makes(labels_file, render)
     return np.load(pictures_file, mmap_mode="r"), np.load(labels_file)
 
 

@@ -8,7 +8,6 @@ real renders (:func:`gallery`).
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .emoji import Emoji
-from .phase import Phase, autocast, first_makes, shares
+from .phase import Phase, autocast, shares
 from .scenes import SHARD, read_shard, shard_numbers
+from .views import load_rendered
 from .world import UInt8, solid_box, transformed
 
 SIZE = 64  # side of the crops that the network sees
@@ -81,20 +81,10 @@ def render_cut(emoji: Emoji, rng: random.Random) -> UInt8:
 def load_cuts(emoji: Sequence[Emoji], file: Path) -> UInt8:
     """(len(emoji), CUTS, 80, 80, 4), mapped from disk, rendered first when missing."""
 
-    def render() -> None:
-        if file.exists():
-            return
-        temporary = file.with_suffix(".tmp")
-        shape = (len(emoji), CUTS, _ROOM, _ROOM, 4)
-        out = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-        for i, item in enumerate(emoji):
-            for cut in range(CUTS):
-                out[i, cut] = render_cut(item, random.Random(900_000 + i * CUTS + cut))
-        out.flush()
-        os.replace(temporary, file)
+    def cut(i: int, number: int) -> UInt8:
+        return render_cut(emoji[i], random.Random(900_000 + i * CUTS + number))
 
-    first_makes(render)
-    return np.load(file, mmap_mode="r")
+    return load_rendered(file, (len(emoji), CUTS, _ROOM, _ROOM, 4), cut)
 
 
 def place_cut(cut: UInt8, picture: UInt8, rng: random.Random) -> UInt8:

@@ -76,10 +76,10 @@ def _share(number: int, task: Callable[[], None], processes: int, meet: str) -> 
             distributed.destroy_process_group()
 
 
-def first_makes(make: Callable[[], object]) -> None:
-    """Let the first of the processes that share a phase make files that all of them read. All must
-    call this; ``make`` does nothing where they are there."""
-    if not shares()[0]:
+def first_makes(file: Path, make: Callable[[], object]) -> None:
+    """Let the first of the processes that share a phase make a file that all of them read, unless
+    it is there. All must call this."""
+    if not shares()[0] and not file.exists():
         make()
     if distributed.is_initialized():
         distributed.barrier()

@@ -136,8 +136,6 @@ def whiten(vae: Any, pixels: Tensor) -> None:
 
 def finish_encoder(folder: Path) -> None:
     """Whiten the trained VAE on rendered scenes, once: ``folder/vae.whitened.pt``."""
-    if (folder / "vae.whitened.pt").exists():
-        return
     vae = build_vae().to(memory_format=torch.channels_last)
     phase(folder).load(vae)
     pictures = read_shard(folder / "scenes", 0).pictures[:100]
@@ -153,7 +151,7 @@ def finish_encoder(folder: Path) -> None:
 def load_vae(folder: Path) -> Any:
     """The whitened VAE, with the decoder as far as it is trained, in evaluation mode."""
     vae = build_vae().to(memory_format=torch.channels_last)
-    first_makes(partial(finish_encoder, folder))
+    first_makes(folder / "vae.whitened.pt", partial(finish_encoder, folder))
     vae.load_state_dict(torch.load(folder / "vae.whitened.pt", weights_only=True))
     decoding = decoder_phase(folder)
     if decoding.state_file.exists():

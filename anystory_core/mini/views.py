@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,19 +39,24 @@ def render_view(emoji: Emoji, rng: random.Random) -> UInt8:
 def load_views(emoji: Sequence[Emoji], file: Path) -> UInt8:
     """(len(emoji), VIEWS, 224, 224, 3), mapped from disk, rendered first when missing."""
 
-    def render() -> None:
-        if file.exists():
-            return
+    def view(i: int, number: int) -> UInt8:
+        return render_view(emoji[i], random.Random(i * VIEWS + number))
+
+    return load_rendered(file, (len(emoji), VIEWS, SIZE, SIZE, 3), view)
+
+
+def load_rendered(file: Path, shape: tuple[int, ...], render: Callable[[int, int], UInt8]) -> UInt8:
+    """Pictures (A,B,H,W,C), mapped from disk; ``render(a, b)`` draws each when the file is missing."""
+
+    def write() -> None:
         temporary = file.with_suffix(".tmp")
-        shape = (len(emoji), VIEWS, SIZE, SIZE, 3)
         out = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-        for i, item in enumerate(emoji):
-            for view in range(VIEWS):
-                out[i, view] = render_view(item, random.Random(i * VIEWS + view))
+        for a, b in np.ndindex(*shape[:2]):
+            out[a, b] = render(a, b)
         out.flush()
         os.replace(temporary, file)
 
-    first_makes(render)
+    first_makes(file, write)
     return np.load(file, mmap_mode="r")
 
 

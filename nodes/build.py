@@ -111,8 +111,8 @@ class BuildAnyStory(io.ComfyNode):
         precision: str = "",
     ) -> Any:
         """Changes with the settings and the two sources, and when the file made of them is gone."""
-        if not all(isinstance(value, str) for value in (checkpoint, ip_adapter, name)):
-            return None  # from other nodes, whose own state the host knows
+        if ids.linked(checkpoint, ip_adapter, name):
+            return None
         try:
             made = _output(check_name(name) + EXTENSION).is_file()
             sources = [path.stat() for path in _sources(checkpoint, ip_adapter)]

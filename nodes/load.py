@@ -89,8 +89,8 @@ class LoadAnyStory(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, anystory_name: str) -> Any:
-        if not isinstance(anystory_name, str):
-            return None  # it comes from another node, whose own state the host knows
+        if ids.linked(anystory_name):
+            return None
         path = folder_paths.get_full_path(ids.FOLDER, anystory_name)
         try:
             return read_header(path).fingerprint if path else anystory_name

@@ -135,8 +135,8 @@ class LoadAnyStorySubject(io.ComfyNode):
     def fingerprint_inputs(
         cls, anystory: Any = None, subject_name: str = "", clip_vision: Any = None
     ) -> Any:
-        if not isinstance(subject_name, str):
-            return None  # it comes from another node, whose own state the host knows
+        if ids.linked(subject_name):
+            return None
         try:
             state = find(subject_name).stat()
             return subject_name, state.st_mtime_ns, state.st_size

@@ -10,7 +10,6 @@ import { RouteViewer } from "./viewer.js";
 const LEAST_WIDTH = 340;
 const MARGIN = 10; // pixels around the viewer
 const viewers = new WeakMap(); // node -> RouteViewer
-const shown = new WeakMap(); // node -> the entries of its viewer
 
 function addStyle() {
   const link = document.createElement("link");
@@ -51,8 +50,7 @@ function viewerOf(node) {
 
 function show(node, output) {
   const entries = output?.anystory_routes;
-  if (!entries?.length || shown.get(node) === entries) return;
-  shown.set(node, entries);
+  if (!entries?.length || viewers.get(node)?.entries === entries) return;
   viewerOf(node).show(entries, output.text);
   if (node.size[0] < LEAST_WIDTH) node.setSize([LEAST_WIDTH, node.size[1]]);
   grow(node);

@@ -34,6 +34,12 @@ def schema(**kwargs: Any) -> io.Schema:
     return io.Schema(**{name: value for name, value in kwargs.items() if name in known})
 
 
+def linked(*names: object) -> bool:
+    """Whether another node gives one of these names: the host asks for a fingerprint with None for
+    it, and knows that node's state by itself."""
+    return not all(isinstance(name, str) for name in names)
+
+
 def named_errors(execute: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator for ``execute``: an :class:`AnyStoryError` gets the node's name in front."""
     # Not the class's own name: the host runs a copy of the class under another one.

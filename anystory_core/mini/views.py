@@ -46,7 +46,7 @@ def load_views(emoji: Sequence[Emoji], file: Path) -> UInt8:
 
 
 def load_rendered(file: Path, shape: tuple[int, ...], render: Callable[[int, int], UInt8]) -> UInt8:
-    """Pictures (A,B,H,W,C), mapped from disk; ``render(a, b)`` draws each when the file is missing."""
+    """Pictures (A,B,H,W,C), mapped from disk; ``render(a, b)`` draws each when there is no file."""
 
     def write() -> None:
         temporary = file.with_suffix(".tmp")

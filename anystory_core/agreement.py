@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .routes import Grid
+from .routes import Grid, product
 
 SIDE = 16
 REACH = 2.0  # tokens of that grid, an eighth of the picture
@@ -70,7 +70,7 @@ class Agreement:
         if grid not in self._ways:
             sizes = zip(grid, self._grid, strict=True)
             self._ways[grid] = tuple(_overlap(before, after, image) for before, after in sizes)
-        return _product(self._ways[grid][0], image, self._ways[grid][1].t())
+        return product(self._ways[grid][0], image, self._ways[grid][1].t())
 
     def _scores(self, mean: Tensor) -> Tensor:
         """m (B,N+1,h,w) -> S (B,N,h,w)."""
@@ -78,16 +78,10 @@ class Agreement:
         open_ = (subjects > 0).sum(dim=1, keepdim=True) > 1
         weight = (1 - mean[:, -1:]) * open_
         parts = torch.cat((weight * subjects.clamp_min(_LEAST_MAP).log(), weight), dim=1)
-        near = _product(self._reach[0], parts, self._reach[1])
+        near = product(self._reach[0], parts, self._reach[1])
         whole = parts.sum(dim=(2, 3), keepdim=True)
         near, ahead = (x[:, :-1] / x[:, -1:].clamp_min(_LEAST) for x in (near, whole))
         return near + (ahead.amax(dim=1, keepdim=True) - ahead).clamp_max(MOST)
-
-
-def _product(down: Tensor, image: Tensor, across: Tensor) -> Tensor:
-    """Both matrices on the last two axes of an image, in its own precision."""
-    with torch.autocast(image.device.type, enabled=False):
-        return torch.matmul(torch.matmul(down, image), across)
 
 
 def _overlap(before: int, after: int, like: Tensor) -> Tensor:

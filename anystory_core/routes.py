@@ -7,6 +7,7 @@ conditioner takes their argmax as the route. Masks live in picture space, 1 = su
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -71,13 +72,30 @@ class RouteSource(Protocol):
         ...
 
 
+def product(down: Tensor, image: Tensor, across: Tensor) -> Tensor:
+    """Both matrices on the last two axes of an image, in its own precision."""
+    apart = nullcontext() if image.is_meta else torch.autocast(image.device.type, enabled=False)
+    with apart:  # the meta device, on which sizes are counted, has no autocast
+        return torch.matmul(torch.matmul(down, image), across)
+
+
+def _touched(before: int, after: int, like: Tensor) -> Tensor:
+    """(after,before): each new place is the mean of the old ones that it touches. That is the mode
+    "area" of ``interpolate``, which Apple's GPUs do not have for sizes that do not divide."""
+    old = torch.arange(before, device=like.device)
+    new = torch.arange(after, device=like.device)[:, None]
+    inside = (old >= new * before // after) & (old * after < (new + 1) * before)
+    return inside * (like.new_ones(()) / inside.sum(dim=1, keepdim=True))
+
+
 def resize_soft(soft: SoftMaps, grid: Grid) -> SoftMaps:
     """Area average when shrinking, bilinear when growing."""
     if soft.grid == grid:
         return soft
     image = soft.maps.reshape(*soft.maps.shape[:2], *soft.grid)  # (B,C,h,w)
     if grid[0] * grid[1] < soft.grid[0] * soft.grid[1]:
-        image = torch.nn.functional.interpolate(image, size=grid, mode="area")
+        down, across = (_touched(old, new, image) for old, new in zip(soft.grid, grid, strict=True))
+        image = product(down, image, across.t())
     else:
         image = torch.nn.functional.interpolate(
             image, size=grid, mode="bilinear", align_corners=False

@@ -22,7 +22,7 @@ LOADERS = {
     ("CLIPVisionLoader", 0): 3,
     ("LoadAnyStory", 0): 4,
 }
-MINI_SIDE = 256
+MINI_SIDE = 320
 _SIDE, _INPUT, _MARGIN, _QUALITY = 512, 150, 8, 88  # of a template's picture, in pixels
 _SHOWN = ("saveimage", "previewimage", "routingmappreview")  # what a graph is for, in this order
 _BESIDE = 4  # drawn pictures that are shown; more of them would be too small to see

@@ -153,7 +153,7 @@ class LoadAnyStoryMini(io.ComfyNode):
             display_name="Load AnyStory Mini",
             category=ids.CATEGORY,
             description="The small model that ships with this pack: everything needed for a first "
-            "picture, with no download. 256x256 pictures of emoji-like subjects.",
+            "picture, with no download. 320x320 pictures of emoji-like subjects.",
             search_aliases=["anystory demo"],
             inputs=[],
             outputs=[

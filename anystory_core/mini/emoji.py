@@ -22,7 +22,7 @@ from PIL import Image
 PICTURES = "@lobehub/fluent-emoji-3d@1.1.0"
 NAMES = "unicode-emoji-json@0.9.0"
 HELD_OUT_FILE = Path(__file__).parent / "held_out.txt"
-SPRITE_SIZE = 192  # pictures are kept at this size; scenes draw them smaller
+SPRITE_SIZE = 256  # the side of the source pictures
 
 _SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 _GENDER = {"200d", "2640", "2642", "fe0f"}

@@ -116,7 +116,7 @@ def stage2(
             subject_file=str(subject_file),
             route_weight=1.0,
             tokens="area",  # with Eq. 4's sum the smallest quarter of subjects had 0.3 IoU
-            mean_weight=1.0,
+            mean_weight=4.0,
             refine=refine,
             start_file=start_file,
         ),

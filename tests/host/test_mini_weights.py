@@ -73,7 +73,7 @@ def test_pictures_take_their_subjects_colours(client: Client) -> None:
                 node["inputs"]["text"] = "an object in a snowy field"
             if node["class_type"] == "SubjectRouter":
                 node["inputs"].update(mode="masks", mask_1=["everywhere", 0])
-        size = {"width": 256, "height": 256}
+        size = {"width": 320, "height": 320}
         prompt["everywhere"] = {"class_type": "SolidMask", "inputs": {"value": 1.0, **size}}
         for seed in SEEDS:
             for node in prompt.values():
@@ -81,7 +81,7 @@ def test_pictures_take_their_subjects_colours(client: Client) -> None:
                     node["inputs"]["seed"] = seed
             (picture,) = run(client, prompt)["SaveImage"]
             middle = np.zeros(picture.shape[:2], bool)
-            middle[48:224, 48:208] = True
+            middle[60:280, 60:260] = True
             drawn[name, seed] = colours(picture, middle)
     right = 0
     for (a, b), seed in itertools.product(itertools.combinations(NAMES, 2), SEEDS):

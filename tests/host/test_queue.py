@@ -57,7 +57,7 @@ def test_every_graph_runs(client: Client, name: str) -> None:
     prompt = quick(graph(client, name))
     if name in SDXL:
         prompt = on_mini(prompt)
-    size = {"hires_fix": 192, "segmentation": 256}.get(name, 128)
+    size = {"hires_fix": 192, "segmentation": 320}.get(name, 128)
     kind = "PreviewImage" if name == "segmentation" else "SaveImage"
     shown = pictures(client, prompt, kind)
     assert len(shown) == {"story": 4, "segmentation": 2, "routes": 2}.get(name, 1)

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..preprocess import mask_box
-from ..training.bases import alphas_cumprod
 from ..training.diffusers_unet import attention_kernels, predict, time_ids
 from ..training.losses import error_weights
 from ..training.names import diffusers_unet_config
+from ..training.schedule import alphas_cumprod
 from .cache import Cached, Half, encode_texts, read_shards
 from .clip import load_clip
 from .config import CONFIG, PICTURE_SIZE
@@ -171,7 +171,12 @@ def load_unet(folder: Path) -> Any:
 
 
 def train_base(folder: Path, *, steps: int) -> None:
-    """Train or resume on the shards of ``folder/cache``; more may be added meanwhile."""
+    """Train or resume on the shards of ``folder/cache``; more may be added meanwhile.
+    FileNotFoundError when there is none."""
+    cache = folder / "cache"
+    shards = read_shards(cache)
+    if not shards:
+        raise FileNotFoundError(f"base: no shard in {cache}; run the phases world and cache first")
     torch.manual_seed(3)
     clip, row_table = load_clip(folder)
     # Channels-last is faster in float32 (0.87 against 1.0 s per step of 32 on one thread) and
@@ -182,7 +187,6 @@ def train_base(folder: Path, *, steps: int) -> None:
     teller.watch(unet, reader.sites)
     layout = torch.contiguous_format if half_is_faster() else torch.channels_last
     unet.to(memory_format=layout)
-    shards = read_shards(folder / "cache")
     states, pooled = encode_texts(clip.text, row_table, [""])
     empty = torch.from_numpy(states[0]).float(), torch.from_numpy(pooled[0]).float()
     signal = alphas_cumprod().float()
@@ -190,7 +194,7 @@ def train_base(folder: Path, *, steps: int) -> None:
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
         if step % _LOOK_AGAIN == 0:
-            shards[:] = read_shards(folder / "cache")
+            shards[:] = read_shards(cache)
         count = BATCH // parts
         rng = np.random.default_rng((3, step, part))
         batch = pick(shards, count, empty, rng)

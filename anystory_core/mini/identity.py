@@ -121,12 +121,14 @@ def load_identity(folder: Path, subjects: int) -> Identity:
 
 
 def train_identity(emoji: list[Emoji], folder: Path) -> None:
-    """Train or resume; needs the world's shards."""
+    """Train or resume; FileNotFoundError without the world's shards."""
+    scenes = folder / "scenes"
+    shards = [read_shard(scenes, number) for number in shard_numbers(scenes)]
+    if not shards:
+        raise FileNotFoundError(f"identity: no shard in {scenes}; run the phase world first")
     torch.manual_seed(6)
     trained = _Trained(len(emoji))
     cuts = load_cuts(emoji, folder / "cuts.npy")
-    scenes = folder / "scenes"
-    shards = [read_shard(scenes, number) for number in shard_numbers(scenes)]
     part, parts = shares()
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:

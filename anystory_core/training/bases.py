@@ -89,12 +89,6 @@ def penultimate(clip_vision: Any, pixels: Tensor) -> Tensor:
     return clip_vision(pixels, output_hidden_states=True).hidden_states[-2]
 
 
-def alphas_cumprod(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Tensor:
-    """SDXL's noise schedule ("scaled linear"): alpha_t^2 of Eq. 1, float64 (steps,)."""
-    betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
-    return (1 - betas).cumprod(0)
-
-
 def load_base(settings: BaseSettings) -> Base:
     """Load and check a base. ConfigError or ModelMismatchError says what does not fit."""
     config = _model_config(settings.model)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..checkpoint import atomic_file
 from ..conditioner import Call, Rows
-from .bases import alphas_cumprod
 from .batches import Batch
 from .cache import Encodings
 from .checkpoints import writing
 from .diffusers_unet import time_ids
+from .schedule import ddim
 from .stages import Noised, Stage
 
 GUIDANCE = 5.0
@@ -43,23 +43,20 @@ def sample(
     generator = torch.Generator().manual_seed(seed)
     side = size // stage.base.config.reference.latent_stride
     channels = stage.base.config.unet.in_channels
-    z = torch.randn(count, channels, side, side, generator=generator).to(device)
-    alphas = alphas_cumprod().float().to(device)
-    times = torch.linspace(len(alphas) - 1, 0, steps).round().long()
+    noise = torch.randn(count, channels, side, side, generator=generator).to(device)
     call = stage.conditions(batch, ())
     ids = time_ids(size, size, count, device)
-    for place, t in enumerate(times):
-        now = alphas[t]
-        later = alphas[times[place + 1]] if place + 1 < steps else now.new_ones(())
-        row_times = t.expand(count).to(device)
+
+    def predict(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal call
+        row_times = t.expand(count)
         call = _fresh(call, Rows(tuple(range(count))))
         plain = _fresh(call, Rows((), tuple(range(count))))
         cond = Noised(z.to(dtype), z, row_times, text.to(dtype), pooled.to(dtype), ids, ())
         rest = Noised(z.to(dtype), z, row_times, empty.to(dtype), empty_pooled.to(dtype), ids, ())
-        uncond = stage.predict(plain, rest).float()
-        eps = uncond + guidance * (stage.predict(call, cond).float() - uncond)
-        clean = (z - (1 - now).sqrt() * eps) / now.sqrt()
-        z = later.sqrt() * clean + (1 - later).sqrt() * eps
+        return stage.predict(call, cond).float(), stage.predict(plain, rest).float()
+
+    z = ddim(noise, predict, steps=steps, guidance=guidance)
     return stage.base.decode_picture(z), call
 
 

@@ -19,13 +19,14 @@ from ..build import PARTS
 from ..checkpoint import merge_files, open_tensors, save_model, save_tensors
 from ..errors import ConfigError
 from . import checkpoints
-from .bases import alphas_cumprod, load_base
+from .bases import load_base
 from .batches import Batch, SampleDataset, load_batches
 from .cache import Encodings
 from .config import TrainingConfig, seconds
 from .data import BadSamples, DataError, Index
 from .diffusers_unet import attention_kernels, time_ids
 from .initial import ROUTER_PARTS, build_trained_model
+from .schedule import alphas_cumprod
 from .sheets import draw_sheet
 from .stages import Noised, Stage, add_noise, build_stage, gumbel_seeds
 

@@ -24,7 +24,7 @@ from torch import nn
 from anystory_core.build import build_model
 from anystory_core.config import AnyStoryConfig
 from anystory_core.mini.config import PICTURE_SIZE
-from anystory_core.training.bases import Base, alphas_cumprod
+from anystory_core.training.bases import Base
 from anystory_core.training.batches import Batch
 from anystory_core.training.cache import Encodings
 from anystory_core.training.config import (
@@ -37,6 +37,7 @@ from anystory_core.training.config import (
 )
 from anystory_core.training.diffusers_unet import time_ids
 from anystory_core.training.names import diffusers_unet_config
+from anystory_core.training.schedule import alphas_cumprod
 from anystory_core.training.stages import Noised, add_noise, build_stage
 
 

@@ -25,9 +25,10 @@ from anystory_core.config import (
     UNetConfig,
 )
 from anystory_core.training import shards
-from anystory_core.training.bases import alphas_cumprod, text_encoder
+from anystory_core.training.bases import text_encoder
 from anystory_core.training.diffusers_unet import time_ids
 from anystory_core.training.names import diffusers_unet_config
+from anystory_core.training.schedule import alphas_cumprod
 
 SIZE = 64
 COLOURS = {

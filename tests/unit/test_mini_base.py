@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 pytest.importorskip("open_clip")
 
-from anystory_core.mini.base import Picked, pick
+from anystory_core.mini.base import Picked, pick, train_base
 from anystory_core.mini.cache import Cached
 from anystory_core.mini.config import CONFIG
 from anystory_core.mini.telling import look_width
@@ -113,3 +115,9 @@ def test_errors_count_more_inside_what_is_read(batches: list[Picked]) -> None:
 def test_some_captions_are_dropped(batches: list[Picked]) -> None:
     empty = sum(int((batch.states.flatten(1).amax(dim=1) == 0).sum()) for batch in batches)
     assert 15 < empty < 55  # a tenth of 320
+
+
+def test_without_cached_scenes_it_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"base: no shard in .*; run the phases world"):
+        train_base(tmp_path, steps=1)
+    assert not list(tmp_path.iterdir())

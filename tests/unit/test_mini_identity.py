@@ -13,7 +13,14 @@ from PIL import Image, ImageDraw
 pytest.importorskip("open_clip")
 
 from anystory_core.mini.emoji import Emoji
-from anystory_core.mini.identity import Identity, gallery, place_cut, render_cut, soften
+from anystory_core.mini.identity import (
+    Identity,
+    gallery,
+    place_cut,
+    render_cut,
+    soften,
+    train_identity,
+)
 
 
 @pytest.fixture
@@ -56,3 +63,10 @@ def test_gallery_is_a_unit_vector_per_subject(disc: Emoji) -> None:
     assert rows.shape == (2, 128)
     assert torch.allclose(rows.norm(dim=-1), torch.ones(2), atol=1e-5)
     assert torch.equal(rows, gallery(network, [disc, disc], [ground], renders=2, seed=3))
+
+
+def test_without_rendered_scenes_it_says_what_to_run(tmp_path: Path, disc: Emoji) -> None:
+    folder = tmp_path / "work"
+    with pytest.raises(FileNotFoundError, match=r"identity: no shard in .*; run the phase world"):
+        train_identity([disc], folder)
+    assert not folder.exists()

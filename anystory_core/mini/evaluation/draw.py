@@ -24,7 +24,7 @@ from ...run import Run, project
 from ...subject import Subject
 from ...text_routes import TextRoutes
 from ...training import diffusers_unet
-from ...training.bases import alphas_cumprod
+from ...training.schedule import ddim
 from ..base import size_ids
 from ..config import CONFIG, PICTURE_SIZE
 from ..phase import autocast
@@ -181,22 +181,19 @@ def draw(
     run = None
     if variant.model is not None:
         run = make_run(variant, Encoder(stack, variant.model), tasks)
-    z = torch.stack([task.noise((4, SIDE, SIDE)) for task in tasks])
-    alphas = alphas_cumprod().float()
-    times = torch.linspace(len(alphas) - 1, 0, steps).round().long()
     states = torch.cat((text, empty.expand(count, -1, -1)))
     labels = torch.cat((pooled, empty_pooled.expand(count, -1)))
-    for place, t in enumerate(times):
-        now = alphas[t]
-        later = alphas[times[place + 1]] if place + 1 < steps else now.new_ones(())
+
+    def predict(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         call = None if run is None else make_call(run, cast(Any, variant.model), count, count)
         with autocast():
             both = diffusers_unet.predict(
                 stack.unet, stack.slot, call, torch.cat((z, z)), t.expand(2 * count), states,
                 labels, size_ids(2 * count),
             ).float()  # fmt: skip
-        eps, plain = both.chunk(2)
-        eps = plain + GUIDANCE * (eps - plain)
-        clean = (z - (1 - now).sqrt() * eps) / now.sqrt()
-        z = later.sqrt() * clean + (1 - later).sqrt() * eps
+        conditional, unconditional = both.chunk(2)
+        return conditional, unconditional
+
+    noise = torch.stack([task.noise((4, SIDE, SIDE)) for task in tasks])
+    z = ddim(noise, predict, steps=steps, guidance=GUIDANCE)
     return stack.decode_pictures(z)

@@ -11,7 +11,7 @@ from ...conditioner import Call
 from ...routing_maps import StepRecord
 from ...run import Run
 from ...training import diffusers_unet
-from ...training.bases import alphas_cumprod
+from ...training.schedule import alphas_cumprod
 from ..base import size_ids
 from ..emoji import Emoji
 from ..phase import autocast

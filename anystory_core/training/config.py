@@ -160,9 +160,9 @@ class RouterSettings:
     blocks alike whatever their size; "sum" is Eq. 4 to the letter, where a block of 4096 tokens
     counts 4 times one of 1024 and lambda = 0.1 means a far larger share of the loss; "area" divides
     by what the map and the subject cover, so that small subjects count as much as large ones
-    (:func:`~.losses.map_error`). ``mean_weight``: what the same error of the mean map over all
-    blocks counts besides, on the latent's grid (:func:`~.losses.mean_routing_loss`); 0 is the
-    paper. ``refine``: off for the ablation of Fig. 6, where the coarse map is the route.
+    (:func:`~.losses.map_error`). ``mean_weight``: what the error of the masks that the mean map
+    over all blocks gives counts besides (:func:`~.losses.mean_routing_loss`); 0 is the paper.
+    ``refine``: off for the ablation of Fig. 6, where the coarse map is the route.
     """
 
     subject_file: str

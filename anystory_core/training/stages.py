@@ -235,7 +235,7 @@ class RouterStage(Stage):
         loss = losses["diffusion"] + settings.route_weight * self._supervised(errors)
         losses = {**losses, "route": errors[0], "coarse": errors[1]}
         if settings.mean_weight:
-            errors = mean_routing_loss(maps, batch.masks, batch.present, grid, settings.tokens)
+            errors = mean_routing_loss(maps, batch.masks, batch.present, grid)
             loss = loss + settings.mean_weight * self._supervised(errors)
             losses["mean_route"] = errors[0]
         return {**losses, "loss": loss}

@@ -90,7 +90,7 @@ def test_gradients_by_finite_differences() -> None:
     def loss(c: Tensor, r: Tensor) -> Tensor:
         soft = SoftMaps(r.softmax(dim=1), (4, 4), RoutingLogits(c, r))
         a, b = routing_loss([soft], masks(), PRESENT)
-        return a + b + sum(mean_routing_loss([soft], masks(), PRESENT, (8, 8), "area"))
+        return a + b + sum(mean_routing_loss([soft], masks(), PRESENT, (8, 8)))
 
     assert torch.autograd.gradcheck(loss, (coarse, refined))
 
@@ -99,18 +99,30 @@ def soft_maps(logits: Tensor, side: int) -> SoftMaps:
     return SoftMaps(logits.softmax(dim=1), (side, side), RoutingLogits(logits, logits))
 
 
-def test_the_mean_map_is_compared_on_the_finer_grid() -> None:
-    """Against a transcription: each block is enlarged, then their mean is one map."""
+def test_the_mean_map_s_masks_by_hand() -> None:
+    """Against a transcription in float64: each block is enlarged, then their mean; of that,
+    enlarged again, the sixth powers share out each place, and overlap is counted there."""
     g = torch.Generator().manual_seed(3)
-    logits = [torch.randn(3, 3, side * side, generator=g) for side in (4, 2, 4)]
+    logits = [torch.randn(3, 3, side * side, generator=g).double() for side in (4, 2, 4)]
     blocks = [soft_maps(x, side) for x, side in zip(logits, (4, 2, 4), strict=True)]
-    large = [
-        torch.nn.functional.interpolate(b.maps.reshape(3, 3, *b.grid), size=(8, 8), mode="bilinear")
-        for b in blocks
-    ]
-    wanted = map_error(sum(large).flatten(2) / 3, target_maps(masks(), (8, 8)), PRESENT, "area")
-    refined, coarse = mean_routing_loss(blocks, masks(), PRESENT, (8, 8), "area")
-    assert float(refined) == float(coarse) == pytest.approx(float(wanted), rel=1e-5)
+
+    def enlarged(x: Tensor, side: int) -> Tensor:
+        return torch.nn.functional.interpolate(x, size=(side, side), mode="bilinear")
+
+    mean = sum(enlarged(b.maps.reshape(3, 3, *b.grid), 8) for b in blocks) / 3
+    powers = enlarged(mean, 16) ** 6
+    found = (powers / powers.sum(dim=1, keepdim=True))[:, :2]
+    true = torch.nn.functional.interpolate(masks().double(), size=(16, 16), mode="nearest")
+    wanted = 0.0
+    for row in range(3):
+        lost = []
+        for i in range(2):
+            if PRESENT[row, i]:
+                both = float((found[row, i] * true[row, i]).sum())
+                lost.append(1 - both / (float(found[row, i].sum() + true[row, i].sum()) - both))
+        wanted += sum(lost) / len(lost) / 3 if lost else 0
+    refined, coarse = mean_routing_loss(blocks, masks(), PRESENT, (8, 8))
+    assert float(refined) == float(coarse) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_of_the_mean_map_a_block_that_does_not_know_may_say_so() -> None:
@@ -121,9 +133,21 @@ def test_of_the_mean_map_a_block_that_does_not_know_may_say_so() -> None:
 
     def error(other: Tensor) -> float:
         blocks = [soft_maps(right, 8), soft_maps(other, 8)]
-        return float(mean_routing_loss(blocks, masks(), PRESENT, (8, 8), "area")[0])
+        return float(mean_routing_loss(blocks, masks(), PRESENT, (8, 8))[0])
 
-    assert error(right) < error(unsure) < error(wrong)
+    assert error(right) < error(wrong)
+    assert error(unsure) < error(wrong)
+
+
+def test_masks_that_lie_right_have_no_error() -> None:
+    """How sure a place is does not matter to its mask, only which side it falls on."""
+    target = target_maps(masks(), (16, 16))
+
+    def error(sureness: float) -> float:
+        soft = soft_maps(sureness * target, 16)
+        return float(mean_routing_loss([soft], masks(), PRESENT, (16, 16))[0])
+
+    assert error(2.0) < 0.02 < error(0.2) < error(-2.0)
 
 
 def test_equation_1() -> None:

@@ -94,7 +94,7 @@ def router_run(world: World, subject_run: Done, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("router")
     path = tiny.run_toml(
         folder, world.base, world.scenes, "router", steps=ROUTER_STEPS,
-        router={"subject_file": str(subject_run.file), "tokens": "sum", "mean_weight": 0.1},
+        router={"subject_file": str(subject_run.file), "tokens": "sum", "mean_weight": 1.0},
         run={"sheet_every": ROUTER_STEPS, "sheet_steps": 2},
     )  # fmt: skip
     return finish(path, 500)

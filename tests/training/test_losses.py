@@ -135,8 +135,7 @@ def test_of_the_mean_map_a_block_that_does_not_know_may_say_so() -> None:
         blocks = [soft_maps(right, 8), soft_maps(other, 8)]
         return float(mean_routing_loss(blocks, masks(), PRESENT, (8, 8))[0])
 
-    assert error(right) < error(wrong)
-    assert error(unsure) < error(wrong)
+    assert error(right) < error(unsure) < error(wrong)
 
 
 def test_masks_that_lie_right_have_no_error() -> None:

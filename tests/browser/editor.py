@@ -26,7 +26,9 @@ SCREENSHOTS = ROOT / ".dev" / "screenshots"
 
 READY = (
     "return Boolean(window.app?.graph && app.canvas && app.extensionManager?.setting && "
-    "window.LiteGraph?.registered_node_types?.KSampler)"
+    "window.LiteGraph?.registered_node_types?.KSampler && "
+    # The editor opens a graph of its own last; one that we load before that would be replaced.
+    "app.extensionManager.workflow?.activeWorkflow)"
 )
 CARD = '[data-testid="template-workflow-{}"]'  # of a template in the template browser
 # The first node of a type in the open graph.
@@ -43,9 +45,12 @@ class Editor:
     def open(self, *, vue: bool = False, script: bool = True) -> None:
         """Load the page anew, with canvas or Vue nodes, with or without our script."""
         self.vue = vue
-        self.client.post(
-            "/settings", {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": vue}
-        )
+        settings = {
+            "Comfy.TutorialCompleted": True,
+            "Comfy.VueNodes.Enabled": vue,
+            "Comfy.Workflow.Persist": False,  # no tabs of the page before, which open late
+        }
+        self.client.post("/settings", settings)
         blocked = [] if script else [f"*/extensions/{PACK}/*"]
         self.driver.execute_cdp_cmd("Network.enable", {})
         self.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": blocked})

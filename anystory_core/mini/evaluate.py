@@ -2,10 +2,10 @@
 
 Draws held-out subjects in held-out scenes, row by row, and writes ``evaluation.json``,
 ``evaluation.md`` and a sheet of pictures per row to ``--out``. Needs the recipe's folder for the
-sources and, for drawn rows, the measuring networks (phases ``identity`` and ``finder``); without
-them only the routing is measured. What the rows are: :mod:`.evaluation.rows`. A row that is done
-with the same weights and number of samples is not drawn again; a row whose weights were never
-trained is left out of the table.
+sources; the measuring networks are those of the repository (:mod:`.measuring`), whatever is
+measured. What the rows are: :mod:`.evaluation.rows`. A row that is done with the same weights and
+number of samples is not drawn again; a row whose weights were never trained is left out of the
+table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from ..build import AnyStoryModel
 from ..training.bases import fingerprint
 from .config import PICTURE_SIZE
-from .emoji import Emoji, load_emoji, split
+from .emoji import Emoji
 from .evaluation import report, rows, segmentation
 from .evaluation.judge import Judge
 from .evaluation.stack import Stack, load_anystory, stack_of_files, stack_of_work
@@ -92,14 +92,14 @@ def measure_all(
     stack: Stack,
     models: dict[str, AnyStoryModel],
     subjects: Sequence[Emoji],
-    judge: Judge | None,
+    judge: Judge,
     table: Table,
     samples: int,
     wanted: Sequence[str],
 ) -> None:
     """Every row that ``wanted`` names, or all; those of models that are not there are left out."""
     known = dict(models)
-    for row in rows.DRAWN if judge is not None else ():
+    for row in rows.DRAWN:
         name = f"{row.subjects} subject{'s' * (row.subjects > 1)}: {row.title}"
         if not report.asked(name, wanted):
             continue
@@ -110,7 +110,6 @@ def measure_all(
         sheet = report.Sheet(table.folder / f"{report.slug(name)}.jpg")
 
         def draw(row: rows.Drawn = row, sheet: report.Sheet = sheet) -> rows.Result:
-            assert judge is not None
             return rows.measure_drawn(row, known, stack, judge, samples, sheet.keep)
 
         table.add(name, samples, draw)
@@ -147,19 +146,13 @@ def main() -> None:
     parser.add_argument("--shipped", action="store_true", help="the pack's files, not the folder's")
     given = parser.parse_args()
     torch.set_flush_denormal(True)
-    training = split(load_emoji(given.work / "sources"))[0]
     subjects = held_out_subjects(given.work / "sources")
     stack = stack_of_files(FOLDER) if given.shipped else stack_of_work(given.work)
     models = find_models(given.work, shipped=given.shipped)
-    judge = None
-    try:
-        judge = Judge.load(given.work, len(training), subjects)
-    except FileNotFoundError as error:
-        print(f"no measuring networks ({error}): routing only", flush=True)
-    parts = [str(PICTURE_SIZE), stack.fingerprint, *(m.fingerprint for m in models.values())]
-    if judge is not None:
-        parts.append(fingerprint((judge.finder, judge.identity)))
-    key = "-".join(parts)
+    judge = Judge.load(subjects)
+    eyes = fingerprint((judge.finder, judge.identity))
+    trained = [model.fingerprint for model in models.values()]
+    key = "-".join((str(PICTURE_SIZE), stack.fingerprint, *trained, eyes))
     table = Table(given.out, key)
     measure_all(stack, models, subjects, judge, table, given.samples, given.rows)
 

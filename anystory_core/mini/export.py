@@ -9,13 +9,14 @@ from torch import Tensor
 
 from ..checkpoint import load_model, save_model, save_tensors
 from ..training.names import ldm_to_diffusers
+from . import finder, identity, measuring
 from . import vae as vae_module
 from .base import load_unet
 from .clip import load_clip, load_vocabulary
 from .config import CONFIG
 from .stages import WHOLE_FILE
 from .vae import load_vae
-from .weights import pack_text, path
+from .weights import PARTS, pack_text, path
 
 LARGEST_FILE = 40 * 2**20
 LARGEST_PACK = 64 * 2**20
@@ -35,26 +36,38 @@ def host_states(work: Path) -> dict[str, dict[str, Tensor]]:
     }
 
 
+def _write(state: dict[str, Tensor], file: Path) -> int:
+    """Save in half precision; the size in bytes."""
+    half = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in state.items()
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(file, half, {})
+    return file.stat().st_size
+
+
 def export(work: Path) -> dict[str, int]:
-    """Write the files beside :mod:`.weights`; returns their sizes in bytes.
+    """Write the files beside :mod:`.weights`, AnyStory's after stage 2 and the measuring networks'
+    after their phases; returns their sizes in bytes.
 
     Raises ValueError naming a file, or the pack, that is larger than it may be."""
     sizes: dict[str, int] = {}
     for part, state in host_states(work).items():
-        half = {
-            name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
-            for name, tensor in state.items()
-        }
-        path(part).parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(path(part), half, {})
-        sizes[part] = path(part).stat().st_size
+        sizes[part] = _write(state, path(part))
         if sizes[part] > LARGEST_FILE:
             raise ValueError(f"{path(part).name}: {sizes[part]} bytes, at most {LARGEST_FILE}")
     if (work / WHOLE_FILE).exists():
         model = load_model(work / WHOLE_FILE)
         save_model(path("anystory"), model, CONFIG, dtype=torch.float16)
         sizes["anystory"] = path("anystory").stat().st_size
-    total = sum(file.stat().st_size for file in path("unet").parent.glob("*.safetensors"))
+    total = sum(path(part).stat().st_size for part in PARTS if path(part).exists())
     if total > LARGEST_PACK:
         raise ValueError(f"mini weights: {total} bytes together, at most {LARGEST_PACK}")
+    if finder.phase(work).state_file.exists() and identity.phase(work).state_file.exists():
+        networks = finder.load_finder(work), identity.load_identity(work)
+        size = _write(measuring.pack_networks(*networks), measuring.FILE)
+        if size > measuring.LARGEST:
+            raise ValueError(f"{measuring.FILE.name}: {size} bytes, at most {measuring.LARGEST}")
+        sizes[measuring.FILE.stem] = size
     return sizes

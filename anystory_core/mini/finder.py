@@ -160,7 +160,8 @@ def _changed(pixels: Tensor, labels: Tensor, generator: torch.Generator) -> tupl
     return (pixels * gain).clamp(-1, 1), labels
 
 
-def _phase(folder: Path) -> Phase:
+def phase(folder: Path) -> Phase:
+    """How the network is trained, and where its state lies."""
     return Phase(
         name="finder", folder=folder, steps=2500, learning_rate=2e-3, seed=8, ema=0.998,
     )  # fmt: skip
@@ -182,13 +183,13 @@ def train_finder(emoji: Sequence[Emoji], folder: Path) -> None:
         with autocast():
             return loss_of_batch(network, pixels, wanted)
 
-    _phase(folder).run(network, loss_of)
+    phase(folder).run(network, loss_of)
 
 
 def load_finder(folder: Path) -> Finder:
-    """The trained network."""
+    """The network as the phase left it."""
     network = Finder()
-    _phase(folder).load(network)
+    phase(folder).load(network)
     return network.requires_grad_(False)
 
 

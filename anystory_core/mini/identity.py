@@ -27,7 +27,7 @@ from .world import UInt8, solid_box, transformed
 
 SIZE = 64  # side of the crops that the network sees
 WIDTH = 128
-CUTS = 6  # rendered cut-outs of each subject
+CUTS = 12  # rendered cut-outs of each subject
 _ROOM = 80  # cut-outs are kept at this side and cropped to SIZE
 BATCH = 64
 _SCALE, _MARGIN = 24.0, 0.15
@@ -106,18 +106,21 @@ def soften(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat((back, pixels[count:]))
 
 
-def _phase(folder: Path) -> Phase:
+def phase(folder: Path) -> Phase:
+    """How the network is trained, and where its state lies."""
     return Phase(
-        name="identity", folder=folder, steps=4000, learning_rate=2e-3, seed=6, weight_decay=0.02,
+        name="identity", folder=folder, steps=8000, learning_rate=2e-3, seed=6, weight_decay=0.02,
         ema=0.998,
     )  # fmt: skip
 
 
-def load_identity(folder: Path, subjects: int) -> Identity:
-    """The trained network; ``subjects`` is the number of training emoji."""
-    trained = _Trained(subjects)
-    _phase(folder).load(trained)
-    return trained.network.requires_grad_(False)
+def load_identity(folder: Path) -> Identity:
+    """The network as the phase left it."""
+    own = "network."  # of _Trained
+    state = {n: t for n, t in phase(folder).final().items() if n.startswith(own)}
+    network = Identity()
+    network.load_state_dict({name.removeprefix(own): tensor for name, tensor in state.items()})
+    return network.eval().requires_grad_(False)
 
 
 def train_identity(emoji: list[Emoji], folder: Path) -> None:
@@ -148,7 +151,7 @@ def train_identity(emoji: list[Emoji], folder: Path) -> None:
         margin = _MARGIN * functional.one_hot(target, len(emoji))
         return functional.cross_entropy(_SCALE * (cosine - margin), target)
 
-    _phase(folder).run(trained, loss_of)
+    phase(folder).run(trained, loss_of)
 
 
 @torch.no_grad()

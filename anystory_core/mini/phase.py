@@ -120,13 +120,16 @@ class Phase:
         warm = min(1.0, (step + 1) / max(1, min(100, self.steps // 20)))
         return self.learning_rate * warm * (0.02 + 0.98 * _cosine(step / self.steps))
 
-    def load(self, modules: nn.Module) -> int:
-        """Put the checkpoint's final weights (their average when ``ema`` is set) into ``modules``;
-        returns its step. FileNotFoundError when the phase never ran."""
+    def final(self) -> dict[str, Tensor]:
+        """The checkpoint's final weights: their average when ``ema`` is set. FileNotFoundError when
+        the phase never ran."""
         state = torch.load(self.state_file, weights_only=True)
-        modules.load_state_dict(state["average" if self.ema else "weights"])
+        return state["average" if self.ema else "weights"]
+
+    def load(self, modules: nn.Module) -> None:
+        """Put :meth:`final` into ``modules``."""
+        modules.load_state_dict(self.final())
         modules.eval()
-        return int(state["step"])
 
     def run(
         self, modules: nn.Module, loss_of: Callable[[int, torch.Generator], Tensor]

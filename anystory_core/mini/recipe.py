@@ -2,8 +2,8 @@
 
 Phases, in order: ``world`` (render scenes), ``vae``, ``decoder``, ``clip``, ``cache`` (encode the
 scenes), ``base`` (the U-Net), ``folder`` (all that as the trainer reads it), ``stage1`` and
-``stage2`` (:mod:`anystory_core.training`), ``export`` (files that ship), ``identity`` and
-``finder`` (the networks that :mod:`.evaluate` measures with). Only when asked for by name:
+``stage2`` (:mod:`anystory_core.training`), ``identity`` and ``finder`` (the networks that
+:mod:`.evaluate` measures with), ``export`` (files that ship). Only when asked for by name:
 ``no_clip``, ``no_reference`` and ``no_refinement``, the stages of its ablations; and ``restore``,
 which begins a folder from the shipped weights, so that ``base`` (after ``world`` and ``cache``),
 then ``folder`` and the stages (``--start-file``) go on from them.
@@ -50,9 +50,9 @@ PHASES = (
     "folder",
     "stage1",
     "stage2",
-    "export",
     "identity",
     "finder",
+    "export",
 )
 # Stage, and what its configuration leaves out.
 ABLATIONS: dict[str, tuple[int, dict[str, bool]]] = {

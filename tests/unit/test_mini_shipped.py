@@ -12,7 +12,17 @@ from safetensors.torch import save_file
 pytest.importorskip("diffusers")
 pytest.importorskip("open_clip")
 
-from anystory_core.mini import base, clip, export, shipped, vae
+from anystory_core.mini import (
+    base,
+    clip,
+    export,
+    finder,
+    identity,
+    measuring,
+    shipped,
+    vae,
+    weights,
+)
 from anystory_core.mini.config import CONFIG
 from anystory_core.mini.phase import Phase
 from anystory_core.mini.telling import Base
@@ -88,3 +98,28 @@ def test_a_restored_phase_trains_on(work: Path) -> None:
 
     phase.run(module, loss_of)
     assert seen[0] == 0.5 and len(seen) == 2 and float(module.bias.detach()) < 0.5
+
+
+def test_export_keeps_the_measuring_networks(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they were trained, in half precision, once both of them are; they count for themselves."""
+    monkeypatch.setattr(weights, "FOLDER", work / "files")
+    monkeypatch.setattr(measuring, "FILE", work / "files" / "measuring.safetensors")
+    eyes = finder.Finder()
+    save(finder.phase(work), eyes)
+    assert "measuring" not in export.export(work)
+    names = identity._Trained(7)
+    names.network.trunk[0][1].running_mean.fill_(0.25)
+    save(identity.phase(work), names)
+    sizes = export.export(work)
+    assert sizes["measuring"] < measuring.LARGEST and set(sizes) == {
+        *export.host_states(work),
+        "measuring",
+    }
+    found, named = measuring.read_networks(measuring.FILE)
+    for kept, trained in ((found, eyes), (named, names.network)):
+        state = kept.state_dict()
+        for key, tensor in trained.state_dict().items():
+            assert torch.equal(
+                state[key], tensor.half().float() if tensor.is_floating_point() else tensor
+            )
+        assert not kept.training and not any(p.requires_grad for p in kept.parameters())

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -18,8 +17,9 @@ from torch.nn import functional
 
 from ..emoji import Emoji
 from ..finder import SIZE as SEEN
-from ..finder import Finder, Found, box_of, load_finder, look
-from ..identity import SIZE, Identity, gallery, load_identity
+from ..finder import Finder, Found, box_of, look
+from ..identity import SIZE, Identity, gallery
+from ..measuring import read_networks
 from ..vae import to_signed
 from ..world import render_scene, solid_box
 from . import measures
@@ -53,13 +53,13 @@ class Judge:
     gallery: Tensor
 
     @classmethod
-    def load(cls, work: Path, training: int, subjects: Sequence[Emoji]) -> Judge:
-        """From the ``identity`` and ``finder`` phases. FileNotFoundError when they never ran."""
-        identity = load_identity(work, training)
+    def load(cls, subjects: Sequence[Emoji]) -> Judge:
+        """The networks of :mod:`..measuring`, with a gallery of these subjects."""
+        finder, identity = read_networks()
         pool = [[s] for s in subjects]
         grounds = [render_scene(pool, 940_000_000 + i, subjects=0).picture for i in range(40)]
         table = gallery(identity, subjects, grounds, _RENDERS, 950_000_000)
-        return cls(load_finder(work), identity, tuple(subjects), table)
+        return cls(finder, identity, tuple(subjects), table)
 
     @torch.no_grad()
     def embed(self, picture: Tensor, found: Sequence[Found]) -> Tensor:

@@ -30,6 +30,8 @@ READY = (
     # The editor opens a graph of its own last; one that we load before that would be replaced.
     "app.extensionManager.workflow?.activeWorkflow)"
 )
+# Before anything else of a page runs: it finds no tabs of the page before, which would open late.
+FORGET = "if (location.protocol === 'http:') { localStorage.clear(); sessionStorage.clear(); }"
 CARD = '[data-testid="template-workflow-{}"]'  # of a template in the template browser
 # The first node of a type in the open graph.
 NODE = "const node = app.graph._nodes.find((n) => n.type === arguments[0]);"
@@ -41,16 +43,14 @@ class Editor:
     def __init__(self, driver: Any, client: Client, name: str) -> None:
         self.driver, self.client, self.name = driver, client, name
         self.vue = False  # nodes drawn by Vue
+        driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": FORGET})
 
     def open(self, *, vue: bool = False, script: bool = True) -> None:
         """Load the page anew, with canvas or Vue nodes, with or without our script."""
         self.vue = vue
-        settings = {
-            "Comfy.TutorialCompleted": True,
-            "Comfy.VueNodes.Enabled": vue,
-            "Comfy.Workflow.Persist": False,  # no tabs of the page before, which open late
-        }
-        self.client.post("/settings", settings)
+        self.client.post(
+            "/settings", {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": vue}
+        )
         blocked = [] if script else [f"*/extensions/{PACK}/*"]
         self.driver.execute_cdp_cmd("Network.enable", {})
         self.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": blocked})

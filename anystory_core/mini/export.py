@@ -66,8 +66,8 @@ def export(work: Path) -> dict[str, int]:
         raise ValueError(f"mini weights: {total} bytes together, at most {LARGEST_PACK}")
     if finder.phase(work).state_file.exists() and identity.phase(work).state_file.exists():
         networks = finder.load_finder(work), identity.load_identity(work)
-        size = _write(measuring.pack_networks(*networks), measuring.FILE)
+        file = path(measuring.NAME)
+        sizes[measuring.NAME] = size = _write(measuring.pack_networks(*networks), file)
         if size > measuring.LARGEST:
-            raise ValueError(f"{measuring.FILE.name}: {size} bytes, at most {measuring.LARGEST}")
-        sizes[measuring.FILE.stem] = size
+            raise ValueError(f"{file.name}: {size} bytes, at most {measuring.LARGEST}")
     return sizes

@@ -116,11 +116,10 @@ def phase(folder: Path) -> Phase:
 
 def load_identity(folder: Path) -> Identity:
     """The network as the phase left it."""
-    own = "network."  # of _Trained
-    state = {n: t for n, t in phase(folder).final().items() if n.startswith(own)}
-    network = Identity()
-    network.load_state_dict({name.removeprefix(own): tensor for name, tensor in state.items()})
-    return network.eval().requires_grad_(False)
+    state = phase(folder).final()
+    trained = _Trained(len(state["directions"]))
+    trained.load_state_dict(state)
+    return trained.network.eval().requires_grad_(False)
 
 
 def train_identity(emoji: list[Emoji], folder: Path) -> None:

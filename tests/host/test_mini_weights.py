@@ -38,8 +38,9 @@ def named(judge: Any, picture: np.ndarray) -> str | None:
     """What the measuring networks call the most prominent subject of (H,W,3)."""
     from anystory_core.mini.evaluation import measures
     from anystory_core.mini.finder import look
+    from anystory_core.mini.vae import to_signed
 
-    pixels = torch.from_numpy(picture.copy()).movedim(-1, 0)[None].float() / 127.5 - 1
+    pixels = to_signed(torch.from_numpy(picture.copy())[None])
     ((found, _),) = look(judge.finder, pixels)
     if not found:
         return None

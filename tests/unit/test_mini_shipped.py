@@ -103,7 +103,6 @@ def test_a_restored_phase_trains_on(work: Path) -> None:
 def test_export_keeps_the_measuring_networks(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they were trained, in half precision, once both of them are; they count for themselves."""
     monkeypatch.setattr(weights, "FOLDER", work / "files")
-    monkeypatch.setattr(measuring, "FILE", work / "files" / "measuring.safetensors")
     eyes = finder.Finder()
     save(finder.phase(work), eyes)
     assert "measuring" not in export.export(work)
@@ -115,7 +114,7 @@ def test_export_keeps_the_measuring_networks(work: Path, monkeypatch: pytest.Mon
         *export.host_states(work),
         "measuring",
     }
-    found, named = measuring.read_networks(measuring.FILE)
+    found, named = measuring.read_networks()
     for kept, trained in ((found, eyes), (named, names.network)):
         state = kept.state_dict()
         for key, tensor in trained.state_dict().items():

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -45,21 +45,24 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Judge:
-    """The networks and the gallery of held-out subjects."""
+    """The networks, and the subjects that pictures are named after."""
 
     finder: Finder
     identity: Identity
     subjects: tuple[Emoji, ...]
-    gallery: Tensor
 
     @classmethod
     def load(cls, subjects: Sequence[Emoji]) -> Judge:
-        """The networks of :mod:`..measuring`, with a gallery of these subjects."""
-        finder, identity = read_networks()
-        pool = [[s] for s in subjects]
+        """With the networks of :mod:`..measuring`."""
+        return cls(*read_networks(), tuple(subjects))
+
+    @cached_property
+    def gallery(self) -> Tensor:
+        """Unit vectors (subjects,128) of real renders. Made when a picture is first judged, for it
+        takes a minute and rows of routing need none."""
+        pool = [[s] for s in self.subjects]
         grounds = [render_scene(pool, 940_000_000 + i, subjects=0).picture for i in range(40)]
-        table = gallery(identity, subjects, grounds, _RENDERS, 950_000_000)
-        return cls(finder, identity, tuple(subjects), table)
+        return gallery(self.identity, self.subjects, grounds, _RENDERS, 950_000_000)
 
     @torch.no_grad()
     def embed(self, picture: Tensor, found: Sequence[Found]) -> Tensor:

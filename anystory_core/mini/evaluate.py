@@ -1,11 +1,12 @@
 """The paper's claims as numbers on the mini model: ``python -m anystory_core.mini.evaluate``.
 
 Draws held-out subjects in held-out scenes, row by row, and writes ``evaluation.json``,
-``evaluation.md`` and a sheet of pictures per row to ``--out``. Needs the recipe's folder for the
-sources; the measuring networks are those of the repository (:mod:`.measuring`), whatever is
-measured. What the rows are: :mod:`.evaluation.rows`. A row that is done with the same weights and
-number of samples is not drawn again; a row whose weights were never trained is left out of the
-table.
+``evaluation.md`` and a sheet of pictures per row to ``--out``. The sources are fetched into the
+recipe's folder when they are missing there; the measuring networks are those of the repository
+(:mod:`.measuring`), whatever is measured. What the rows are: :mod:`.evaluation.rows`. What was
+chosen by looking at the first tasks is measured on others, from ``--first`` on. A row that is done
+with the same weights and tasks is not drawn again; a row whose weights were never trained is left
+out of the table.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from ..build import AnyStoryModel
 from ..training.bases import fingerprint
 from .config import PICTURE_SIZE
-from .emoji import Emoji
+from .emoji import Emoji, download
 from .evaluation import report, rows, segmentation
 from .evaluation.judge import Judge
 from .evaluation.stack import Stack, load_anystory, stack_of_files, stack_of_work
@@ -94,10 +95,11 @@ def measure_all(
     subjects: Sequence[Emoji],
     judge: Judge,
     table: Table,
-    samples: int,
+    numbers: range,
     wanted: Sequence[str],
 ) -> None:
-    """Every row that ``wanted`` names, or all; those of models that are not there are left out."""
+    """Every row that ``wanted`` names, or all, of the tasks with these numbers; rows of models that
+    are not there are left out."""
     known = dict(models)
     for row in rows.DRAWN:
         name = f"{row.subjects} subject{'s' * (row.subjects > 1)}: {row.title}"
@@ -110,10 +112,10 @@ def measure_all(
         sheet = report.Sheet(table.folder / f"{report.slug(name)}.jpg")
 
         def draw(row: rows.Drawn = row, sheet: report.Sheet = sheet) -> rows.Result:
-            return rows.measure_drawn(row, known, stack, judge, samples, sheet.keep)
+            return rows.measure_drawn(row, known, stack, judge, numbers, sheet.keep)
 
-        table.add(name, samples, draw)
-    count = min(samples, ROUTING_SAMPLES)
+        table.add(name, len(numbers), draw)
+    scenes = numbers[:ROUTING_SAMPLES]
     measures = {
         "full": rows.measure_routing,
         "trained without refinement": rows.measure_routing,
@@ -128,12 +130,12 @@ def measure_all(
                 continue
             if model.routers is None and measure is rows.measure_routing:
                 continue
-            table.add(name, count, partial(measure, model, stack, subjects, count, level))
+            table.add(name, len(scenes), partial(measure, model, stack, subjects, scenes, level))
     full = models.get("full")
     for name, noises in segmentation.ROWS.items():
         if full is not None and full.routers is not None and report.asked(name, wanted):
             measure_masks = partial(segmentation.measure_segmentation, full, stack, subjects)
-            table.add(name, count, partial(measure_masks, count, noises))
+            table.add(name, len(scenes), partial(measure_masks, scenes, noises))
 
 
 def main() -> None:
@@ -142,19 +144,22 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="the recipe's folder")
     parser.add_argument("--out", type=Path, required=True, help="where table and sheets go")
     parser.add_argument("--samples", type=int, default=500, help="of each row")
+    parser.add_argument("--first", type=int, default=0, help="number of the first task")
     parser.add_argument("--rows", nargs="*", default=(), help="only rows whose names contain one")
     parser.add_argument("--shipped", action="store_true", help="the pack's files, not the folder's")
     given = parser.parse_args()
     torch.set_flush_denormal(True)
+    download(given.work / "sources")
     subjects = held_out_subjects(given.work / "sources")
     stack = stack_of_files(FOLDER) if given.shipped else stack_of_work(given.work)
     models = find_models(given.work, shipped=given.shipped)
     judge = Judge.load(subjects)
     eyes = fingerprint((judge.finder, judge.identity))
     trained = [model.fingerprint for model in models.values()]
-    key = "-".join((str(PICTURE_SIZE), stack.fingerprint, *trained, eyes))
+    key = "-".join((str(PICTURE_SIZE), stack.fingerprint, *trained, eyes, str(given.first)))
     table = Table(given.out, key)
-    measure_all(stack, models, subjects, judge, table, given.samples, given.rows)
+    numbers = range(given.first, given.first + given.samples)
+    measure_all(stack, models, subjects, judge, table, numbers, given.rows)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from anystory_core.build import AnyStoryModel, build_model
 from anystory_core.mini.clip import Clip
 from anystory_core.mini.config import CONFIG, PICTURE_SIZE
 from anystory_core.mini.emoji import Emoji
-from anystory_core.mini.evaluation import draw, rows, segmentation
+from anystory_core.mini.evaluation import draw, looking, rows, segmentation
 from anystory_core.mini.evaluation.draw import Variant
 from anystory_core.mini.evaluation.judge import cut, pose_of
 from anystory_core.mini.evaluation.stack import Stack, make_stack
@@ -101,7 +101,7 @@ def test_merged_is_the_same_as_single_for_one_subject(
 def test_routing_is_measured_on_every_layer(
     stack: Stack, model: AnyStoryModel, subjects: list[Emoji]
 ) -> None:
-    result = rows.measure_routing(model, stack, subjects, 4, 500)
+    result = rows.measure_routing(model, stack, subjects, range(4), 500)
     layers = [key for key in result if key.startswith("layer") and not key.endswith("coarse")]
     assert len(layers) == len(model.sites)
     assert all(0 <= value.low <= value.value <= value.high <= 1 for value in result.values())
@@ -110,10 +110,17 @@ def test_routing_is_measured_on_every_layer(
     assert result["over layers"].count == 4
 
 
+def test_rows_take_the_tasks_they_are_given(subjects: list[Emoji]) -> None:
+    numbers = range(500, 507)
+    found = [one.number for part in looking.batches(subjects, 2, numbers, 3) for one in part]
+    assert found == list(numbers)
+    assert looking.half_of(numbers) == range(500, 503)
+
+
 def test_routing_by_words_is_measured(
     stack: Stack, model: AnyStoryModel, subjects: list[Emoji]
 ) -> None:
-    result = rows.measure_text_routing(model, stack, subjects, 4, 500)
+    result = rows.measure_text_routing(model, stack, subjects, range(4), 500)
     assert 0 <= result["over layers"].value < 0.6 < result["perfect masks"].value
     assert [len(states) for states in stack.texts(["box", "a box"]).labels] == [1, 2]
 
@@ -137,7 +144,7 @@ def test_segmentation_is_the_mean_over_noises(
 def test_segmentation_is_measured(
     stack: Stack, model: AnyStoryModel, subjects: list[Emoji]
 ) -> None:
-    result = segmentation.measure_segmentation(model, stack, subjects, 4, 1)
+    result = segmentation.measure_segmentation(model, stack, subjects, range(4), 1)
     assert set(result) == {"masks", "perfect masks"} and result["masks"].count == 4
     assert 0 <= result["masks"].value < 0.5 < 0.6 < result["perfect masks"].value
 

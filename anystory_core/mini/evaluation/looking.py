@@ -23,11 +23,16 @@ BATCH = 20
 
 
 def batches(
-    subjects: Sequence[Emoji], count: int, samples: int, size: int = BATCH
+    subjects: Sequence[Emoji], count: int, numbers: range, size: int = BATCH
 ) -> Iterator[list[Task]]:
-    """The first ``samples`` tasks with ``count`` subjects, ``size`` at a time."""
-    for start in range(0, samples, size):
-        yield [task(subjects, count, n) for n in range(start, min(start + size, samples))]
+    """The tasks of these ``numbers`` with ``count`` subjects, ``size`` at a time."""
+    for start in range(0, len(numbers), size):
+        yield [task(subjects, count, n) for n in numbers[start : start + size]]
+
+
+def half_of(numbers: range) -> range:
+    """The first half: what each of two counts of subjects has of a row of scenes."""
+    return numbers[: len(numbers) // 2]
 
 
 def scenes_of(tasks: Sequence[Task]) -> Tensor:

@@ -18,7 +18,7 @@ from ..emoji import Emoji
 from . import draw, measures
 from .draw import SIDE, Encoder, Variant, make_run
 from .judge import Judge, Verdict
-from .looking import BATCH, batches, clean_latents, look, record_of, scenes_of
+from .looking import BATCH, batches, clean_latents, half_of, look, record_of, scenes_of
 from .stack import Stack
 from .tasks import Task
 
@@ -85,16 +85,16 @@ def measure_drawn(
     models: dict[str, AnyStoryModel],
     stack: Stack,
     judge: Judge,
-    samples: int,
+    numbers: range,
     keep: Keep | None = None,
 ) -> Result:
-    """Draw ``samples`` tasks and count. KeyError names a model that is not there."""
+    """Draw the tasks of these numbers and count. KeyError names a model that is not there."""
     model = None if row.model in WITHOUT_MODEL else models[row.model]
     routes = row.routes if model is None or model.routers is not None else _without(row.routes)
     variant = Variant(model, routes, row.clip, row.reference, row.agree)
     verdicts: list[Verdict] = []
     size = 1 if routes == "text" else BATCH
-    for tasks in batches(judge.subjects, row.subjects, samples, size):
+    for tasks in batches(judge.subjects, row.subjects, numbers, size):
         if row.model == "real":
             pictures = scenes_of(tasks)
         else:
@@ -152,14 +152,14 @@ def _look(encoder: Encoder, tasks: Sequence[Task], level: int, routes: draw.Rout
 
 
 def measure_routing(
-    model: AnyStoryModel, stack: Stack, subjects: Sequence[Emoji], samples: int, level: int
+    model: AnyStoryModel, stack: Stack, subjects: Sequence[Emoji], numbers: range, level: int
 ) -> Result:
     """Real held-out scenes of two and three subjects, noised to ``level``: IoU of the routes with
     the true masks."""
     sums = _Routing()
     encoder = Encoder(stack, model)
     for count in (2, 3):
-        for tasks in batches(subjects, count, samples // 2):
+        for tasks in batches(subjects, count, half_of(numbers)):
             call = _look(encoder, tasks, level, "router")
             for row, one in enumerate(tasks):
                 _add(sums, call, row, one)
@@ -176,7 +176,7 @@ def measure_routing(
 
 
 def measure_text_routing(
-    model: AnyStoryModel, stack: Stack, subjects: Sequence[Emoji], samples: int, level: int
+    model: AnyStoryModel, stack: Stack, subjects: Sequence[Emoji], numbers: range, level: int
 ) -> Result:
     """The same scenes with the routes of the labels' words (:mod:`...text_routes`), label = name;
     no router takes part. One scene at a time, because its words are its own."""
@@ -184,7 +184,7 @@ def measure_text_routing(
     ceilings: list[float] = []
     encoder = Encoder(stack, model)
     for count in (2, 3):
-        for (one,) in batches(subjects, count, samples // 2, 1):
+        for (one,) in batches(subjects, count, half_of(numbers), 1):
             record = record_of(_look(encoder, [one], level, "text"), 0)
             true = one.masks()
             over.append(measures.picture_iou(mean_maps(record, (SIDE, SIDE)), true))

@@ -18,7 +18,7 @@ from ..emoji import Emoji
 from ..text import LENGTH
 from . import measures
 from .draw import SIDE, Encoder, Variant, make_run
-from .looking import batches, clean_latents, look, record_of
+from .looking import batches, clean_latents, half_of, look, record_of
 from .stack import Stack
 from .tasks import Task
 
@@ -31,15 +31,15 @@ ROWS = {
 
 
 def measure_segmentation(
-    model: AnyStoryModel, stack: Stack, subjects: Sequence[Emoji], samples: int, count: int
+    model: AnyStoryModel, stack: Stack, subjects: Sequence[Emoji], numbers: range, count: int
 ) -> dict[str, measures.Estimate]:
     """Scenes of two and three subjects, ``count`` noises each: IoU of the masks, and what perfect
     masks reach on the latent's grid. ValueError when the model holds no router."""
     found: list[float] = []
     ceilings: list[float] = []
     encoder = Encoder(stack, model)
-    for number in (2, 3):
-        for batch in batches(subjects, number, samples // 2):
+    for subject_count in (2, 3):
+        for batch in batches(subjects, subject_count, half_of(numbers)):
             drawn = [noises((4, SIDE, SIDE), count, one.number) for one in batch]
             for one, maps in zip(batch, maps_of(encoder, batch, torch.stack(drawn)), strict=True):
                 found.append(measures.picture_iou(maps, one.masks()))

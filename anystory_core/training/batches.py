@@ -20,7 +20,8 @@ from ..config import AnyStoryConfig
 from ..errors import AnyStoryError
 from ..preprocess import Views, cut_out, views_of
 from .config import AugmentSettings, TrainingConfig
-from .data import DataError, Entry, Index, Raw, decode
+from .data import Raw, decode
+from .index import DataError, Entry, Index, Kind
 
 _SEED_STRIDE = 1_000_003
 _MOST_RETRIES = 20
@@ -39,6 +40,7 @@ class Sample:
     key: str
     caption: str
     target: Tensor
+    time_ids: Tensor
     masks: Tensor
     clip: Tensor
     vae: Tensor
@@ -52,7 +54,10 @@ class Sample:
 class Batch:
     """B samples.
 
-    target (B,3,H,W) in [-1,1]; masks (B,N,H,W) in [0,1]; clip (B,N,3,S,S) and vae (B,N,3,R,R) as
+    target (B,3,H,W) in [-1,1]; time_ids (B,6), SDXL's size conditioning: (height, width) of the
+    picture before it was scaled, (top, left) of the crop, (height, width) of the target, without
+    which enlarged pictures and cut-off heads are learned as what whole ones look like; masks
+    (B,N,H,W) in [0,1]; clip (B,N,3,S,S) and vae (B,N,3,R,R) as
     :class:`~anystory_core.preprocess.Views`; reference_mask (B,N,1,R,R); present (B,N) bool;
     drop_clip (B) bool: the CLIP condition becomes the background's; bad: errors of samples that
     were replaced by their neighbours."""
@@ -61,6 +66,7 @@ class Batch:
     keys: tuple[str, ...]
     captions: tuple[str, ...]
     target: Tensor
+    time_ids: Tensor
     masks: Tensor
     clip: Tensor
     vae: Tensor
@@ -81,6 +87,7 @@ class Batch:
             tuple(s.key for s in samples),
             tuple(s.caption for s in samples),
             stack("target"),
+            stack("time_ids"),
             stack("masks"),
             stack("clip"),
             stack("vae"),
@@ -130,31 +137,32 @@ class SampleDataset(Dataset[Sample]):
     """Entry number -> :class:`Sample`. Indexed by the global sample number, without an end."""
 
     def __init__(self, index: Index, config: TrainingConfig, model: AnyStoryConfig) -> None:
-        kinds = ("pair", "scene") if config.stage == "subject" else ("scene",)
-        if not any(e.kind in kinds for e in index.entries):
+        kinds: tuple[Kind, ...] = ("pair", "scene") if config.stage == "subject" else ("scene",)
+        if not len(index.of_kinds(kinds, whole=True)):
             raise DataError(
                 f"data: stage {config.stage!r} needs samples of kind {' or '.join(kinds)}, found "
                 f"none among {len(index)}; see docs/data.md"
             )
+        self.index = index
         # Those that lack a file stay: :func:`decode` says so, and they are counted as corrupt.
-        self.entries = [e for e in index.entries if e.kind is None or e.kind in kinds]
+        self._positions = index.of_kinds(kinds)
         self.config = config
         self.model = model
         self.subjects = 1 if config.stage == "subject" else config.data.max_subjects
         self._epoch = -1
-        self._order: list[int] = []
+        self._order = self._positions
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self._positions)
 
     def entry(self, number: int) -> Entry:
         """The entry that sample ``number`` starts from."""
-        epoch, place = divmod(number, len(self.entries))
+        epoch, place = divmod(number, len(self))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.config.run.seed * _SEED_STRIDE + epoch)
-            order = cast(Any, torch.randperm(len(self.entries), generator=generator))
-            self._order, self._epoch = cast("list[int]", order.tolist()), epoch
-        return self.entries[self._order[place]]
+            order: Any = torch.randperm(len(self), generator=generator)
+            self._order, self._epoch = self._positions[order.numpy()], epoch
+        return self.index[int(self._order[place])]
 
     def __getitem__(self, number: int) -> Sample:
         bad: list[str] = []
@@ -169,7 +177,7 @@ class SampleDataset(Dataset[Sample]):
     def _prepare(self, raw: Raw, number: int, bad: tuple[str, ...]) -> Sample:
         config = self.config
         rng = random.Random(sample_seed(config.run.seed, number))
-        target, masks = _square(raw.target, raw.masks, config.data.resolution)
+        target, masks, time_ids = _square(raw.target, raw.masks, config.data.resolution)
         crops: list[tuple[Tensor, Tensor]] = []
         if raw.reference is not None:
             crops.append(cut_out(raw.reference, raw.reference_mask))
@@ -200,6 +208,7 @@ class SampleDataset(Dataset[Sample]):
             raw.key,
             "" if drop_text else raw.caption,
             target.flip(-1) if mirrored else target,
+            time_ids,
             _pad(kept.flip(-1) if mirrored else kept, self.subjects),
             *self._padded(views),
             present=torch.arange(self.subjects) < len(crops),
@@ -224,9 +233,9 @@ def _pad(x: Tensor, count: int) -> Tensor:
     return torch.cat((x, x.new_zeros(count - x.shape[0], *x.shape[1:]))) if len(x) < count else x
 
 
-def _square(picture: Tensor, masks: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _square(picture: Tensor, masks: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Scale the shorter side to ``size`` and crop the centre: (H,W,3) in [0,1], (N,H,W) ->
-    (3,size,size) in [-1,1], (N,size,size)."""
+    (3,size,size) in [-1,1], (N,size,size), time_ids (6) as :class:`Batch` has them."""
     height, width = picture.shape[:2]
     scale = size / min(height, width)
     target = (max(size, round(height * scale)), max(size, round(width * scale)))
@@ -240,7 +249,8 @@ def _square(picture: Tensor, masks: Tensor, size: int) -> tuple[Tensor, Tensor]:
     top, left = (target[0] - size) // 2, (target[1] - size) // 2
     x = x[0, :, top : top + size, left : left + size]
     masks = masks[:, top : top + size, left : left + size]
-    return 2 * x - 1, masks if len(masks) else masks.new_zeros(0, size, size)
+    time_ids = torch.tensor([height, width, top, left, size, size], dtype=torch.float32)
+    return 2 * x - 1, masks if len(masks) else masks.new_zeros(0, size, size), time_ids
 
 
 class _Numbers(torch.utils.data.Sampler[list[int]]):

@@ -7,64 +7,28 @@ Files of one sample share a key: ``KEY.caption.txt`` and
   where the subject is in the target;
 - scene: ``KEY.image.EXT`` and ``KEY.masks.png``, 8 bit, 0 = background, i = subject i.
 
-EXT is png, jpg, jpeg or webp. Samples are read by position, so order, shuffling and resume need no
-state but a number; shards must be uncompressed tar files on a local disk.
+A transparent target or image lies on white, as renderings do; a target's alpha is its mask where no
+other is given. EXT is png, jpg, jpeg or webp. Samples are read by position (:mod:`.index`), so
+order, shuffling and resume need no state but a number; shards must be uncompressed tar files on a
+local disk.
 """
 
 from __future__ import annotations
 
 import io
-import os
-import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..errors import AnyStoryError
+from .index import DataError, Entry
 
 PICTURES = ("png", "jpg", "jpeg", "webp")
-PARTS = ("reference", "target", "reference_mask", "target_mask", "image", "masks", "caption")
 MOST_BAD = 0.01  # share of corrupt samples at which a run stops
-
-
-class DataError(AnyStoryError):
-    """Training data cannot be used as it is."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where one file of a sample lies: a path of its own, or a slice of a shard."""
-
-    path: str
-    offset: int = 0
-    size: int = -1
-
-    def read(self) -> bytes:
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One sample, not read yet. ``key`` names it in messages and caches."""
-
-    key: str
-    files: Mapping[str, Place]  # suffix after the key, e.g. "reference.png"
-
-    @property
-    def kind(self) -> Literal["pair", "scene"] | None:
-        """What its files make of it; None when some are missing."""
-        stems = {name.rsplit(".", 1)[0] for name in self.files}
-        if {"reference", "target", "caption"} <= stems:
-            return "pair"
-        return "scene" if {"image", "masks", "caption"} <= stems else None
 
 
 @dataclass(frozen=True)
@@ -82,75 +46,6 @@ class Raw:
     reference_mask: Tensor | None = None  # (H,W)
 
 
-@dataclass
-class Index:
-    """All samples of a run, by position."""
-
-    entries: list[Entry] = field(default_factory=list[Entry])
-
-    @classmethod
-    def of(cls, paths: tuple[str, ...]) -> Index:
-        """Scan folders and shards in the given order. DataError names a path without samples."""
-        index = cls()
-        for path in map(Path, paths):
-            if path.is_dir():
-                shards = sorted(path.glob("*.tar"))
-                sources = [_shard(s) for s in shards] if shards else [_folder(path)]
-            elif path.suffix == ".tar" and path.exists():
-                sources = [_shard(path)]
-            else:
-                raise DataError(
-                    f"data: {path} is neither a folder nor a .tar shard; see docs/data.md"
-                )
-            for name, groups in zip([path.name] * len(sources), sources, strict=True):
-                found = [Entry(f"{name}/{key}", files) for key, files in groups]
-                if not found:
-                    raise DataError(
-                        f"data: {path} holds no samples (files named KEY.caption.txt, "
-                        "KEY.target.png, ...); see docs/data.md"
-                    )
-                index.entries += found
-        return index
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-
-def _group(names: Iterator[tuple[str, str, Place]]) -> list[tuple[str, Mapping[str, Place]]]:
-    """Files by key; those that are no part of a sample are passed over."""
-    groups: dict[str, dict[str, Place]] = {}
-    for folder, name, place in names:
-        key, _, suffix = name.partition(".")
-        if suffix.lower().partition(".")[0] in PARTS:
-            groups.setdefault(f"{folder}{key}", {})[suffix.lower()] = place
-    return sorted(groups.items())
-
-
-def _folder(path: Path) -> list[tuple[str, Mapping[str, Place]]]:
-    def names() -> Iterator[tuple[str, str, Place]]:
-        for root, _, files in os.walk(path):
-            inside = os.path.relpath(root, path)
-            for name in files:
-                yield ("" if inside == "." else f"{inside}/"), name, Place(os.path.join(root, name))
-
-    return _group(names())
-
-
-def _shard(path: Path) -> list[tuple[str, Mapping[str, Place]]]:
-    def names() -> Iterator[tuple[str, str, Place]]:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    folder, _, name = member.name.rpartition("/")
-                    place = Place(str(path), member.offset_data, member.size)
-                    yield (f"{folder}/" if folder else ""), name, place
-
-    try:
-        return _group(names())
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"data: shard {path} cannot be read ({error}); make it again") from error
-
-
 def decode(entry: Entry) -> Raw:
     """Read one sample. DataError says which file of it is bad."""
     kind = entry.kind
@@ -160,16 +55,16 @@ def decode(entry: Entry) -> Raw:
         )
     caption = _caption(entry)
     if kind == "pair":
-        reference = _picture(entry, "reference", alpha=True)
+        reference = _picture(entry, "reference")
         mask = None
         if "reference_mask.png" in entry.files:
             mask = _grey(entry, "reference_mask").float() / 255
-        target = _picture(entry, "target")
-        masks = torch.zeros(0, *target.shape[:2])
+        target, alpha = _on_white(_picture(entry, "target"))
+        masks = torch.zeros(0, *target.shape[:2]) if alpha is None else alpha[None]
         if "target_mask.png" in entry.files:
             masks = _map_of(entry, "target_mask", target)[None].float() / 255
         return Raw(entry.key, caption, target, masks, reference, mask)
-    target = _picture(entry, "image")
+    target, _ = _on_white(_picture(entry, "image"))
     labels = _map_of(entry, "masks", target, numbers=True)
     numbers = [int(n) for n in cast(Any, labels.unique()).tolist() if n]
     masks = [(labels == n).float() for n in numbers]
@@ -199,12 +94,21 @@ def _open(entry: Entry, stem: str) -> Image.Image:
     raise DataError(f"{entry.key}: no {stem} picture among {sorted(entry.files)}")
 
 
-def _picture(entry: Entry, stem: str, *, alpha: bool = False) -> Tensor:
-    """(H,W,3) float in [0,1], or (H,W,4) where transparency is asked for and present."""
+def _picture(entry: Entry, stem: str) -> Tensor:
+    """(H,W,3) float in [0,1], or (H,W,4) where there is transparency."""
     image = _open(entry, stem)
     transparent = image.mode in ("RGBA", "LA") or "transparency" in image.info
-    converted = image.convert("RGBA" if alpha and transparent else "RGB")
+    converted = image.convert("RGBA" if transparent else "RGB")
     return torch.from_numpy(np.array(converted)).float() / 255
+
+
+def _on_white(picture: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(H,W,3 or 4) -> ((H,W,3), alpha (H,W) or None). What colour lies under transparency is an
+    accident of the program that wrote the file, mostly black."""
+    if picture.shape[-1] == 3:
+        return picture, None
+    alpha = picture[..., 3:]
+    return picture[..., :3] * alpha + (1 - alpha), alpha[..., 0]
 
 
 def _grey(entry: Entry, stem: str, *, numbers: bool = False) -> Tensor:

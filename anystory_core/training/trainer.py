@@ -23,8 +23,9 @@ from .bases import load_base
 from .batches import Batch, SampleDataset, load_batches
 from .cache import Encodings
 from .config import TrainingConfig, seconds
-from .data import BadSamples, DataError, Index
-from .diffusers_unet import attention_kernels, time_ids
+from .data import BadSamples
+from .diffusers_unet import attention_kernels
+from .index import DataError, Index
 from .initial import ROUTER_PARTS, build_trained_model
 from .schedule import alphas_cumprod
 from .sheets import draw_sheet
@@ -208,12 +209,15 @@ class Trainer:
         seed = self.config.run.seed
         cubic = self.config.run.timesteps == "cubic"
         latents, noise, timesteps = add_noise(clean, batch.numbers, seed, self.alphas, cubic=cubic)
-        size = self.config.data.resolution
-        ids = time_ids(size, size, len(batch.numbers), device)
         dtype = self.base.unet.dtype
-        seeds = gumbel_seeds(seed, batch.numbers)
         return Noised(
-            latents.to(dtype), noise, timesteps, text.to(dtype), pooled.to(dtype), ids, seeds
+            latents.to(dtype),
+            noise,
+            timesteps,
+            text.to(dtype),
+            pooled.to(dtype),
+            batch.time_ids,
+            gumbel_seeds(seed, batch.numbers),
         )
 
     def _move(self, batch: Batch) -> Batch:

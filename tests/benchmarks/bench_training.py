@@ -78,6 +78,7 @@ def batch_of(config: AnyStoryConfig, rows: int, side: int) -> Batch:
     return Batch(
         tuple(range(rows)), ("",) * rows, ("",) * rows,
         torch.rand(rows, 3, side, side, generator=generator) * 2 - 1,
+        time_ids(side, side, rows, torch.device("cpu")),
         mask,
         torch.randn(rows, 1, 3, clip, clip, generator=generator),
         torch.rand(rows, 1, 3, reference, reference, generator=generator) * 2 - 1,
@@ -121,8 +122,8 @@ def measure(
     seconds: list[float] = []
     for step in range(steps):
         latents, noise, t = add_noise(clean, range(rows), step, alphas_cumprod())
-        ids = time_ids(side, side, rows, latents.device)
-        noised = Noised(latents, noise, t, text, pooled, ids, tuple(range(rows)))
+        seeds = tuple(range(rows))
+        noised = Noised(latents, noise, t, text, pooled, batch.time_ids, seeds)
         start = time.monotonic()
         with torch.autocast("cpu", torch.bfloat16):
             loss = trained(batch, noised)["loss"]

@@ -51,7 +51,7 @@ def batch(*pictures: Tensor) -> Batch:
     n, none = len(pictures), torch.zeros(len(pictures), 1)
     return Batch(
         tuple(range(n)), ("data/0001",) * n, ("",) * n, torch.stack(pictures), none, none, none,
-        none, none, none, (),
+        none, none, none, none, (),
     )  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from anystory_core.training import shards
 from anystory_core.training.batches import Batch
 from anystory_core.training.check import check
 from anystory_core.training.config import load_config
-from anystory_core.training.data import BadSamples, DataError, Index, decode
+from anystory_core.training.data import BadSamples, decode
+from anystory_core.training.index import DataError, Index
 from anystory_core.training.trainer import Trainer
 
 
@@ -44,7 +47,7 @@ def test_shards_and_folders_hold_the_same(tmp_path: Path) -> None:
     shards.write_folder(samples, tmp_path / "folder")
     packed, loose = (Index.of((str(tmp_path / n),)) for n in ("shards", "folder"))
     assert len(packed) == len(loose) == 6
-    for a, b in zip(packed.entries, loose.entries, strict=True):
+    for a, b in zip(packed, loose, strict=True):
         assert a.kind == b.kind
         one, two = decode(a), decode(b)
         assert one.caption == two.caption and bool((one.target == two.target).all())
@@ -59,6 +62,74 @@ def test_the_checker_names_bad_samples(tmp_path: Path) -> None:
     report, good = check([str(tmp_path)])
     assert not good and "corrupt: 2" in report and "pair: 2" in report and "64x64: 3" in report
     assert "pair0001: target.png is not a picture" in report and "scene0000: has" in report
+
+
+def test_the_checker_cuts_references_out(tmp_path: Path) -> None:
+    """What decodes may still hold nothing to train on, and a run would call it corrupt."""
+    samples = tiny.pairs(3)
+    empty = shards.png(np.zeros((64, 64), np.uint8))
+    samples[1][1]["reference_mask.png"] = empty
+    samples += tiny.scenes(1)
+    nobody = tiny.scenes(1)[0][1] | {"masks.png": empty}
+    shards.write_folder([*samples, ("nobody", nobody)], tmp_path)
+    report, good = check([str(tmp_path)])
+    assert not good and "corrupt: 1" in report and "pair0001: " in report and "empty" in report
+    assert "  0: 1" in report and "stage 'subject' counts them as corrupt" in report
+
+
+def test_an_index_is_small(tmp_path: Path) -> None:
+    """The paper's stage 1 has 6.5 million pairs, and every process of a run holds all of them."""
+    count = 2000
+    names = [f"set/pair{i:07d}" for i in range(count)]
+    parts = ("caption.txt", "reference.png", "target.jpg")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in names:
+            for part in parts:
+                entry = tarfile.TarInfo(f"{name}.{part}")
+                entry.size = len(name)
+                tar.addfile(entry, io.BytesIO(name.encode()))
+    Index.of((str(tmp_path),))  # what is loaded once does not count
+    tracemalloc.start()
+    index = Index.of((str(tmp_path),))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 150 * count  # 87 bytes a sample, and arrays that grow ahead
+    for place in (0, 1234, count - 1):
+        entry = index[place]
+        assert entry.key == f"{tmp_path.name}/{names[place]}" and set(entry.files) == set(parts)
+        assert {file.read() for file in entry.files.values()} == {names[place].encode()}
+
+
+def test_transparent_targets_lie_on_white(tmp_path: Path) -> None:
+    """A rendering's alpha is also where the subject is; what lies under it is any colour."""
+    picture = np.zeros((64, 64, 4), np.uint8)
+    picture[16:48, 16:48] = (255, 0, 0, 255)
+    picture[16, 16, 3] = 51  # a fifth
+    files = dict(tiny.pairs(1)[0][1])
+    files["target.png"] = shards.png(picture)
+    scene = dict(tiny.scenes(1)[0][1])
+    scene["image.png"] = shards.png(picture)
+    shards.write_folder([("a", files), ("b", scene)], tmp_path)
+    pair, other = (decode(entry) for entry in Index.of((str(tmp_path),)))
+    for raw in (pair, other):
+        assert raw.target[0, 0].tolist() == [1, 1, 1] and raw.target[32, 32].tolist() == [1, 0, 0]
+        assert raw.target[16, 16].tolist() == pytest.approx([1, 0.8, 0.8])
+    assert torch.equal(pair.masks[0], torch.from_numpy(picture[..., 3]).float() / 255)
+
+
+def test_samples_say_what_was_enlarged_and_cut_off(world: Any, tmp_path: Path) -> None:
+    """SDXL's size conditioning: a small wide picture is not learned as a whole large one."""
+    files = {
+        name: data for name, data in tiny.pairs(1)[0][1].items() if not name.startswith("target")
+    }
+    files["target.png"] = shards.png(np.zeros((32, 48, 3), np.uint8))
+    shards.write_folder([("small", files), ("whole", tiny.pairs(1)[0][1])], tmp_path / "data")
+    path = tiny.run_toml(tmp_path / "run", world.base, tmp_path / "data", "subject", steps=1)
+    trainer = Trainer(load_config(path))
+    batch = Batch.of([trainer.dataset[i] for i in range(2)])
+    rows = dict(zip(batch.keys, batch.time_ids.tolist(), strict=True))
+    assert rows == {"data/small": [32, 48, 0, 16, 64, 64], "data/whole": [64, 64, 0, 0, 64, 64]}
+    assert torch.equal(trainer.noised(batch).time_ids, batch.time_ids)
 
 
 def test_inside_needs_the_place_of_the_subject(
@@ -102,7 +173,7 @@ def test_masks_in_palette_files(tmp_path: Path) -> None:
     ):
         files.update(dict.fromkeys(names, file.getvalue()))
     shards.write_folder(samples, tmp_path)
-    pair, scene = (decode(entry) for entry in Index.of((str(tmp_path),)).entries)
+    pair, scene = (decode(entry) for entry in Index.of((str(tmp_path),)))
     for mask in (pair.masks[0], pair.reference_mask, scene.masks[0]):
         assert mask is not None
         assert torch.equal(mask, torch.from_numpy(half).float())
@@ -121,7 +192,7 @@ def test_photographs_are_turned_as_the_host_turns_them(tmp_path: Path) -> None:
         del files[name]
     files["target.jpg"] = file.getvalue()
     shards.write_folder([("one", files)], tmp_path)
-    target = decode(Index.of((str(tmp_path),)).entries[0]).target
+    target = decode(Index.of((str(tmp_path),))[0]).target
     assert target.shape == (64, 32, 3)
     assert target[:32, :, 2].mean() > 0.8 and target[32:, :, 0].mean() > 0.8  # blue is up
 

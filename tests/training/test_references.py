@@ -21,7 +21,7 @@ from anystory_core.training.config import (
     RunSettings,
     TrainingConfig,
 )
-from anystory_core.training.data import Index
+from anystory_core.training.index import Index
 
 NOTHING: dict[str, Any] = {"rotate": 0.0, "crop": 0.0, "pad": 0.0, "flip": 0.0}
 COLOUR = torch.tensor([0.8, 0.5, 0.3])[None, :, None, None]

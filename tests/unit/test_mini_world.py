@@ -130,12 +130,12 @@ def test_places_vary_with_the_seed(place: str) -> None:
 def test_samples_are_what_the_trainer_reads(
     tmp_path: Path, subjects: list[Emoji], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = pytest.importorskip("anystory_core.training.data")
+    index_module = pytest.importorskip("anystory_core.training.index")
     monkeypatch.setattr(samples, "SHARD", 3)
     for kind, expected in (("pairs", "pair"), ("scenes", "scene")):
         samples.write_samples(subjects, tmp_path / kind, kind, 0)
-        index = data.Index.of((str(tmp_path / kind),))
-        assert [entry.kind for entry in index.entries] == [expected] * 3
+        index = index_module.Index.of((str(tmp_path / kind),))
+        assert [entry.kind for entry in index] == [expected] * 3
     files = samples.scene_files(render_scene(pool_of(subjects), 3, subjects=2), "two")
     regions = np.asarray(Image.open(io.BytesIO(files["masks.png"])))
     assert set(np.unique(regions).tolist()) == {0, 1, 2}

@@ -73,16 +73,25 @@ def viewer_data(record: RoutingRecord, row: int) -> dict[str, Any]:
 
 def nothing_to_show(cls: Any, record: RoutingRecord, size: tuple[int, int]) -> io.NodeOutput:
     """A run without routes is no error: others of the same list may have some."""
-    why = (
-        "No subject acted in this run: there is none, its strength is 0, or its window is empty."
-        if record.idle
-        else "No step falls into the time range of the positive prompt."
-    )
     masks = torch.zeros(max(1, record.subjects), *size)
     black = torch.zeros(1, *size, 3)
     shown = ui.PreviewImage(black, cls=cls).as_dict()
-    shown |= {"anystory_routes": [], "text": say([f"No routes. {why}"])}
+    shown |= {"anystory_routes": [], "text": say([f"No routes. {_why(record)}"])}
     return io.NodeOutput(black, masks, ui=shown)
+
+
+def _why(record: RoutingRecord) -> str:
+    if record.idle:
+        return (
+            "No subject acted in this run: there is none, its strength is 0, or its window is "
+            "empty."
+        )
+    if not record.steps:
+        return "No step falls into the time range of the positive prompt."
+    return (
+        "No step falls between a subject's start and end, or another node changes the tokens of "
+        "every block."
+    )
 
 
 class RoutingMapPreview(io.ComfyNode):
@@ -145,7 +154,7 @@ class RoutingMapPreview(io.ComfyNode):
     ) -> io.NodeOutput:
         record = maps.find(latent["samples"])
         size = tuple(tensors.PIXELS_PER_LATENT * n for n in latent["samples"].shape[-2:])
-        if not record.steps:
+        if not record.blocks:
             return nothing_to_show(cls, record, (size[0], size[1]))
         chosen = choose_steps(steps, len(record.steps))
         picture = routing_figure.figure(

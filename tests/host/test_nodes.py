@@ -135,8 +135,20 @@ def test_preview_warns_of_a_subject_without_a_place(scene: Scene) -> None:
     assert text.startswith("'box' got 0.0 % of the picture")
 
 
-@pytest.mark.parametrize("why", ["strength", "window", "nobody", "prompt"])
-def test_a_run_without_routes_is_no_error(scene: Scene, why: str) -> None:
+NO_ROUTES = {
+    "strength": "No subject acted",
+    "window": "No subject acted",
+    "nobody": "No subject acted",
+    "prompt": "time range of the positive prompt",
+    "second pass": "No step falls between a subject's start and end",
+    "tokens": "another node changes the tokens of every block",
+}
+
+
+@pytest.mark.parametrize("why", NO_ROUTES)
+def test_a_run_without_routes_is_no_error(
+    scene: Scene, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In a list it must not take the other pictures' maps away."""
     positive = scene.positive
     if why == "prompt":
@@ -148,16 +160,22 @@ def test_a_run_without_routes_is_no_error(scene: Scene, why: str) -> None:
         "strength": {"strength": 0.0, "reference_strength": 0.0},
         "window": {"start": 0.5, "end": 0.5},
         "nobody": {"routing": empty},
-        "prompt": {},
+        "second pass": {"end": 0.4},
     }
-    model, maps = scene.apply_with_maps(**given[why])
-    shown = scene.preview(maps, scene.sample(model, steps=2, positive=positive))
+    model, maps = scene.apply_with_maps(**given.get(why, {}))
+    with monkeypatch.context() as changed:
+        if why == "tokens":
+            table = module("anystory_pack.nodes.host.patcher").BlockTable
+            changed.setattr(table, "grid", lambda *_: None)
+        denoise = 0.5 if why == "second pass" else 1.0
+        out = scene.sample(model, steps=2, positive=positive, denoise=denoise)
+    shown = scene.preview(maps, out)
     acting, some = scene.apply_with_maps()
     assert shown.ui.keys() == scene.preview(some, scene.sample(acting, steps=1)).ui.keys()
     masks = shown.args[1]
     assert masks.shape == (1 if why == "nobody" else 2, 128, 128) and not masks.any()
     (text,) = shown.ui["text"]
-    assert ("time range of the positive prompt" if why == "prompt" else "No subject acted") in text
+    assert NO_ROUTES[why] in text
 
 
 def test_preview_is_blank_outside_the_window(scene: Scene) -> None:

@@ -72,6 +72,12 @@ class RoutingRecord:
         return len(self.labels)
 
     @property
+    def size(self) -> int:
+        """Bytes of all recorded maps."""
+        maps = [m for step in self.steps for m in (*step.ids.values(), *step.soft.values())]
+        return sum(m.numel() * m.element_size() for m in maps)
+
+    @property
     def rows(self) -> int:
         """Number of recorded batch rows."""
         return max((ids.shape[0] for step in self.steps for ids in step.ids.values()), default=0)

@@ -173,6 +173,46 @@ def test_maps_of_a_forgotten_run_are_refused(scene: Scene) -> None:
         scene.preview(maps, first)
 
 
+def test_all_runs_of_a_prompt_are_kept(scene: Scene) -> None:
+    """The host samples a whole list before the first preview; the next prompt makes room again."""
+    context = module("comfy_execution.utils").CurrentNodeContext
+    model, maps = scene.apply_with_maps()
+    with context("a list", "sampler"):
+        latents = [scene.sample(model, seed=seed, steps=1) for seed in range(6)]
+    for latent in latents:
+        scene.preview(maps, latent)
+    with context("the next", "sampler"):
+        latent = scene.sample(model, seed=6, steps=1)
+    assert len(maps.runs) == 4
+    scene.preview(maps, latent)
+    with pytest.raises(scene.errors.RoutingError, match="came from the cache"):
+        scene.preview(maps, latents[0])
+
+
+def test_runs_of_a_prompt_keep_to_their_memory(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = module("comfy_execution.utils").CurrentNodeContext
+    model, maps = scene.apply_with_maps()
+    latents = [scene.sample(model, seed=0, steps=1)]
+    size = maps.find(latents[0]).size
+    limit = 3 * size + size // 2
+    monkeypatch.setattr(module("anystory_pack.nodes.host.records"), "MOST_BYTES", limit)
+    with context("a list", "sampler"):
+        latents += [scene.sample(model, seed=seed, steps=1) for seed in range(1, 6)]
+    assert len(maps.runs) == 3 and sum(run.size for run in maps.runs.values()) <= limit
+    for latent in latents[3:]:
+        scene.preview(maps, latent)
+    for latent in latents[1:3]:
+        with pytest.raises(scene.errors.RoutingError, match="queue fewer pictures at once"):
+            scene.preview(maps, latent)
+    with context("the next", "sampler"):
+        large = scene.sample(model, seed=6, steps=1, latent_image=scene.latent(batch=4))
+    assert maps.find(large).size > limit and len(maps.runs) == 1
+    with pytest.raises(scene.errors.RoutingError, match="came from the cache"):
+        scene.preview(maps, latents[1])
+
+
 # Exchanging the subjects exchanges the order of candidates in sums and softmaxes, and a by-region
 # attention over other slices: float32 rounding, carried through two steps of a random network.
 ROUNDING = {"rtol": 1e-3, "atol": 1e-3}

@@ -27,6 +27,8 @@ from .errors import CheckpointError
 _UNET_FILE = "diffusion_pytorch_model"
 # The public "plus-face" file has the very tensor names and shapes of the general one.
 _FACE_FILES = {"677ad8860204f7d0bfba12d29e6c31ded9beefdf3e4bbd102518357d31a292c1"}
+# What stands beside a scaled weight, in the host's older format and its present one.
+_SCALES = ("scale_weight", "weight_scale", "comfy_quant")
 _BASES = {
     768: "Stable Diffusion 1.5",
     1024: "Stable Diffusion 2",
@@ -44,6 +46,7 @@ class Source:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     owner: dict[str, Path]
+    scaled: set[Path] = field(default_factory=set[Path])  # files that say so in their headers
     _open: dict[Path, TensorFile] = field(default_factory=dict[Path, TensorFile])
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -57,7 +60,9 @@ class Source:
                 entries = raw_header(path)
                 # The library compares every offset with the file's size: a cut file ends here.
                 source._open[path] = source._stack.enter_context(open_tensors(path))
-                entries.pop("__metadata__", None)
+                metadata = entries.pop("__metadata__", None)
+                if isinstance(metadata, dict) and "_quantization_metadata" in metadata:
+                    source.scaled.add(path)
                 for key, entry in entries.items():
                     info = cast("dict[str, Any]", entry)
                     source.shapes[key] = tuple(int(n) for n in info["shape"])
@@ -85,7 +90,9 @@ class Source:
     def check_floats(self, keys: Sequence[str]) -> None:
         """CheckpointError unless these tensors are plain floats (not quantised)."""
         for key in keys:
-            scaled = f"{key.removesuffix('weight')}scale_weight" in self.shapes
+            layer = key.removesuffix("weight")
+            scaled = any(layer + mark in self.shapes for mark in _SCALES)
+            scaled |= self.owner[key] in self.scaled and self.dtypes[key].startswith("F8")
             if self.dtypes[key] not in FLOATS or scaled:
                 kind = "scaled 8-bit" if scaled else self.dtypes[key]
                 raise CheckpointError(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anystory_core import convert as conversion
@@ -70,13 +71,6 @@ def other_base(state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
         ),
         (
             lambda s: {
-                **s,
-                "model.diffusion_model.middle_block.0.in_layers.2.scale_weight": torch.ones(1),
-            },
-            ["quantised (scaled 8-bit)"],
-        ),
-        (
-            lambda s: {
                 k: v * float("nan") if k.endswith("middle_block.0.in_layers.2.bias") else v
                 for k, v in s.items()
             },
@@ -94,6 +88,28 @@ def other_base(state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
 def test_wrong_checkpoints_are_named(tmp_path, unet, adapter, change, words) -> None:
     checkpoint = save(tmp_path / "base.safetensors", change(unet))
     refuse(tmp_path, checkpoint, save(tmp_path / "plus.safetensors", adapter), *words)
+
+
+@pytest.mark.parametrize("mark", ["scale_weight", "weight_scale", "comfy_quant", "header"])
+@pytest.mark.parametrize("which", ["base", "plus"])
+def test_scaled_weights_are_named(tmp_path, unet, adapter, mark, which) -> None:
+    """Without their scales, which only the host knows how to apply, 8-bit numbers mean nothing."""
+    tensors = {"base": unet, "plus": adapter}
+    key = {
+        "base": "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_k.weight",
+        "plus": "ip_adapter.1.to_k_ip.weight",
+    }[which]
+    layer = key.removesuffix("weight")
+    changed = {**tensors[which], key: tensors[which][key].to(torch.float8_e4m3fn)}
+    metadata = {}
+    if mark == "header":
+        metadata["_quantization_metadata"] = json.dumps({"layers": {layer[:-1]: {}}})
+    else:
+        changed[layer + mark] = torch.ones(1)
+    files = {n: save(tmp_path / f"{n}.safetensors", t) for n, t in tensors.items()}
+    save_file(changed, files[which], metadata=metadata)
+    words = f"{which}.safetensors", key, "quantised (scaled 8-bit)", "use the fp16 or bf16 file"
+    refuse(tmp_path, files["base"], files["plus"], *words)
 
 
 @pytest.mark.parametrize(("channels", "kind"), [(9, "inpainting"), (8, "edit")])

@@ -15,6 +15,8 @@
 * ``Style: text`` — appended to every prompt; at most one.
 * Empty lines and lines that begin with ``#`` are skipped; a line without a key continues the one
   before. Keys and names are read without regard to capitals.
+* Full-width signs (``：（），、``) mean the same. Where a script has no spaces between words, as
+  Chinese, Japanese and Thai, a name is found wherever it stands.
 """
 
 from __future__ import annotations
@@ -24,8 +26,16 @@ from dataclasses import dataclass
 
 from .errors import AnyStoryError
 
-_KEY = re.compile(r"^(style|role|panel)\b([^:]*):(.*)$", re.IGNORECASE)
+_KEY = re.compile(r"^(style|role|panel)\b([^:：]*)[:：](.*)$", re.IGNORECASE)
 _NAME = re.compile(r"[^\W_][\w'-]*(?: [^\W_][\w'-]*){0,3}")  # one to four words
+# Letters of scripts without spaces: Thai to Myanmar, Khmer, kana, Chinese characters.
+_UNSPACED = (
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+)
+# No word goes on here: one of the two neighbours is no letter, or of a script without spaces.
+_BEGIN = rf"(?:(?<!\w)|(?<={_UNSPACED})|(?={_UNSPACED}))"
+_END = rf"(?:(?!\w)|(?<={_UNSPACED})|(?={_UNSPACED}))"
 SEEDS = 2**64
 MOST_PANELS = 64
 
@@ -138,7 +148,7 @@ def _names_of(number: int, argument: str) -> str | None:
     """The text between the parentheses of 'Panel (A, B)'; None without parentheses."""
     if not argument:
         return None
-    if not (argument.startswith("(") and argument.endswith(")")):
+    if not (argument.startswith(("(", "（")) and argument.endswith((")", "）"))):
         raise StoryError(
             f"line {number}: got 'Panel {argument[:40]}', expected 'Panel:' or "
             "'Panel (NAME, NAME):'"
@@ -152,9 +162,10 @@ def _panel(
     prompt, named = _describe(text, roles)
     chosen = named
     if names is not None:
-        chosen = sorted({_lookup(number, name, roles) for name in names.split(",") if name.strip()})
+        listed = [name for name in re.split("[,，、]", names) if name.strip()]
+        chosen = sorted({_lookup(number, name, roles) for name in listed})
     missing = [roles[i].description for i in chosen if i not in named]
-    parts = [prompt.rstrip(" .") if missing or style else prompt, *missing, style]
+    parts = [prompt.rstrip(" .。") if missing or style else prompt, *missing, style]
     prompt = ", ".join(part for part in parts if part)
     if not prompt:
         raise StoryError(f"line {number}: an empty panel; write what the picture shows")
@@ -173,13 +184,14 @@ def _lookup(number: int, name: str, roles: list[Role]) -> int:
 def _describe(text: str, roles: list[Role]) -> tuple[str, list[int]]:
     """The text with names replaced by descriptions, and the numbers of the roles that it names.
 
-    Names are whole words ('Ann' is not in 'Anna'), and of overlapping names ('Fox', 'Fox Cub') the
-    longer one is meant. All are replaced at once, so that a description is never read again."""
+    Names are whole words ('Ann' is not in 'Anna') where a script has spaces, and of overlapping
+    names ('Fox', 'Fox Cub') the longer one is meant. All are replaced at once, so that a
+    description is never read again."""
     if not roles:
         return text, []
     longest_first = sorted(range(len(roles)), key=lambda i: len(roles[i].name), reverse=True)
     names = "|".join(f"({re.escape(roles[i].name)})" for i in longest_first)
-    pattern = re.compile(rf"(?<!\w)(?:{names})(?!\w)", re.IGNORECASE)
+    pattern = re.compile(f"{_BEGIN}(?:{names}){_END}", re.IGNORECASE)
     named: set[int] = set()
 
     def describe(match: re.Match[str]) -> str:

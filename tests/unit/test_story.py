@@ -36,6 +36,33 @@ def test_prompts_subjects_and_seeds() -> None:
     assert [panel.seed for panel in story.panels] == [7, 8, 9]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "prompt"),
+    [
+        ("小狐", "小狐在雪地里", "x在雪地里"),
+        ("小狐", "雪地里的小狐。", "雪地里的x。"),
+        ("Fox", "森林里的Fox在跑", "森林里的x在跑"),
+        ("ポチ", "ポチは雪の中を走る", "xは雪の中を走る"),
+        ("แมว", "เห็นแมวดำ", "เห็นxดำ"),
+        ("Ann", "Anna和Joann", None),
+        ("Åsa", "Åsas", None),
+        ("여우", "여우들", None),
+    ],
+)
+def test_names_in_scripts_without_spaces(name: str, text: str, prompt: str | None) -> None:
+    (panel,) = parse_story(f"Role {name}：x\nPanel：{text}").panels
+    assert panel.subjects == (() if prompt is None else (0,))
+    assert panel.prompt == (prompt or text)
+
+
+def test_full_width_signs() -> None:
+    script = (
+        "Style：水彩\nRole 狐：a fox\nRole 鸟：a bird\nPanel（狐，鸟）：雪。\nPanel (鸟、狐): 海"
+    )
+    prompts = [panel.prompt for panel in parse_story(script).panels]
+    assert prompts == ["雪, a fox, a bird, 水彩", "海, a fox, a bird, 水彩"]
+
+
 def test_a_description_is_never_read_again() -> None:
     story = parse_story("Role Sun: the Moon\nRole Moon: the Sun\nPanel: Sun and Moon")
     assert story.panels[0].prompt == "the Moon and the Sun"

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .build import PARTS, AnyStoryModel, build_model
-from .checkpoint import FORMAT
+from .checkpoint import FORMAT, read_header
 from .config import AnyStoryConfig, QFormerConfig
 from .convert_keys import (
     adapter_names,
@@ -108,8 +108,9 @@ def convert(
     "none". config: sizes of the base (SDXL when None); the QFormer's own sizes are the file's.
     reference_net: "simplified" (the paper's: no cross-attention), "original" (with it; the label's
     text is then encoded with each subject), or "none". A file that was made from the same sources
-    (by their hashes) in the same way is kept, any other is replaced. CheckpointError names what a
-    file is instead of what was expected; nothing is left behind then.
+    (by their hashes) in the same way is kept, another converted one is replaced. CheckpointError
+    names what a file is instead of what was expected, or that ``out`` is there and no converted
+    file; nothing is left behind then.
     """
     out = Path(out)
     if reference_net not in REFERENCE_NETS:
@@ -134,6 +135,7 @@ def convert(
         sources = [adapter.source] + ([unet.source] if unet else [])
         if any(out.resolve() == f.resolve() for source in sources for f in source.files):
             raise CheckpointError(f"{out.name}: is one of the sources; choose another name")
+        _check_replaceable(out)
         made = {"subject_encoder", "clip_projections"}
         if unet is not None:
             made |= {"reference_net", "reference_projections"}
@@ -161,6 +163,23 @@ def convert(
     parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
     notes = unet.notes if unet else ()
     return Converted(out, out.stat().st_size, parameters, parts, notes, kept)
+
+
+def _check_replaceable(out: Path) -> None:
+    """CheckpointError unless nothing is lost with ``out``: it is not there, or a converted file
+    that holds no trained part."""
+    if not out.exists():
+        return
+    try:
+        keys = read_header(out).metadata.keys()
+    except CheckpointError:
+        keys = set[str]()
+    converted = any(key.startswith("anystory.source.") for key in keys)
+    if not converted or any(key.endswith("_steps") for key in keys):
+        raise CheckpointError(
+            f"{out.name}: is there already, and was not made by conversion alone; choose another "
+            "name, or move that file away"
+        )
 
 
 def load_ip_adapter(model: AnyStoryModel, path: str | os.PathLike[str]) -> None:

@@ -56,8 +56,9 @@ class BuildAnyStory(io.ComfyNode):
                 io.String.Input(
                     "name",
                     default="public_sdxl",
-                    tooltip="Name of the file in models/anystory. An existing file is replaced, "
-                    "unless it was made from the same files in the same way.",
+                    tooltip="Name of the file in models/anystory. A file that this node made is "
+                    "replaced, unless it was made from the same files in the same way; any other "
+                    "is an error.",
                 ),
                 io.Combo.Input(
                     "reference_net",

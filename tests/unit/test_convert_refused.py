@@ -14,6 +14,7 @@ from torch import Tensor
 
 from anystory_core import convert as conversion
 from anystory_core import convert_sources, convert_write
+from anystory_core.checkpoint import read_header, save_model
 from anystory_core.convert import convert
 from anystory_core.errors import CheckpointError
 
@@ -213,8 +214,8 @@ def test_full_disk_leaves_the_old_file(tmp_path, unet, adapter, monkeypatch) -> 
     checkpoint = save(tmp_path / "base.safetensors", unet)
     ip = save(tmp_path / "plus.safetensors", adapter)
     out = tmp_path / "out" / "a.safetensors"
-    out.parent.mkdir()
-    out.write_bytes(b"the old file")
+    convert(None, ip, out, config=CONFIG, reference_net="none")
+    old = out.read_bytes()
 
     usage = type("Usage", (), {"free": 1000})
     with monkeypatch.context() as patched:
@@ -236,7 +237,23 @@ def test_full_disk_leaves_the_old_file(tmp_path, unet, adapter, monkeypatch) -> 
     with pytest.raises(CheckpointError, match="the disk became full"):
         convert(checkpoint, ip, out, config=CONFIG)
     assert [p.name for p in out.parent.iterdir()] == ["a.safetensors"]
-    assert out.read_bytes() == b"the old file"
+    assert out.read_bytes() == old
+
+
+@pytest.mark.parametrize("kind", ["trained", "trained further", "damaged"])
+def test_files_of_another_making_are_not_replaced(tmp_path, unet, adapter, kind) -> None:
+    done, tensors = run(tmp_path, unet, adapter)
+    header = read_header(done.path)
+    metadata = {"anystory.router_steps": "10"}
+    if kind == "trained further":
+        metadata |= header.metadata
+    save_model(done.path, tensors, header.config, metadata=metadata)
+    if kind == "damaged":
+        os.truncate(done.path, 4)
+    before = done.path.read_bytes()
+    with pytest.raises(CheckpointError, match=f"{done.path.name}: is there .* another name"):
+        run(tmp_path, unet, adapter)
+    assert done.path.read_bytes() == before
 
 
 def test_interruption_leaves_nothing(tmp_path, unet, adapter) -> None:

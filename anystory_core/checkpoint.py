@@ -32,7 +32,14 @@ from .errors import CheckpointError, ConfigError
 FORMAT = "1"
 _MAX_HEADER = 100 * 2**20  # the limit that safetensors itself sets
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors has the number in its text only
-FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 
 
 @dataclass(frozen=True)
@@ -92,17 +99,20 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> AnyStoryModel:
-    """Build what the file holds and fill it. ``dtype`` None keeps the file's own."""
+    """Build what the file holds and fill it. ``dtype`` None keeps each tensor's own; in a file that
+    mixes them the layers of ``operations`` must cast, as the host's do."""
     path = Path(path)
     header = read_header(path)
-    stored = dtype or _main_dtype(header)
     # Built without memory first: a file that does not fit costs nothing, and no time goes into
     # initial values that the file overwrites.
     model = build_model(
-        header.config, header.parts, operations=operations, dtype=stored, device="meta"
+        header.config, header.parts, operations=operations, dtype=dtype, device="meta"
     )
     _check_tensors(path.name, header, {k: tuple(v.shape) for k, v in model.state_dict().items()})
-    for _, module in model.modules():
+    for prefix, module in model.modules():
+        if dtype is None:
+            for name, parameter in module.named_parameters(prefix):
+                parameter.data = parameter.data.to(FLOATS[header.dtypes[name]])
         module.to_empty(device=device)
     model.fingerprint = header.fingerprint
     targets = model.state_dict()
@@ -270,21 +280,6 @@ def _check_tensors(name: str, header: Header, expected: Mapping[str, tuple[int, 
             raise CheckpointError(
                 f"{name}: tensor {key} is {header.dtypes[key]}, expected one of {sorted(FLOATS)}"
             )
-
-
-def _main_dtype(header: Header) -> torch.dtype:
-    """The dtype that most tensors of the file have, as a compute-storable torch dtype."""
-    counts: dict[str, int] = {}
-    for value in header.dtypes.values():
-        counts[value] = counts.get(value, 0) + 1
-    names = {
-        "F64": torch.float64,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-    }
-    return names.get(max(counts, key=counts.__getitem__), torch.float32)
 
 
 def _fingerprint(path: Path) -> str:

@@ -70,6 +70,23 @@ def test_storage_types(tmp_path: Path, model: AnyStoryModel, dtype: torch.dtype)
     assert all(torch.equal(wide[k], state[k].float()) for k in state)
 
 
+def test_every_tensor_keeps_its_type(tmp_path: Path, model: AnyStoryModel) -> None:
+    """8-bit matrices, fp16 norms and biases, a float32 router: nothing is rounded, nothing grows."""
+
+    def stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name.startswith("routers."):
+            return tensor
+        return tensor.to(torch.float8_e4m3fn if tensor.ndim > 1 else torch.float16)
+
+    path = tmp_path / "mixed.safetensors"
+    tensors = {name: stored(name, tensor) for name, tensor in model.state_dict().items()}
+    save_model(path, tensors, CONFIG)
+    state = load_model(path).state_dict()
+    assert {name: t.dtype for name, t in state.items()} == {k: t.dtype for k, t in tensors.items()}
+    assert len({t.dtype for t in state.values()}) == 3
+    assert all(torch.equal(state[name].float(), t.float()) for name, t in tensors.items())
+
+
 @pytest.mark.parametrize("part", list(PARTS))
 def test_any_part_alone(tmp_path: Path, part: str) -> None:
     path = tmp_path / "part.safetensors"

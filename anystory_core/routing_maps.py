@@ -36,6 +36,7 @@ class RoutingRecord:
     sites: tuple[Site, ...]
     keep_soft: bool = False
     idle: bool = False  # no subject acted in the run, so there is nothing to record
+    tiled: bool = False  # steps are missing that were drawn in tiles, which show no whole picture
     steps: list[StepRecord] = field(default_factory=list[StepRecord])
     _pending: StepRecord | None = None
 

@@ -86,6 +86,8 @@ def _why(record: RoutingRecord) -> str:
             "No subject acted in this run: there is none, its strength is 0, or its window is "
             "empty."
         )
+    if record.tiled:
+        return "Another node drew the picture in tiles and does not say where each of them lies."
     if not record.steps:
         return "No step falls into the time range of the positive prompt."
     return (

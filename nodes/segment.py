@@ -72,6 +72,10 @@ def soft_maps(
             "routing: no subject acts (strength 0, or a time window that is empty); raise its "
             "strength in AnyStory Subject Options"
         )
+    if record.tiled:
+        raise RoutingError(
+            "model: another node draws its pictures in tiles; connect the model from before it"
+        )
     if not record.steps:
         raise RoutingError(
             f"positive: none of its prompts is used at noise {level}; raise or lower noise, or "

@@ -94,6 +94,7 @@ class Evaluation:
     recorded: tuple[int, Any] = (0, None)  # number of a list, and uuid of its cond
     areas: Areas | None = None
     masked: frozenset[Any] = frozenset()  # uuids of conds that act inside a mask
+    latent: tuple[int, int, int] | None = None  # batch size, height and width; None: unknown
 
     @classmethod
     def of(
@@ -108,6 +109,7 @@ class Evaluation:
             frozenset(
                 entry.get("uuid") for each in conds for entry in each or () if "mask" in entry
             ),
+            (x.shape[0], x.shape[-2], x.shape[-1]),
         )
 
     def is_cond(self, number: int) -> bool:
@@ -117,3 +119,20 @@ class Evaluation:
     def crop(self, uuid: Any, x: Tensor) -> Crop | None:
         """The part of the latent that a cond's rows show; None: all of it."""
         return None if self.areas is None else self.areas.crop(uuid, x)
+
+    def layout(self, conds: int, x: Tensor) -> tuple[int, int]:
+        """Rows of each of the ``conds`` in a call with latent ``x``, and how many times they all
+        follow one another: packs that draw tiles stack them so, each with the rows of all conds."""
+        rows = x.shape[0]
+        if self.latent is not None:
+            period = self.latent[0] * conds
+            if rows > period and rows % period == 0:
+                return self.latent[0], rows // period
+        return rows // conds, 1
+
+    def is_tile(self, crop: Crop | None, x: Tensor) -> bool:
+        """Whether ``x`` is less than the cond's part of the latent: another pack draws in tiles,
+        and nobody knows which one this is."""
+        if self.latent is None or crop is not None:
+            return False
+        return x.shape[-2] < self.latent[1] or x.shape[-1] < self.latent[2]

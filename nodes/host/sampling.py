@@ -126,20 +126,26 @@ class RunState:
         evaluation: Evaluation = options.get(
             EVALUATION_KEY, Evaluation(recorded=(0, self.roles.first_positive))
         )
-        size = x.shape[0] // len(chunks)
+        size, times = evaluation.layout(len(chunks), x)
         cond: list[int] = []
         uncond: list[int] = []
-        crops: list[Crop | None] = []
+        crops: list[Crop | None] = [None] * x.shape[0]
         apart: list[int] = []
         record: tuple[int, ...] = ()
         for place, (index, uuid) in enumerate(zip(chunks, uuids, strict=True)):
-            rows = range(place * size, (place + 1) * size)
+            firsts = range(place * size, times * size * len(chunks), size * len(chunks))
+            rows = [row for first in firsts for row in range(first, first + size)]
             (cond if evaluation.is_cond(index) else uncond).extend(rows)
-            crops += [evaluation.crop(uuid, x)] * size
-            if crops[-1] is not None or uuid in evaluation.masked:
+            crop = evaluation.crop(uuid, x)
+            for row in rows:
+                crops[row] = crop
+            if crop is not None or uuid in evaluation.masked:
                 apart.extend(rows)
             if self.fresh and uuid is not None and (index, uuid) == evaluation.recorded:
-                record = tuple(rows)
+                if evaluation.is_tile(crop, x):
+                    self.record.tiled = True  # its routes are not the picture's
+                else:
+                    record = tuple(rows[:size])
         if record:
             self.fresh = False
             self.record.begin_step(sigma, active)

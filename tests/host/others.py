@@ -109,6 +109,25 @@ def tiles(scene: Scene, model: Any) -> Any:
     return patched
 
 
+def batched_tiles(scene: Scene, model: Any) -> Any:
+    """The same with both halves in one call, each with all its rows: ComfyUI-TiledDiffusion."""
+
+    def wrapper(apply: Any, arguments: dict[str, Any]) -> Tensor:
+        x, timestep = arguments["input"], arguments["timestep"]
+        parts = torch.cat(x.chunk(2, dim=-1))
+        repeated = {
+            key: value.repeat(2, *(1 for _ in value.shape[1:]))
+            if isinstance(value, Tensor)
+            else value
+            for key, value in arguments["c"].items()
+        }
+        return torch.cat(apply(parts, timestep.repeat(2), **repeated).chunk(2), dim=-1)
+
+    patched = model.clone()
+    patched.set_model_unet_function_wrapper(wrapper)
+    return patched
+
+
 def row_by_row(scene: Scene, model: Any) -> Any:
     """A wrapper that runs every batch row alone, as low-memory packs do."""
 
@@ -161,4 +180,5 @@ PATCHES: dict[str, Patch] = {
         upscale_method="bicubic",
     ),
     "tiling wrapper": tiles,
+    "batched tiles": batched_tiles,
 }

@@ -51,6 +51,16 @@ def test_split_calls_equal_one_call(scene: Scene, monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(apart / scale, together / scale, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_tiles_in_one_call(scene: Scene, calls: Calls, batch: int) -> None:
+    """The negative's rows and the positive's, tile by tile."""
+    model = PATCHES["batched tiles"](scene, scene.apply())
+    scene.sample(model, latent_image=scene.latent(batch=batch), steps=1)
+    roles = ([0] * batch + [1] * batch) * 2
+    rows = [tuple(i for i, role in enumerate(roles) if role == wanted) for wanted in (1, 0)]
+    assert calls == [(*rows, 0)]
+
+
 def test_cfg_one_has_no_unconditional_rows(scene: Scene, calls: Calls) -> None:
     scene.sample(scene.apply(), cfg=1.0, steps=2)
     assert calls == [((0,), (), 1)] * 2

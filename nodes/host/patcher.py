@@ -33,7 +33,8 @@ Replace = Callable[[Tensor, Tensor, Tensor, Options], Tensor]
 class HostAttention:
     """Dense attention as the host computes it, with its own choice of backend; except that masked
     calls never go to SageAttention, which takes a mask and ignores it (the host itself avoids that
-    only in newer versions), nor to another pack's override, which mostly is SageAttention."""
+    only in newer versions), nor to FlashAttention, which fails on one and says so in the log at
+    every call, nor to another pack's override, which mostly is SageAttention."""
 
     options: Options
     precision: Any = None
@@ -51,7 +52,7 @@ class HostAttention:
     def _masked(self) -> tuple[Callable[..., Tensor], Options]:
         """What computes masked attention in this pass of the U-Net, and its options."""
         attention = backends.optimized_attention_masked
-        if mm.sage_attention_enabled():
+        if mm.sage_attention_enabled() or mm.flash_attention_enabled():
             attention = backends.attention_pytorch
         return attention, {name: x for name, x in self.options.items() if name != OVERRIDE}
 

@@ -29,6 +29,28 @@ def test_sage_attention_gets_no_masks(scene: Scene, monkeypatch: pytest.MonkeyPa
     testing.assert_close(scene.sample(model, steps=1) / scale, wanted / scale, **CLOSE)
 
 
+def test_flash_attention_gets_no_masks(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fails on a mask, and the host logs that at every call."""
+    backends = module("comfy.ldm.modules.attention")
+    model = scene.apply(routing=scene.route(mode="masks", masks=halves()))
+    wanted = scene.sample(model, steps=1)
+    plain = backends.optimized_attention_masked
+    masked: list[Any] = []
+
+    def flash(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Any = None, **options: Any) -> Any:
+        masked.append(mask)
+        return plain(q, k, v, heads, mask, **options)
+
+    monkeypatch.setattr(backends, "optimized_attention_masked", flash)
+    scene.sample(model, steps=1)
+    assert any(mask is not None for mask in masked)
+    masked.clear()
+    monkeypatch.setattr(module("comfy.model_management"), "flash_attention_enabled", lambda: True)
+    scale = wanted.abs().max()
+    testing.assert_close(scene.sample(model, steps=1) / scale, wanted / scale, **CLOSE)
+    assert all(mask is None for mask in masked)
+
+
 def test_another_packs_attention_gets_no_masks(scene: Scene) -> None:
     """It has all other calls."""
     model = scene.apply(routing=scene.route(mode="masks", masks=halves()))

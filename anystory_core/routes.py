@@ -74,8 +74,10 @@ class RouteSource(Protocol):
 
 def product(down: Tensor, image: Tensor, across: Tensor) -> Tensor:
     """Both matrices on the last two axes of an image, in its own precision."""
-    apart = nullcontext() if image.is_meta else torch.autocast(image.device.type, enabled=False)
-    with apart:  # the meta device, on which sizes are counted, has no autocast
+    # Only where it is on: DirectML and the meta device, on which sizes are counted, have none.
+    kind = image.device.type
+    mixed = not image.is_meta and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if mixed else nullcontext():
         return torch.matmul(torch.matmul(down, image), across)
 
 

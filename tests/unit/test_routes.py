@@ -100,3 +100,22 @@ def test_masks_are_copied_to_a_device_once() -> None:
         masks.resize(soft, (2, 2), ())
         source.resize(soft, (2, 2), ())
     assert copies.count == 0
+
+
+def test_resizing_enters_no_autocast_where_none_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DirectML's device has no autocast, and refuses to switch it off."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the backend has not registered a module")
+
+    maps = torch.rand(1, 3, 16)
+    wanted = resize_soft(SoftMaps(maps, (4, 4)), (2, 3)).maps
+    monkeypatch.setattr(torch, "autocast", refuse)
+    assert torch.equal(resize_soft(SoftMaps(maps, (4, 4)), (2, 3)).maps, wanted)
+
+
+def test_resizing_keeps_its_precision_under_autocast() -> None:
+    maps = torch.rand(1, 3, 16)
+    wanted = resize_soft(SoftMaps(maps, (4, 4)), (2, 3)).maps
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(resize_soft(SoftMaps(maps, (4, 4)), (2, 3)).maps, wanted)

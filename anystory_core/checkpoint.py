@@ -207,9 +207,15 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[str, None, None]:
         raise
 
 
-def merge_files(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) -> None:
+def merge_files(
+    paths: Iterable[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Join files of one configuration that hold different parts (stage 1 and stage 2). What the
-    configuration says of routers counts where a file holds them."""
+    configuration says of routers counts where a file holds them. ``dtype`` None keeps each
+    tensor's own."""
     merged: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     owner: dict[str, str] = {}
@@ -237,7 +243,7 @@ def merge_files(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[
             merged.update({name: file.get_tensor(name) for name in header.shapes})
     if config is None:
         raise CheckpointError("merge: got no files, expected at least one")
-    save_model(out, merged, config, metadata=metadata)
+    save_model(out, merged, config, metadata=metadata, dtype=dtype)
 
 
 def raw_header(path: Path) -> dict[str, object]:

@@ -288,7 +288,9 @@ def _convert(hint: Any, value: object, where: str, complete: bool) -> Any:
         if value not in args:
             raise ConfigError(f"{where}: got {value!r}, expected one of {list(args)}")
         return value
-    if origin is tuple and isinstance(value, list | tuple):
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}: got {value!r}, expected a list")
         items = typing.cast("list[object]", value)
         return tuple(_convert(args[0], v, f"{where}[{i}]", complete) for i, v in enumerate(items))
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):

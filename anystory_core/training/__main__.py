@@ -2,13 +2,15 @@
 
     python -m anystory_core.training RUN.toml            train, or go on training
     python -m anystory_core.training check DATA...       look through training data
-    python -m anystory_core.training merge A B... OUT    join the files of stage 1 and stage 2
+    python -m anystory_core.training merge A B... OUT    join the files of stage 1 and stage 2; with
+                                                         --dtype fp16 or bf16 also in half the size
 
 With several devices: ``accelerate launch -m anystory_core.training RUN.toml``.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -25,11 +27,7 @@ def main(arguments: list[str]) -> int:
             print(report)
             return 0 if good else 1
         if len(arguments) >= 3 and arguments[0] == "merge":
-            from ..checkpoint import merge_files
-
-            merge_files(arguments[1:-1], arguments[-1])
-            print(f"wrote {arguments[-1]}")
-            return 0
+            return _merge(arguments[1:])
         if len(arguments) == 1 and arguments[0] not in ("check", "merge", "-h", "--help"):
             from .config import load_config
             from .trainer import Trainer
@@ -42,6 +40,20 @@ def main(arguments: list[str]) -> int:
         return 1
     print(__doc__)
     return 2
+
+
+def _merge(arguments: list[str]) -> int:
+    from ..checkpoint import merge_files
+    from ..convert import DTYPES
+
+    parser = argparse.ArgumentParser(prog="python -m anystory_core.training merge")
+    parser.add_argument("files", nargs="+", help="files that hold different parts of one model")
+    parser.add_argument("out")
+    parser.add_argument("--dtype", choices=DTYPES, help="of all tensors; default: as they are")
+    given = parser.parse_args(arguments)
+    merge_files(given.files, given.out, dtype=DTYPES.get(given.dtype))
+    print(f"wrote {given.out}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -101,6 +101,16 @@ class OptimiserSettings:
         above = ("learning_rate", "epsilon", "clip_norm")
         _bounds("optimiser", self, least=least, above=above, below=("beta1", "beta2", "ema"))
 
+    @property
+    def adamw(self) -> dict[str, Any]:
+        """What torch's AdamW calls them."""
+        return {
+            "lr": self.learning_rate,
+            "betas": (self.beta1, self.beta2),
+            "eps": self.epsilon,
+            "weight_decay": self.weight_decay,
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
@@ -145,7 +155,8 @@ class SubjectSettings:
     inside: float = 0.0
     drop_clip: float = 0.1  # share of samples whose CLIP condition becomes the background's
     drop_text: float = 0.1  # share of samples whose caption becomes empty
-    ip_adapter: str = ""  # K and V for the CLIP tokens from this file instead of the U-Net's own
+    # CLIP tokens' QFormer and K and V maps from this file instead of a new one and the U-Net's own
+    ip_adapter: str = ""
     start_file: str = ""  # go on from these AnyStory weights instead of the U-Net's
 
     def __post_init__(self) -> None:
@@ -246,7 +257,7 @@ def load_config(path: Path) -> TrainingConfig:
     config = from_dict(TrainingConfig, cast(dict[str, Any], table), path.name)
 
     def absolute(name: str) -> str:
-        return str((path.parent / name).resolve()) if name else ""
+        return str((path.parent / Path(name).expanduser()).resolve()) if name else ""
 
     replace = dataclasses.replace
     named = config.base.model

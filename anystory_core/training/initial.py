@@ -8,26 +8,59 @@ from pathlib import Path
 import torch
 
 from ..build import AnyStoryModel, build_model
-from ..checkpoint import load_model
+from ..checkpoint import load_model, read_header
+from ..config import AnyStoryConfig
+from ..convert import load_ip_adapter, with_ip_adapter_sizes
 from ..errors import ConfigError
 from .bases import Base
-from .config import TrainingConfig
+from .config import RouterSettings, SubjectSettings, TrainingConfig
 from .names import init_from_unet
 
 ROUTER_PARTS = ("routing_encoder", "routers")
 
 
+def differences(given: object, wanted: object, where: str = "") -> list[str]:
+    """Where two configurations differ, as "name = given, not wanted"."""
+    if dataclasses.is_dataclass(given) and dataclasses.is_dataclass(wanted):
+        found: list[str] = []
+        for field in dataclasses.fields(wanted):
+            own = getattr(given, field.name), getattr(wanted, field.name)
+            found += differences(*own, f"{where}.{field.name}" if where else field.name)
+        return found
+    return [] if given == wanted else [f"{where} = {given}, not {wanted}"]
+
+
+def _check_base(given: AnyStoryConfig, base: AnyStoryConfig, field: str) -> None:
+    """ConfigError unless a file was made for this base: U-Net, CLIP vision and references."""
+    wrong = [
+        line
+        for part in ("unet", "clip", "reference")
+        for line in differences(getattr(given, part), getattr(base, part), part)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{field}: made for {given.name!r}, this run's base is {base.name!r}: "
+            f"{'; '.join(wrong)}. Give a file of this base"
+        )
+
+
 def copy_parts(model: AnyStoryModel, file: str, field: str) -> None:
-    """Fill ``model`` from an AnyStory file that may hold more. ``field`` is named in errors:
-    ConfigError when the file lacks a part or was made for other sizes."""
+    """Fill ``model`` from an AnyStory file that may hold more, such as the refinement of a router
+    that is to go without. ``field`` is named in errors: ConfigError when the file lacks a part or
+    was made for other sizes."""
     source = load_model(file, dtype=torch.float32)
     missing = sorted(set(model.parts) - set(source.parts))
     if missing:
         raise ConfigError(f"{field}: {Path(file).name} lacks {missing}")
-    if source.config != model.config:
+    config = source.config
+    if not model.config.router.refine:
+        router = dataclasses.replace(config.router, refine=False)
+        config = dataclasses.replace(config, router=router)
+    wrong = [d for d in differences(config, model.config) if not d.startswith("name = ")]
+    if wrong:
         raise ConfigError(
-            f"{field}: {Path(file).name} was made for {source.config.name!r} in other sizes than "
-            f"this run's {model.config.name!r}"
+            f"{field}: {Path(file).name} was made in other sizes than this run's: "
+            f"{'; '.join(wrong)}"
         )
     found = {f"{part}.{k}": t for part, m in source.modules() for k, t in m.state_dict().items()}
     for part, module in model.modules():
@@ -39,39 +72,46 @@ def build_trained_model(config: TrainingConfig, base: Base) -> AnyStoryModel:
     stage 1 with a fresh router (stage 2)."""
     torch.manual_seed(config.run.seed)
     if config.subject is not None:
-        parts = ["subject_encoder", "clip_projections"] if config.subject.clip else []
-        if config.subject.reference:
-            parts += ["reference_net", "reference_projections"]
-        model = build_model(base.config, parts)
-        if config.subject.start_file:
-            copy_parts(model, config.subject.start_file, "subject.start_file")
-            return model
-        init_from_unet(model, base.unet.state_dict())
-        if config.subject.ip_adapter:
-            from ..convert import load_ip_adapter
-
-            load_ip_adapter(model, config.subject.ip_adapter)
-        return model
+        return _subject_model(config.subject, base)
     assert config.router is not None
-    model = load_model(config.router.subject_file, dtype=torch.float32)
+    return _router_model(config.router, base)
+
+
+def _subject_model(subject: SubjectSettings, base: Base) -> AnyStoryModel:
+    parts = ["subject_encoder", "clip_projections"] if subject.clip else []
+    if subject.reference:
+        parts += ["reference_net", "reference_projections"]
+    sizes = base.config
+    if subject.start_file:
+        # Its QFormers may have other sizes: public ones have fewer queries than the paper's.
+        sizes = read_header(subject.start_file).config
+        _check_base(sizes, base.config, "subject.start_file")
+    elif subject.ip_adapter:
+        sizes = with_ip_adapter_sizes(base.config, subject.ip_adapter)
+    model = build_model(sizes, parts)
+    if subject.start_file:
+        copy_parts(model, subject.start_file, "subject.start_file")
+        return model
+    init_from_unet(model, base.unet.state_dict())
+    if subject.ip_adapter:
+        load_ip_adapter(model, subject.ip_adapter)
+    return model
+
+
+def _router_model(settings: RouterSettings, base: Base) -> AnyStoryModel:
+    model = load_model(settings.subject_file, dtype=torch.float32)
     if model.reference_net is not None and model.config.reference.cross_attention:
         raise ConfigError(
             "router.subject_file: its ReferenceNet reads text (converted with 'original'), which "
             "stage 2 cannot give it; convert with --reference-net simplified"
         )
-    for part in ("unet", "clip", "reference"):
-        own, wanted = getattr(model.config, part), getattr(base.config, part)
-        if own != wanted:
-            raise ConfigError(
-                f"router.subject_file: made for {model.config.name!r} with {part} = {own}, the "
-                f"base is {base.config.name!r} with {wanted}; give a file of this base"
-            )
+    _check_base(model.config, base.config, "router.subject_file")
     if "routers" in model.parts:
         raise ConfigError("router.subject_file: it holds a router already; give the stage 1 file")
-    router = dataclasses.replace(model.config.router, refine=config.router.refine)
+    router = dataclasses.replace(model.config.router, refine=settings.refine)
     model.config = dataclasses.replace(model.config, router=router)
     fresh = build_model(model.config, ROUTER_PARTS)
-    if config.router.start_file:
-        copy_parts(fresh, config.router.start_file, "router.start_file")
+    if settings.start_file:
+        copy_parts(fresh, settings.start_file, "router.start_file")
     model.encoder.routing, model.routers = fresh.encoder.routing, fresh.routers
     return model

@@ -56,7 +56,7 @@ class Trainer:
 
     def __init__(self, config: TrainingConfig) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import ProjectConfiguration
+        from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
         self.config = config
         run = config.run
@@ -70,6 +70,8 @@ class Trainer:
             gradient_accumulation_steps=run.accumulate,
             log_with="tensorboard",
             project_config=project,
+            # Gradients live in the buckets that are sent: by default DDP keeps both.
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         check_distribution(self.accelerator.distributed_type.value)
         self.accelerator.register_save_state_pre_hook(self._save_weights)
@@ -86,15 +88,9 @@ class Trainer:
         stage = build_stage(model, self.encodings, config)
         if run.compile:
             self.base.unet.compile()
-        settings = config.optimiser
-        optimiser = torch.optim.AdamW(
-            [p for _, p in stage.trained()],
-            lr=settings.learning_rate,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.epsilon,
-            weight_decay=settings.weight_decay,
-            fused=True,  # one pass over all parameters; on a CPU the default is a loop over them
-        )
+        parameters = [p for _, p in stage.trained()]
+        # Fused: one pass over all parameters; on a CPU the default is a loop over them.
+        optimiser = torch.optim.AdamW(parameters, **config.optimiser.adamw, fused=True)
         self.stage, self.optimiser = self.accelerator.prepare(stage, optimiser)
         self.step = 0
         self._saved = -1  # step of the newest checkpoint
@@ -309,6 +305,8 @@ class Trainer:
         self._saved = self.step
         with checkpoints.reading(path):
             self.accelerator.load_state(str(path))
+        for group in self.optimiser.param_groups:  # the file's settings count, not the checkpoint's
+            group.update(self.config.optimiser.adamw)
         # accelerate counts micro-batches on from where it was, and ``accumulate`` may be another
         # now; a checkpoint is always between two steps.
         self.accelerator.step = 0

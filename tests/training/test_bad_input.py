@@ -52,6 +52,10 @@ CONFIGS = {
     "two stages": (GOOD + '[subject]\n[router]\nsubject_file = "a"\n', "which stage"),
     "missing key": (GOOD.replace("steps = 1", "") + "[subject]\n", "['steps'] missing"),
     "wrong type": (GOOD.replace("steps = 1", 'steps = "many"') + "[subject]\n", "expected int"),
+    "no list": (
+        GOOD.replace('["data"]', '"data"') + "[subject]\n",
+        "data.paths: got 'data', expected a list",
+    ),
     "zero steps": (GOOD.replace("steps = 1", "steps = 0") + "[subject]\n", "run.steps"),
     "no unit": (
         GOOD.replace("steps = 1", 'steps = 1\ncheckpoint_every = "10"') + "[subject]\n",
@@ -128,7 +132,7 @@ def test_files_to_go_on_from(subject_run: Any, world: Any, tmp_path: Path) -> No
         )
     deeper = replace(tiny.config().subject_qformer, layers=5)
     larger = replace(tiny.config(), subject_qformer=deeper)
-    with pytest.raises(ConfigError, match="in other sizes"):
+    with pytest.raises(ConfigError, match="this run's: subject_qformer.layers = 1, not 5$"):
         initial.copy_parts(
             build_model(larger, ("subject_encoder",)), str(subject_run.file), "subject.start_file"
         )
@@ -148,7 +152,9 @@ def test_stage_2_refuses_a_file_that_does_not_fit(world: Any, tmp_path: Path) ->
         Trainer(load_config(path)).run()
     other = replace(own, reference=replace(own.reference, size=2 * own.reference.size))
     save_model(file, build_model(other, ("reference_net", "reference_projections")), other)
-    with pytest.raises(ConfigError, match=r"router\.subject_file: made for .* with reference = "):
+    with pytest.raises(
+        ConfigError, match=r"router\.subject_file: made for .* reference\.size = 128, not 64\."
+    ):
         Trainer(load_config(path)).run()
 
 

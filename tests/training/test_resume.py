@@ -158,6 +158,16 @@ def test_resumed_in_other_micro_batches(world: Any, tmp_path: Path) -> None:
     assert apart < 0.05 * moved
 
 
+def test_a_resumed_run_obeys_its_file(world: Any, tmp_path: Path) -> None:
+    """What was changed in the file counts, not what the checkpoint remembers."""
+    arguments = tmp_path, world.base, world.pairs, "subject"
+    Trainer(load_config(tiny.run_toml(*arguments, steps=1))).run()
+    changed = {"weight_decay": 0.5, "beta2": 0.9}
+    resumed = Trainer(load_config(tiny.run_toml(*arguments, steps=2, optimiser=changed)))
+    (group,) = resumed.optimiser.param_groups
+    assert resumed.step == 1 and group["weight_decay"] == 0.5 and group["betas"] == (0.9, 0.9)
+
+
 def test_a_damaged_checkpoint_is_named(world: Any, tmp_path: Path) -> None:
     path = tiny.run_toml(tmp_path, world.base, world.pairs, "subject", steps=1)
     Trainer(load_config(path)).run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from anystory_core.build import PARTS
-from anystory_core.checkpoint import load_model
+from anystory_core.build import PARTS, build_model
+from anystory_core.checkpoint import load_model, save_model
 from anystory_core.training.batches import Batch
 from anystory_core.training.config import load_config
 from anystory_core.training.trainer import Trainer
@@ -189,6 +190,43 @@ def test_training_goes_on_from_a_file(
     path = tiny.run_toml(tmp_path, world.base, data, stage, steps=1, **tables)
     run = Trainer(load_config(path))
     wanted = load_model(file, dtype=torch.float32).state_dict()
+    for name, parameter in run.stage.trained():
+        assert torch.equal(parameter, wanted[name]), name
+
+
+def test_training_goes_on_from_public_sizes(world: Any, tmp_path: Path) -> None:
+    """A file of IP-Adapter's has fewer queries than the paper's; the run takes its sizes."""
+    own = tiny.config()
+    fewer = replace(own, subject_qformer=replace(own.subject_qformer, queries=2))
+    file = tmp_path / "public.safetensors"
+    save_model(
+        file,
+        build_model(fewer, [p for p in PARTS if p not in ("routing_encoder", "routers")]),
+        fewer,
+    )
+    path = tiny.run_toml(
+        tmp_path / "run", world.base, world.pairs, "subject", steps=1,
+        subject={"start_file": str(file)},
+    )  # fmt: skip
+    assert load_model(Trainer(load_config(path)).run()).config == fewer
+
+
+def test_a_router_without_refinement_goes_on_from_one_with_it(
+    subject_run: Any, router_run: Any, world: Any, tmp_path: Path
+) -> None:
+    """The ablation of Fig. 6 for equal steps: the same coarse maps, the refinement left out."""
+    path = tiny.run_toml(
+        tmp_path, world.base, world.scenes, "router", steps=1,
+        router={
+            "subject_file": str(subject_run.file),
+            "start_file": str(router_run.file),
+            "refine": False,
+        },
+    )  # fmt: skip
+    run = Trainer(load_config(path))
+    wanted = load_model(router_run.file, dtype=torch.float32).state_dict()
+    names = [name for name, _ in run.stage.trained()]
+    assert names and not any("refine" in name for name in names)
     for name, parameter in run.stage.trained():
         assert torch.equal(parameter, wanted[name]), name
 

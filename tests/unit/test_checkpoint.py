@@ -71,7 +71,7 @@ def test_storage_types(tmp_path: Path, model: AnyStoryModel, dtype: torch.dtype)
 
 
 def test_every_tensor_keeps_its_type(tmp_path: Path, model: AnyStoryModel) -> None:
-    """8-bit matrices, fp16 norms and biases, a float32 router: nothing is rounded, nothing grows."""
+    """8-bit matrices, fp16 norms and biases, a float32 router: none is rounded, none grows."""
 
     def stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name.startswith("routers."):
@@ -251,6 +251,9 @@ def test_merge(tmp_path: Path, model: AnyStoryModel) -> None:
     merge_files((one, two), out)
     merged = load_model(out).state_dict()
     assert all(torch.equal(merged[k], state[k]) for k in state)
+    merge_files((one, two), out, dtype=torch.float16)
+    halved = load_model(out).state_dict()
+    assert all(torch.equal(halved[k], state[k].half()) for k in state)
     with pytest.raises(CheckpointError, match="also in one"):
         merge_files((one, one), out)
     # What the first file says of routers, which it does not hold, does not count.

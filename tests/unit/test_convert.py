@@ -303,15 +303,18 @@ def test_streamed_bytes_equal_the_librarys(tmp_path) -> None:
         )
 
 
-def test_training_may_start_from_the_adapters_keys_and_values(tmp_path, unet, adapter) -> None:
-    """The same tensors as in a converted file, and nothing else of the model is touched."""
+def test_training_may_start_from_an_adapter(tmp_path, unet, adapter) -> None:
+    """The same tensors as in a converted file, QFormer included, and nothing else of the model is
+    touched."""
     _, converted = run(tmp_path, unet, adapter)
     torch.manual_seed(0)
-    model = build_model(CONFIG)
+    sizes = conversion.with_ip_adapter_sizes(CONFIG, tmp_path / "plus.safetensors")
+    model = build_model(sizes)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     conversion.load_ip_adapter(model, tmp_path / "plus.safetensors")
     for name, tensor in model.state_dict().items():
-        wanted = converted if name.startswith("projections.clip.") else before
+        taken = name.startswith(("projections.clip.", "encoder.subject."))
+        wanted = converted if taken else before
         assert torch.equal(tensor, wanted[name]), name
     broken = save(tmp_path / "broken.safetensors", dict(list(adapter.items())[:-1]))
     after = {name: x.clone() for name, x in model.state_dict().items()}

@@ -24,6 +24,7 @@ Maps = io.Custom("ANYSTORY_MAPS")
 WRAPPER_KEY = "anystory"  # our wrappers and additional models on a ModelPatcher
 EVALUATION_KEY = "anystory_evaluation"  # transformer_options: what its lists of conds are
 CALL_KEY = "anystory_call"  # transformer_options: the Call of this forward pass
+STATES_KEY = "anystory_states"  # options of one block: its norm2 output, while Eq. 5 is to come
 
 MAX_SUBJECTS = 8
 

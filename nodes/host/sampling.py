@@ -208,7 +208,9 @@ class SamplingWrapper:
             return None if callback is None else callback(*step)
 
         try:
-            options["transformer_options"] = self._patched(before, state)
+            options["transformer_options"] = self._patched(
+                before, state, guider.model_patcher.model
+            )
             latent = executor(
                 noise, latent_image, sampler, sigmas, denoise_mask, reported, *args, **kwargs
             )
@@ -281,10 +283,10 @@ class SamplingWrapper:
             return lambda _: None
         return comfy.utils.ProgressBar(4 * max(1, steps)).update
 
-    def _patched(self, before: dict[str, Any], state: RunState) -> dict[str, Any]:
+    def _patched(self, before: dict[str, Any], state: RunState, model: Any) -> dict[str, Any]:
         """A copy of the guider's transformer options with this run's patches and wrappers."""
         options = comfy.patcher_extension.copy_nested_dicts(before)
-        patcher.install(options, state.record.sites)
+        patcher.install(options, state.record.sites, model.diffusion_model)
         for kind, wrapper in (
             (WrappersMP.PREDICT_NOISE, state.predict_noise),
             (WrappersMP.CALC_COND_BATCH, state.calc_cond_batch),

@@ -97,6 +97,63 @@ def token_merge(scene: Scene, model: Any) -> Any:
     return patched
 
 
+def couple(scene: Scene, words: str | None) -> tuple[Any, Any]:
+    """The two patches of Attention Couple (ComfyUI-ppm and its kin): the conditional rows are
+    repeated for a second prompt, their own when ``words`` is None; each prompt has one half of the
+    picture."""
+    other = None if words is None else scene.text(words)[0][0]
+
+    def repeat(q: Tensor, k: Tensor, v: Tensor, options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        chunks = options["cond_or_uncond"]
+        out: list[list[Tensor]] = [[], [], []]
+        for chunk, *parts in zip(chunks, *(x.chunk(len(chunks)) for x in (q, k, v)), strict=True):
+            for kind, (rows, part) in enumerate(zip(out, parts, strict=True)):
+                rows.append(part)
+                if chunk == 0:
+                    second = part if other is None or kind == 0 else other.to(part)
+                    rows.append(second.expand_as(part))
+        return torch.cat(out[0]), torch.cat(out[1]), torch.cat(out[2])
+
+    def merge(out: Tensor, options: Any) -> Tensor:
+        chunks = options["cond_or_uncond"]
+        _, _, height, width = options["activations_shape"]
+        left = (torch.arange(width) < width // 2).expand(height, width).reshape(1, -1, 1).to(out)
+        parts = iter(out.chunk(sum(1 if chunk else 2 for chunk in chunks)))
+        halves = [
+            next(parts) if chunk else next(parts) * left + next(parts) * (1 - left)
+            for chunk in chunks
+        ]
+        return torch.cat(halves)
+
+    return repeat, merge
+
+
+def attention_couple(scene: Scene, model: Any, words: str | None = "a kite") -> Any:
+    """A second prompt for the right half, by :func:`couple`."""
+    repeat, merge = couple(scene, words)
+    patched = model.clone()
+    patched.set_model_attn2_patch(repeat)
+    patched.set_model_attn2_output_patch(merge)
+    return patched
+
+
+def late_couple(scene: Scene, model: Any) -> Any:
+    """The same, put before all patches that are there when the U-Net is called."""
+    repeat, merge = couple(scene, None)
+
+    def wrapper(apply: Any, arguments: dict[str, Any]) -> Tensor:
+        options = arguments["c"]["transformer_options"]
+        patches = dict(options.get("patches", {}))
+        for slot, patch in (("attn2_patch", repeat), ("attn2_output_patch", merge)):
+            patches[slot] = [patch, *patches.get(slot, ())]
+        c = {**arguments["c"], "transformer_options": {**options, "patches": patches}}
+        return apply(arguments["input"], arguments["timestep"], **c)
+
+    patched = model.clone()
+    patched.set_model_unet_function_wrapper(wrapper)
+    return patched
+
+
 def tiles(scene: Scene, model: Any) -> Any:
     """A model function wrapper that runs the left and the right half on their own."""
 
@@ -179,6 +236,7 @@ PATCHES: dict[str, Patch] = {
         downscale_method="bicubic",
         upscale_method="bicubic",
     ),
+    "Attention Couple": attention_couple,
     "tiling wrapper": tiles,
     "batched tiles": batched_tiles,
 }

@@ -59,7 +59,7 @@ def test_the_same_prediction(
         unet, slot, call(hosts.dense_attention), latents, timesteps, text, pooled, time_ids
     )
     options: dict[str, Any] = {}
-    patcher.install(options, model.sites)
+    patcher.install(options, model.sites, mini.model.model.diffusion_model)
     options[scene.ids.CALL_KEY] = call(patcher.HostAttention(options))
     size_label = torch.cat(
         [

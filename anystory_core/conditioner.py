@@ -11,7 +11,7 @@ Both hosts (ComfyUI's patches, diffusers' attention processors) call the same th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -68,7 +68,9 @@ class Call:
     of the picture that each row shows; rows in ``apart`` are prompts for a part of the picture,
     which may mean one subject alone, so they take no part in an agreement. ``recorder`` gets the
     route of the rows in ``record``. ``gumbel`` (training; a seed per row, or empty): sigma in Eq. 5
-    is then the straight-through Gumbel-softmax, while Eq. 6-8 use the noise-free argmax.
+    is then the straight-through Gumbel-softmax, while Eq. 6-8 use the noise-free argmax. ``kind``:
+    calls of one kind show the same prompts and the same part of the picture, so that routing by
+    text goes on from what the last one has found; None: nobody knows what this call shows.
     """
 
     run: Run
@@ -81,6 +83,7 @@ class Call:
     record: tuple[int, ...] = ()
     gumbel: tuple[int, ...] = ()
     apart: tuple[int, ...] = ()
+    kind: Hashable | None = ()
     soft_maps: dict[int, SoftMaps] = field(default_factory=dict[int, SoftMaps])
     _routes: dict[int, _Route] = field(default_factory=dict[int, _Route])
     _waiting: dict[int, Grid] = field(default_factory=dict[int, Grid])  # for the block's query
@@ -98,6 +101,10 @@ class Call:
         self._agreeing = tuple(place for place, row in places if row not in self.apart)
         agree = self.run.agree and acting > 1 and self._agreeing
         self._agreement = Agreement() if agree else None
+        if isinstance(self.run.source, TextRoutes):
+            rows = len(self.rows.cond), len(self._routed)
+            kind = None if self.kind is None else (self.kind, self._crops, *rows)
+            self._memory = self.run.source.memory(kind)
 
     def begin_cross_attention(self, index: int, z: Tensor, grid: Grid) -> None:
         """z (B,Q,D): ``norm2`` output of block ``index``; grid: its (h,w), h*w = Q."""
@@ -126,7 +133,7 @@ class Call:
             _take(q, self._routed),
             grid,
             self._crops,
-            conditional=len(self.rows.cond),
+            self._memory,
         )
         self._set_route(index, soft)
 

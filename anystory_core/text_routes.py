@@ -36,7 +36,7 @@ No second pass through the U-Net is made.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -70,11 +70,12 @@ class Texts:
 
 
 @dataclass
-class _Memory:
-    """The running mean m of one kind of call: ``mean`` (B,N,Q) on ``grid``; ``weight`` is W."""
+class Memory:
+    """The running mean m of calls that show the same: ``mean`` (B,N,Q), None before the first
+    block; ``weight`` is W."""
 
-    mean: SoftMaps
-    weight: float
+    mean: SoftMaps | None = None
+    weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,23 +87,22 @@ class TextRoutes:
     sites: Sequence[Site]
     masks: MaskRoutes | None = None
     _keys: dict[int, Tensor] = field(default_factory=dict[int, Tensor], repr=False)
-    _memory: dict[tuple[Crops, int, int], _Memory] = field(
-        default_factory=dict[tuple[Crops, int, int], _Memory], repr=False
-    )
+    _memories: dict[Hashable, Memory] = field(default_factory=dict[Hashable, Memory], repr=False)
 
     @property
     def candidates(self) -> int:
         """N + 1."""
         return len(self.texts.labels) + 1
 
-    def maps_of_query(
-        self, site: Site, q: Tensor, grid: Grid, crops: Crops, *, conditional: int
-    ) -> SoftMaps:
-        """q (B,Q,D): the attn2 query of the block; its first ``conditional`` rows are conditional.
+    def memory(self, kind: Hashable | None) -> Memory:
+        """What all calls of one kind remember together; None: a new memory, for one call alone."""
+        return Memory() if kind is None else self._memories.setdefault(kind, Memory())
 
-        Calls of one kind (as many rows of each role, the same crops) share a running mean."""
-        fresh = SoftMaps(self.scores(site, q), grid)
-        mean = self._remember(site, fresh, (tuple(crops), conditional, q.shape[0]))
+    def maps_of_query(
+        self, site: Site, q: Tensor, grid: Grid, crops: Crops, memory: Memory
+    ) -> SoftMaps:
+        """q (B,Q,D): the attn2 query of the block, whose scores go into ``memory``."""
+        mean = self._remember(site, SoftMaps(self.scores(site, q), grid), memory)
         centred = _centred(mean.maps, dim=-1)
         z = centred / centred.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(_FLAT)
         z = torch.cat((z, torch.full_like(z[:, :1], THRESHOLD)), dim=1)
@@ -127,18 +127,17 @@ class TextRoutes:
         resized = resize_soft(soft, grid)
         return resized if self.masks is None else self.masks.confine(resized, crops)
 
-    def _remember(self, site: Site, fresh: SoftMaps, kind: tuple[Crops, int, int]) -> SoftMaps:
+    def _remember(self, site: Site, fresh: SoftMaps, memory: Memory) -> SoftMaps:
         """Take a block's scores into the running mean and return it, on the finest grid so far."""
         smallest = min(s.stride for s in self.sites)
         weights = {s.index: (smallest / s.stride) ** 2 for s in self.sites}
         weight = weights[site.index]
-        memory = self._memory.get(kind)
-        if memory is None:
-            self._memory[kind] = _Memory(fresh, weight)
+        memory.weight = min(memory.weight + weight, sum(weights.values()))
+        if memory.mean is None:
+            memory.mean = fresh
             return fresh
         finest = max(memory.mean.grid, fresh.grid, key=lambda g: g[0] * g[1])
         mean, new = resize_soft(memory.mean, finest).maps, resize_soft(fresh, finest).maps
-        memory.weight = min(memory.weight + weight, sum(weights.values()))
         memory.mean = SoftMaps(torch.lerp(mean, new.to(mean), weight / memory.weight), finest)
         return memory.mean
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -95,6 +95,7 @@ class Evaluation:
     areas: Areas | None = None
     masked: frozenset[Any] = frozenset()  # uuids of conds that act inside a mask
     latent: tuple[int, int, int] | None = None  # batch size, height and width; None: unknown
+    shown: set[Any] = field(default_factory=set, compare=False)  # kinds of the calls so far
 
     @classmethod
     def of(
@@ -136,3 +137,16 @@ class Evaluation:
         if self.latent is None or crop is not None:
             return False
         return x.shape[-2] < self.latent[1] or x.shape[-1] < self.latent[2]
+
+    def kind(self, routed: Sequence[tuple[int, Any, Crop | None]], rows: int, x: Tensor) -> Any:
+        """What a call shows, the same at every step: number, uuid and part of the conds that are
+        routed, each with ``rows`` rows. None for tiles, for some rows of a batch, and for what this
+        evaluation has shown before: nobody knows which tile or row it is."""
+        whole = self.latent is None or rows == self.latent[0]
+        if not whole or any(self.is_tile(crop, x) for _, _, crop in routed):
+            return None
+        kind = tuple(routed)
+        if kind in self.shown:
+            return None
+        self.shown.add(kind)
+        return kind

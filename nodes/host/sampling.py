@@ -132,11 +132,14 @@ class RunState:
         crops: list[Crop | None] = [None] * x.shape[0]
         apart: list[int] = []
         record: tuple[int, ...] = ()
+        routed: list[tuple[int, Any, Crop | None]] = []
         for place, (index, uuid) in enumerate(zip(chunks, uuids, strict=True)):
             firsts = range(place * size, times * size * len(chunks), size * len(chunks))
             rows = [row for first in firsts for row in range(first, first + size)]
             (cond if evaluation.is_cond(index) else uncond).extend(rows)
             crop = evaluation.crop(uuid, x)
+            if evaluation.is_cond(index) or self.run.keep_references_in_uncond:
+                routed.append((index, uuid, crop))
             for row in rows:
                 crops[row] = crop
             if crop is not None or uuid in evaluation.masked:
@@ -159,6 +162,7 @@ class RunState:
             recorder=self.record if record else None,
             record=record,
             apart=tuple(apart),
+            kind=evaluation.kind(routed, size * times, x),
         )
 
 

@@ -21,6 +21,15 @@ def test_tiles_in_one_call_equal_tiles_in_calls_of_their_own(scene: Scene, batch
     torch.testing.assert_close(together / scale, alone / scale, **CLOSE)
 
 
+def test_words_find_their_place_in_each_tile_alone(scene: Scene) -> None:
+    """What one tile's maps have shown does not go into the next one's, nor into the next step's."""
+    model = scene.apply(routing=scene.route(mode="text", clip=scene.mini.clip))
+    alone = scene.sample(tiles(scene, model), steps=2)
+    together = scene.sample(batched_tiles(scene, model), steps=2)
+    scale = alone.abs().max()
+    torch.testing.assert_close(together / scale, alone / scale, **CLOSE)
+
+
 @pytest.mark.parametrize("wrapper", [tiles, batched_tiles])
 def test_a_tile_is_not_shown_as_the_picture(scene: Scene, wrapper: Patch) -> None:
     model, maps = scene.apply_with_maps()

@@ -106,6 +106,9 @@ def resized(maps: Tensor, old: Grid, new: Grid) -> Tensor:
     return out.flatten(2)
 
 
+NOTHING = (SiteConditions(Candidates([None, None]), Candidates([None, None])),) * 2
+
+
 def grid_of(site: Site) -> Grid:
     return 16 // site.stride, 8 // site.stride
 
@@ -115,6 +118,7 @@ def test_rule_over_blocks_and_steps(seed: int) -> None:
     """Two steps of all 16 blocks on their own grids; the second forgets the first."""
     words = Words(seed, (1 + seed, 3))
     routes = TextRoutes(words.texts(), SITES)
+    memory = routes.memory("")
     make = torch.Generator().manual_seed(100 + seed)
     finest = grid_of(SITES[0])
     tokens = [grid_of(site)[0] * grid_of(site)[1] for site in SITES]
@@ -125,7 +129,7 @@ def test_rule_over_blocks_and_steps(seed: int) -> None:
         for site in SITES:
             grid = grid_of(site)
             q = 2 * torch.randn(2, grid[0] * grid[1], site.channels, generator=make)
-            soft = routes.maps_of_query(site, q, grid, (), conditional=1)
+            soft = routes.maps_of_query(site, q, grid, (), memory)
             fresh = resized(naive_scores(words, site, q), grid, finest)
             weight = grid[0] * grid[1] / max(tokens)
             total = min(total + weight, sum(tokens) / max(tokens))
@@ -167,7 +171,7 @@ def test_a_token_that_draws_attention_everywhere_changes_nothing() -> None:
             return out
 
         routes = TextRoutes(Texts(tuple(words.states), keys), SITES)
-        maps.append(routes.maps_of_query(site, q, (height, width), (), conditional=1).maps)
+        maps.append(routes.maps_of_query(site, q, (height, width), (), routes.memory(None)).maps)
     assert float((maps[0] - maps[1]).abs().max()) < 1e-4
     assert all(int((maps[0].argmax(1) == i).sum()) > 0 for i in range(3))
 
@@ -182,24 +186,42 @@ def test_a_subject_of_four_fifths_of_the_picture_is_found() -> None:
         routes = TextRoutes(
             Texts((word,), lambda _, states: states[..., :1].expand(1, 1, site.channels)), SITES
         )
-        maps = routes.maps_of_query(site, q, (10, 10), (), conditional=1).maps
+        maps = routes.maps_of_query(site, q, (10, 10), (), routes.memory(None)).maps
         assert torch.equal(maps.argmax(1)[0] == 0, inside)
 
 
-def test_kinds_of_calls_do_not_mix() -> None:
-    """Conditional and unconditional rows that come in calls of their own keep their own means."""
+@pytest.mark.parametrize("kinds", [("a", "b"), ("a", None), (None, None)])
+def test_kinds_of_calls_do_not_mix(kinds: tuple[str | None, str | None]) -> None:
+    """Prompts that come in calls of their own keep their own means; a call of no kind neither
+    takes nor leaves anything, but its blocks go on from one another."""
     words = Words(5, (2,))
-    site, grid = SITES[0], grid_of(SITES[0])
+    grid = grid_of(SITES[0])
     make = torch.Generator().manual_seed(6)
-    q = [torch.randn(1, grid[0] * grid[1], site.channels, generator=make) for _ in range(4)]
-    mixed = TextRoutes(words.texts(), SITES)
-    alone = TextRoutes(words.texts(), SITES)
-    mixed.maps_of_query(site, q[0], grid, (), conditional=1)
-    mixed.maps_of_query(site, q[1], grid, (), conditional=0)
-    a = mixed.maps_of_query(site, q[2], grid, (), conditional=1)
-    alone.maps_of_query(site, q[0], grid, (), conditional=1)
-    b = alone.maps_of_query(site, q[2], grid, (), conditional=1)
-    assert torch.equal(a.maps, b.maps)
+    site = SITES[0]
+    q = [torch.randn(1, grid[0] * grid[1], site.channels, generator=make) for _ in range(6)]
+
+    def routed(order: list[int]) -> dict[int, list[Tensor]]:
+        """Maps of both blocks of the calls in ``order``, each over two queries of its own."""
+        routes = TextRoutes(words.texts(), SITES)
+        out: dict[int, list[Tensor]] = {}
+        for number in order:
+            run = Run(NOTHING, routes, (1.0, 1.0), (-math.inf, -math.inf))
+            kind = kinds[number % 2]
+            call = Call(run, Rows((0,)), (True,), SITES, dense_attention, kind=kind)
+            for index in (1, 2):
+                call.begin_cross_attention(index, q[0], grid)
+                call.cross_attention(index, q[(number + index) % 6], torch.zeros_like(q[0]))
+            out[number] = [call.soft_maps[index].maps for index in (1, 2)]
+        return out
+
+    mixed = routed([0, 1, 2, 3])
+    for number, kind in enumerate(kinds * 2):
+        before = [number - 2] if kind is not None and number > 1 else []
+        alone = routed([*before, number])[number]
+        for got, wanted in zip(mixed[number], alone, strict=True):
+            assert torch.equal(got, wanted)
+    first, second = (routed([0])[0], routed([0, 2])[2])
+    assert not torch.equal(first[1], second[1])
 
 
 def test_masks_confine_the_words() -> None:
@@ -209,18 +231,19 @@ def test_masks_confine_the_words() -> None:
     masks[0, :, :4] = 1
     masks[1, :6] = 1
     routes = TextRoutes(words.texts(), SITES, masks=MaskRoutes(tuple(masks)))
+    memory = routes.memory("")
     make = torch.Generator().manual_seed(8)
     free = 0
     for site in SITES:
         grid = grid_of(site)
         q = 3 * torch.randn(1, grid[0] * grid[1], site.channels, generator=make)
-        ids = routes.maps_of_query(site, q, grid, (), conditional=1).maps.argmax(1)[0]
+        ids = routes.maps_of_query(site, q, grid, (), memory).maps.argmax(1)[0]
         inside = torch.nn.functional.adaptive_avg_pool2d(masks, grid).flatten(1) >= 0.5
         for i in range(2):
             assert not bool(((ids == i) & ~inside[i]).any())
             free += int(((ids != i) & inside[i]).sum())
         for other in ((8, 4), (16, 8), (5, 7)):  # as the next block's self-attention takes it
-            soft = routes.maps_of_query(site, q, grid, (), conditional=1)
+            soft = routes.maps_of_query(site, q, grid, (), memory)
             carried = routes.resize(soft, other, ()).maps.argmax(1)[0]
             inside = torch.nn.functional.adaptive_avg_pool2d(masks, other).flatten(1) >= 0.5
             for i in range(2):

@@ -222,6 +222,29 @@ def test_load_anystory(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyP
             load.execute(name)
 
 
+def test_a_file_of_several_number_types(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8-bit matrices, fp16 norms and biases and a float32 router, from the file to the picture."""
+    checkpoint = module("anystory_pack.anystory_core.checkpoint")
+    model = scene.mini.anystory.model
+    tensors = {
+        name: tensor.float()
+        if name.startswith("routers.")
+        else tensor.to(torch.float8_e4m3fn if tensor.ndim > 1 else torch.float16)
+        for name, tensor in model.state_dict().items()
+    }
+    checkpoint.save_model(tmp_path / "mixed.safetensors", tensors, model.config)
+    path = str(tmp_path / "mixed.safetensors")
+    monkeypatch.setattr(module("folder_paths"), "get_full_path", lambda *_: path)
+    mixed = scene.pack.LoadAnyStory.execute("mixed.safetensors")[0]
+    monkeypatch.setattr(scene.mini, "anystory", mixed)
+    routing = scene.route(*(scene.encode(i, label=n) for i, n in enumerate(("ball", "box"))))
+    out = scene.sample(scene.apply(routing=routing), steps=1)
+    assert torch.isfinite(out).all()
+    assert not torch.equal(out, scene.sample(scene.mini.model, steps=1))
+
+
 def test_masks_of_any_size(scene: Scene) -> None:
     small = [torch.nn.functional.interpolate(m[None], (7, 13))[0] for m in halves()]
     out = scene.sample(scene.apply(routing=scene.route(mode="masks", masks=small)), steps=1)

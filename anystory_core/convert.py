@@ -183,18 +183,15 @@ def _check_replaceable(out: Path) -> None:
 
 
 def with_ip_adapter_sizes(base: AnyStoryConfig, path: str | os.PathLike[str]) -> AnyStoryConfig:
-    """``base`` with the QFormer of an IP-Adapter Plus file. CheckpointError as in
-    :func:`convert`."""
+    """``base`` with an IP-Adapter Plus file's QFormer. CheckpointError as in :func:`convert`."""
     adapter = open_adapter(Path(path), base)
     with adapter.source:
         return dataclasses.replace(base, subject_qformer=_qformer(adapter, base))
 
 
 def load_ip_adapter(model: AnyStoryModel, path: str | os.PathLike[str]) -> None:
-    """Start a model's QFormer and its K and V maps for CLIP tokens from an IP-Adapter Plus file, as
-    training may: maps are worth little on the tokens of another QFormer. The model has that file's
-    sizes (:func:`with_ip_adapter_sizes`). CheckpointError as in :func:`convert`; the model is then
-    unchanged."""
+    """Start a model of an IP-Adapter Plus file's sizes from its QFormer and K and V maps, for
+    training. CheckpointError as in :func:`convert`; the model is then unchanged."""
     adapter = open_adapter(Path(path), model.config)
     with adapter.source:
         pieces = _plan(model.config, ("subject_encoder", "clip_projections"), adapter, None)

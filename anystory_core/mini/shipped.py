@@ -13,13 +13,19 @@ from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from ..build import PARTS
+from ..checkpoint import load_model, save_model
+from ..training.initial import ROUTER_PARTS
 from ..training.names import ldm_to_diffusers
 from . import base, clip, vae
 from .config import CONFIG, VISION
 from .phase import Phase
+from .stages import SUBJECT_FILE
 from .telling import Base
 from .text import build_text
 from .weights import FOLDER
+
+_ROUTER = tuple(PARTS[part] for part in ROUTER_PARTS)
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,8 @@ def read_modules(folder: Path = FOLDER) -> Shipped:
 
 def restore(work: Path, folder: Path = FOLDER) -> None:
     """Write the phases' files from the shipped ones, so that training goes on from them: VAE and
-    CLIP count as done, the base begins a new schedule. ValueError when ``work`` holds a base."""
+    CLIP count as done, the base begins a new schedule, and stage 2 finds stage 1's file. ValueError
+    when ``work`` holds a base."""
     if (work / "base.state.pt").exists():
         raise ValueError(f"{work} holds a trained base already; choose an empty folder")
     shipped = read_modules(folder)
@@ -74,6 +81,9 @@ def restore(work: Path, folder: Path = FOLDER) -> None:
     _begin(vae.decoder_phase(work), shipped.vae.decoder, vae.decoder_phase(work).steps)
     _begin(clip.phase(work), whole, clip.phase(work).steps)
     _begin(base.phase(work, 1), Base(shipped.unet, CONFIG), 0)
+    anystory = load_model(folder / "anystory.safetensors", dtype=torch.float32)
+    subject = {n: t for n, t in anystory.state_dict().items() if not n.startswith(_ROUTER)}
+    save_model(work / SUBJECT_FILE, subject, anystory.config)
 
 
 def _begin(phase: Phase, module: Any, step: int) -> None:

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 pytest.importorskip("diffusers")
 pytest.importorskip("open_clip")
 
+from anystory_core.build import PARTS, build_model
+from anystory_core.checkpoint import load_model, save_model
 from anystory_core.mini import (
     base,
     clip,
@@ -25,8 +27,10 @@ from anystory_core.mini import (
 )
 from anystory_core.mini.config import CONFIG
 from anystory_core.mini.phase import Phase
+from anystory_core.mini.stages import SUBJECT_FILE
 from anystory_core.mini.telling import Base
 from anystory_core.mini.text import END, START
+from anystory_core.training.initial import ROUTER_PARTS
 
 IDS = [320, 537, START, END]
 
@@ -55,10 +59,16 @@ def test_shipped_files_come_back_as_modules_and_as_a_folder(work: Path, tmp_path
     for part, state in export.host_states(work).items():
         half = {n: t.half() if t.is_floating_point() else t for n, t in state.items()}
         save_file({n: t.contiguous() for n, t in half.items()}, files / f"{part}.safetensors")
+    model = build_model(CONFIG)
+    save_model(files / "anystory.safetensors", model, CONFIG, dtype=torch.float16)
     modules = shipped.read_modules(files)
     assert modules.ids == IDS
     again = tmp_path / "again"
     shipped.restore(again, files)
+    subject = load_model(again / SUBJECT_FILE)  # what stage 2 begins with
+    assert subject.parts == tuple(part for part in PARTS if part not in ROUTER_PARTS)
+    wanted = model.state_dict()
+    assert all(torch.equal(t, wanted[n].half().float()) for n, t in subject.state_dict().items())
     first, _ = clip.load_clip(work)
     second, rows = clip.load_clip(again)
     assert int(rows[537]) == 2 and int(rows[1]) == 0

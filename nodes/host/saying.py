@@ -6,6 +6,7 @@ their own nodes, and that of the message which nodes with progress send.
 
 from __future__ import annotations
 
+import html
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,8 @@ def say(lines: Sequence[str]) -> tuple[str, ...]:
     if context is not None and server is not None:
         place = server.client_id, context.node_id
         if lines or place in _told:
-            server.send_progress_text("\n".join(lines), context.node_id, server.client_id)
+            # Labels and names of files are other people's, and editors draw this as HTML.
+            text = html.escape("\n".join(lines))
+            server.send_progress_text(text, context.node_id, server.client_id)
         (_told.add if lines else _told.discard)(place)
     return tuple(lines)

@@ -111,6 +111,32 @@ def test_what_is_said_is_shown_on_the_node(scene: Scene, monkeypatch: pytest.Mon
     assert said == [("\n".join(out.ui["text"]), "17", "me"), ("", "17", "me")]
 
 
+@pytest.mark.parametrize(
+    ("text", "sent"),
+    [
+        (
+            "<img src=x onerror=alert(1)>: saved & done",
+            "&lt;img src=x onerror=alert(1)&gt;: saved &amp; done",
+        ),
+        # Older editors put a link's words into another link's address.
+        (
+            'https://a/[[" onfocus=alert(1) x="|b]]',
+            "https://a/[[&quot; onfocus=alert(1) x=&quot;|b]]",
+        ),
+    ],
+)
+def test_what_is_said_is_text_and_never_html(
+    monkeypatch: pytest.MonkeyPatch, text: str, sent: str
+) -> None:
+    said: list[str] = []
+    server = SimpleNamespace(client_id="me", send_progress_text=lambda text, *_: said.append(text))
+    server_module = SimpleNamespace(PromptServer=SimpleNamespace(instance=server))
+    monkeypatch.setitem(sys.modules, "server", server_module)
+    with module("comfy_execution.utils").CurrentNodeContext("prompt", "17"):
+        assert module("anystory_pack.nodes.host.saying").say([text]) == (text,)
+    assert said == [sent]
+
+
 def test_preview_outputs(scene: Scene) -> None:
     model, maps = scene.apply_with_maps()
     out = scene.sample(model, steps=3)

@@ -9,6 +9,7 @@ import { RouteViewer } from "./viewer.js";
 
 const LEAST_WIDTH = 340;
 const MARGIN = 10; // pixels around the viewer
+const NOTE = "$$node-text-preview"; // the editor's widget for what a node says
 const viewers = new WeakMap(); // node -> RouteViewer
 
 function addStyle() {
@@ -63,11 +64,19 @@ function grow(node) {
   node.setDirtyCanvas?.(true, true);
 }
 
-function watchOutputs(node) {
+/** Take away what a node said in an earlier run; the editor has no message for that. */
+function forgetNote(node) {
+  const note = node.widgets?.find((widget) => widget.name === NOTE);
+  if (note) node.removeWidget(note);
+  node.setDirtyCanvas?.(true, true);
+}
+
+/** Call `act(node, output)` after each run of a node. */
+function watchOutputs(node, act) {
   const before = node.onExecuted;
   node.onExecuted = function (output) {
     before?.apply(this, arguments);
-    show(this, output);
+    act(this, output);
   };
 }
 
@@ -90,7 +99,10 @@ app.registerExtension({
     }
   },
   nodeCreated(node) {
-    if (node.comfyClass === "RoutingMapPreview") watchOutputs(node);
+    if (node.comfyClass === "RoutingMapPreview") watchOutputs(node, show);
+    if (node.comfyClass === "EncodeSubject") {
+      watchOutputs(node, (self, output) => output?.text?.length || forgetNote(self));
+    }
     if (node.comfyClass === "SubjectRouter") manageInputs(node);
   },
 });

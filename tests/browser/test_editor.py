@@ -156,6 +156,9 @@ def test_long_notes_have_room(editor: Editor) -> None:
         " notes.getBoundingClientRect().bottom <= room + 1",
         VIEWER,
     )
+    colour = "return getComputedStyle(document.querySelector(arguments[0])).color"
+    # That of all text, which the editor's palettes set for light and dark nodes.
+    assert editor.js(colour, f"{VIEWER} .note") == editor.js(colour, VIEWER)
     editor.screenshot(f"notes_{'vue' if editor.vue else 'canvas'}")
 
 

@@ -28,11 +28,12 @@ function removeInputs(node, unwanted) {
   return before - node.inputs.length;
 }
 
-/** Tell links and drawing that inputs are in other places now. */
+/** Tell links and drawing that inputs are in other places now. A node that leaves a subgraph comes
+ * with the numbers that its links had there; here they are those of other nodes' links. */
 function renumber(node) {
   node.inputs.forEach((input, i) => {
     const link = linkOf(node.graph, input.link);
-    if (link) link.target_slot = i;
+    if (link && String(link.target_id) === String(node.id)) link.target_slot = i;
   });
   // Nodes that are drawn by Vue take their slots anew on this event.
   node.graph?.trigger?.("node:slot-links:changed", { nodeId: node.id, slotType: INPUT });
@@ -96,7 +97,11 @@ export function manageInputs(node) {
     const saved = new Set(data?.inputs?.map((input) => input.name));
     const result = configure.apply(this, arguments);
     const free = (input) => numberOf(input.name) && input.link == null && !saved.has(input.name);
-    if (saved.size && removeInputs(this, free)) renumber(this);
+    if (saved.size && this.inputs.some(free)) {
+      const kept = this.inputs.filter((input) => !free(input));
+      this.inputs.splice(0, this.inputs.length, ...kept); // removeInput would move others' links
+      renumber(this);
+    }
     return result;
   };
   const before = node.onConnectionsChange;

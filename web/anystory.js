@@ -5,11 +5,18 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { manageInputs, tidyAll } from "./router_inputs.js";
 import { textsFor } from "./texts.js";
-import { RouteViewer } from "./viewer.js";
+import { isMiddle, RouteViewer } from "./viewer.js";
 
 const LEAST_WIDTH = 340;
 const MARGIN = 10; // pixels around the viewer
 const NOTE = "$$node-text-preview"; // the editor's widget for what a node says
+// Over nodes on the canvas the wheel zooms, and the middle button moves the canvas.
+const FORWARDED = {
+  wheel: "processMouseWheel",
+  pointerdown: "processMouseDown",
+  pointermove: "processMouseMove",
+  pointerup: "processMouseUp",
+};
 const viewers = new WeakMap(); // node -> RouteViewer
 
 function addStyle() {
@@ -41,10 +48,12 @@ function viewerOf(node) {
     setValue: () => {},
   });
   widget.serialize = false; // looking around does not change a graph
-  viewer.element.addEventListener("wheel", (event) => {
-    // Over nodes on the canvas the wheel zooms; Vue nodes pass it on by themselves.
-    if (!viewer.element.closest("[data-node-id]")) app.canvas?.processMouseWheel?.(event);
-  });
+  for (const [kind, forward] of Object.entries(FORWARDED)) {
+    viewer.element.addEventListener(kind, (event) => {
+      if (viewer.element.closest("[data-node-id]")) return; // Vue nodes pass on by themselves
+      if (kind === "wheel" || isMiddle(event)) app.canvas?.[forward]?.(event);
+    });
+  }
   viewers.set(node, viewer);
   return viewer;
 }

@@ -26,6 +26,11 @@ function percent(share) {
   return `${value >= 10 || value === 0 ? value.toFixed(0) : value.toFixed(1)} %`;
 }
 
+/** The middle button moves the editor's canvas, wherever it is pressed. */
+export function isMiddle({ type, button, buttons }) {
+  return type === "pointermove" ? (buttons & 4) !== 0 : button === 1;
+}
+
 export class RouteViewer {
   /** `load(file)` gives the Blob of a file on the host; `texts` are the words of texts.js;
    * `resized()` is called when `height` may have changed. */
@@ -81,7 +86,9 @@ export class RouteViewer {
   listen() {
     // Dragging here must not drag the node, nor may our keys move it.
     for (const kind of ["pointerdown", "pointermove", "pointerup"]) {
-      this.element.addEventListener(kind, (event) => event.stopPropagation());
+      this.element.addEventListener(kind, (event) => {
+        if (!isMiddle(event)) event.stopPropagation();
+      });
     }
     this.element.addEventListener("keydown", (event) => {
       if (OWN_KEYS.has(event.key)) event.stopPropagation();

@@ -144,6 +144,21 @@ def test_pointer_and_switches(editor: Editor) -> None:
     assert [box.is_selected() for box in boxes] == [False, False, True]
 
 
+def test_the_middle_button_moves_the_canvas(editor: Editor) -> None:
+    run_two_subjects(editor)
+    offset = "return [...app.canvas.ds.offset]"
+    x, y = editor.js(offset)
+    pointer = ActionChains(editor.driver, duration=80)
+    actions = pointer.w3c_actions.pointer_action
+    actions.move_to(element(editor, "canvas"))
+    actions.pointer_down(button=1)
+    actions.move_by(60, 40)
+    actions.pointer_up(button=1)
+    pointer.perform()
+    editor.frames()
+    assert editor.js(offset) == pytest.approx([x + 60, y + 40], abs=1)
+
+
 def test_long_notes_have_room(editor: Editor) -> None:
     shown = run_two_subjects(editor)
     told = {**shown, "text": ["a warning of many words " * 8] * 2}

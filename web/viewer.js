@@ -43,7 +43,7 @@ export class RouteViewer {
     this.runs = 0;
     this.marker = null;
     this.hidden = new Set(["background"]);
-    this.canvas = make("canvas", { tabIndex: 0, role: "img", "aria-label": texts.map });
+    this.canvas = make("canvas", { tabIndex: 0, role: "application", "aria-label": texts.map });
     this.where = make("div", { className: "where", textContent: texts.hint });
     this.where.setAttribute("aria-live", "polite");
     this.sliders = {

@@ -89,11 +89,14 @@ function watchOutputs(node, act) {
   };
 }
 
-/** The node of an output's key: "id", or "uuid:id" inside of a subgraph. */
+/** The node of an output's key: "id"; inside of a subgraph "uuid:id", or the ids of the nodes on the
+ * way to it, as in "12:5". */
 function nodeOf(key) {
-  const [id, subgraph] = key.split(":").reverse();
+  const path = key.split(":");
+  const id = path.pop();
   const root = app.rootGraph ?? app.graph;
-  return (subgraph ? root.subgraphs?.get(subgraph) : root)?.getNodeById(id);
+  const inside = (graph, through) => graph?.getNodeById(through)?.subgraph;
+  return (root.subgraphs?.get(path[0]) ?? path.reduce(inside, root))?.getNodeById(id);
 }
 
 app.registerExtension({

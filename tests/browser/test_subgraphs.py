@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from editor import Editor
+from viewer import PREVIEW
 
 ENCODE = 3  # id of one Encode Subject in the graph
 # Moves the nodes of some types into a subgraph; the id of its node.
@@ -53,3 +55,29 @@ def test_a_router_that_leaves_a_subgraph_keeps_all_links(editor: Editor) -> None
     editor.js(UNPACK, node)
     editor.frames()
     assert links(editor) == before
+
+
+@pytest.mark.parametrize("by_path", [True, False], ids=["path", "graph"])
+def test_outputs_find_a_viewer_in_a_subgraph(editor: Editor, by_path: bool) -> None:
+    """Editors keep outputs by the ids of the nodes on the way, or by the id of the subgraph."""
+    editor.template("two_subjects")
+    node = editor.js(PACK, [PREVIEW])
+    editor.frames()
+    inside, graph = editor.js(
+        "const { subgraph } = app.graph.getNodeById(arguments[0]);"
+        "return [subgraph.nodes[0].id, subgraph.id]",
+        node,
+    )
+    lost = {"filename": "none", "subfolder": "", "type": "temp"}
+    shown = {"anystory_routes": [{"file": lost, "layout": {}}], "text": []}
+    editor.js(
+        "app.nodeOutputs = { [arguments[0]]: arguments[1] }",
+        f"{node if by_path else graph}:{inside}",
+        shown,
+    )
+    names = (
+        "return app.graph.getNodeById(arguments[0]).subgraph.nodes[0].widgets.map((w) => w.name)"
+    )
+    assert "anystory_routes" in editor.js(names, node)
+    editor.frames()
+    editor.errors()  # the missing file's

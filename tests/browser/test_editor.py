@@ -69,6 +69,7 @@ def test_picture_and_viewer_appear(editor: Editor) -> None:
     where = element(editor, ".where")
     step, block = (element(editor, f"input[name={name}]") for name in ("step", "block"))
     canvas = element(editor, "canvas")
+    assert canvas.aria_role == "application"  # screen readers leave its keys to it
     assert step.get_attribute("aria-valuetext").startswith("3 of 3")  # routes are best at the end
     for number, index in ((0, blocks[0]), (2, blocks[0]), (2, blocks[-1])):
         # The keyboard alone: Home is "all blocks", the first arrow is the first block.

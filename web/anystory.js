@@ -60,7 +60,12 @@ function viewerOf(node) {
 
 function show(node, output) {
   const entries = output?.anystory_routes;
-  if (!entries?.length || viewers.get(node)?.entries === entries) return;
+  if (!entries || viewers.get(node)?.entries === entries) return;
+  if (!entries.length) {
+    viewers.get(node)?.show(entries); // the editor shows the node's note
+    return;
+  }
+  forgetNote(node); // of a run without routes; warnings are in the viewer
   viewerOf(node).show(entries, output.text);
   if (node.size[0] < LEAST_WIDTH) node.setSize([LEAST_WIDTH, node.size[1]]);
   grow(node);

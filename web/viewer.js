@@ -104,16 +104,21 @@ export class RouteViewer {
     for (const part of [this.where, this.subjects, this.notes]) observer.observe(part);
   }
 
-  /** Show what the node sent: a list of { file, layout, picture? }, and its warnings. */
+  /** Show what the node sent: a list of { file, layout, picture? }, and its warnings. An empty list
+   * is a run without routes: those of the run before go. */
   async show(entries, notes = []) {
     this.entries = entries;
     this.notes.replaceChildren(
       ...notes.map((text) => make("p", { className: "note", textContent: text })),
     );
     const { input, row } = this.sliders.picture;
-    input.max = entries.length - 1;
+    input.max = Math.max(0, entries.length - 1);
     row.hidden = entries.length < 2;
-    await this.open();
+    if (entries.length) await this.open();
+    else {
+      this.runs++; // what is on its way is outdated
+      this.clear(this.texts.nothing);
+    }
   }
 
   /** Fetch and show the chosen picture's routes. */
@@ -135,8 +140,7 @@ export class RouteViewer {
       this.picture = picture;
     } catch (error) {
       if (run !== this.runs) return;
-      this.atlas = null;
-      this.where.textContent = this.texts.lost;
+      this.clear(this.texts.lost);
       console.warn("AnyStory viewer:", error);
       return;
     }
@@ -155,6 +159,21 @@ export class RouteViewer {
     this.listSubjects(layout);
     this.marker = null;
     this.draw();
+  }
+
+  /** Show no routes, and say why. */
+  clear(why) {
+    this.picture?.close();
+    this.picture = null;
+    this.atlas = null;
+    this.marker = null;
+    fit(this.canvas, { width: 1, height: 1 }); // empties it, too
+    this.subjects.replaceChildren();
+    for (const slider of [this.sliders.step, this.sliders.block]) {
+      slider.input.max = 0;
+      this.say(slider, "");
+    }
+    this.where.textContent = why;
   }
 
   /** A switch, a colour, a name and a share for each region. */

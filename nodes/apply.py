@@ -8,12 +8,12 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ..anystory_core.errors import RoutingError
-from ..anystory_core.run import Settings
-from ..anystory_core.subject import SubjectOptions
+from ..anystory_core.injection.run import Settings
+from ..anystory_core.subject.subject import SubjectOptions
 from .host import ids
-from .host.checks import check_latent_format, check_model
-from .host.records import RoutingMaps
-from .host.sampling import Routing, SamplingWrapper
+from .host.sdxl.checks import check_latent_format, check_model
+from .host.sockets import RoutingMaps
+from .host.wrapper import Routing, SamplingWrapper
 
 
 class ApplyAnyStory(io.ComfyNode):

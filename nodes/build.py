@@ -11,9 +11,9 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
-from ..anystory_core.convert import DTYPES, REFERENCE_NETS, convert
 from ..anystory_core.errors import AnyStoryError, CheckpointError
-from ..anystory_core.subject_files import EXTENSION, check_name
+from ..anystory_core.subject.files import EXTENSION, check_name
+from ..anystory_core.weights.convert.plan import DTYPES, REFERENCE_NETS, convert
 from .host import ids
 from .host.saying import say
 

@@ -11,10 +11,10 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..anystory_core.config import AnyStoryConfig
-from ..anystory_core.encoder import encode_subject, reference_latents
 from ..anystory_core.errors import ModelMismatchError, SubjectError
-from ..anystory_core.preprocess import prepare_views, zero_clip
-from ..anystory_core.subject import UNNAMED, Subject, SubjectOptions
+from ..anystory_core.subject.encoder import encode_subject, reference_latents
+from ..anystory_core.subject.preprocess import prepare_views, zero_clip
+from ..anystory_core.subject.subject import UNNAMED, Subject, SubjectOptions
 from .host import ids, tensors
 from .host.managed import ManagedAnyStory, compute_dtype, load, release
 from .host.saying import say

@@ -9,8 +9,8 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ..anystory_core.checkpoint import load_model, read_header
 from ..anystory_core.errors import CheckpointError
+from ..anystory_core.weights.checkpoint import load_model, read_header
 from .host import ids
 from .host.managed import OPERATIONS, ManagedAnyStory
 from .host.saying import say

@@ -20,10 +20,10 @@ import comfy.taesd.taesd
 import torch
 from comfy_api.latest import io
 
-from ..anystory_core.build import build_model
-from ..anystory_core.checkpoint import load_model
 from ..anystory_core.mini import config as mini
 from ..anystory_core.mini import weights
+from ..anystory_core.weights.checkpoint import load_model
+from ..anystory_core.weights.model import build_model
 from .host import ids
 from .host.managed import OPERATIONS, ManagedAnyStory
 

@@ -11,13 +11,13 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..anystory_core import routing_figure
 from ..anystory_core.errors import RoutingError
-from ..anystory_core.routing_atlas import build_atlas
-from ..anystory_core.routing_maps import RoutingRecord
+from ..anystory_core.pictures import figure as routing_figure
+from ..anystory_core.pictures.atlas import build_atlas
+from ..anystory_core.routing.record import RoutingRecord
 from .host import ids, tensors
-from .host.records import RoutingMaps
 from .host.saying import say
+from .host.sockets import RoutingMaps
 
 LEAST_SHARE = 0.01  # a subject below it was hardly drawn
 
@@ -57,7 +57,7 @@ def warnings_for(record: RoutingRecord, row: int) -> list[str]:
 
 def viewer_data(record: RoutingRecord, row: int) -> dict[str, Any]:
     """What web/viewer.js shows for one batch row: ``file``, the atlas as a PNG in the host's temp
-    folder, and ``layout``, how to read it (see :func:`~..anystory_core.routing_atlas.build_atlas`).
+    folder, and ``layout``, how to read it (see :func:`~anystory_core.pictures.atlas.build_atlas`).
     """
     atlas = build_atlas(record, row)
     prefix = f"anystory_routes_{secrets.token_hex(4)}"  # a browser may keep an old file's name

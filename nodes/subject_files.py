@@ -9,9 +9,9 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..anystory_core import subject_files
 from ..anystory_core.errors import SubjectError
-from ..anystory_core.subject import Subject
+from ..anystory_core.subject import files as subject_files
+from ..anystory_core.subject.subject import Subject
 from .host import ids, tensors
 from .host.managed import ManagedAnyStory
 from .host.saying import say

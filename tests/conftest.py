@@ -1,4 +1,5 @@
-"""How tests find the code: `anystory_core` at the top level, the whole pack as `anystory_pack`.
+"""How tests find the code: `anystory_core` at the top level, `lab` beside it, the whole pack as
+`anystory_pack`.
 
 The repository root stays off `sys.path`: there, our `nodes/` would hide ComfyUI's own `nodes.py`.
 """
@@ -32,6 +33,7 @@ _HELPERS = ("unit", "host", "browser")  # folders with helper modules
 sys.path += [str(ROOT / "tests" / folder) for folder in _HELPERS]
 _package("anystory_pack", ROOT)
 _package("anystory_core", ROOT / "anystory_core")
+_package("lab", ROOT / "lab")
 _package("devkit", ROOT / "devkit")
 
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it gives

@@ -1,1 +1,1 @@
-"""The small model that ships with the pack: its sizes, its weights, and how they are made."""
+"""The small model that ships with the pack: its sizes and its weights. How they are made: lab."""

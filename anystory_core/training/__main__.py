@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     """Run one command; errors meant for the user are one line and exit code 1."""
     try:
         if len(arguments) >= 2 and arguments[0] == "check":
-            from .check import check
+            from ..data.check import check
 
             report, good = check(arguments[1:])
             print(report)
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
             return _merge(arguments[1:])
         if len(arguments) == 1 and arguments[0] not in ("check", "merge", "-h", "--help"):
             from .config import load_config
-            from .trainer import Trainer
+            from .loop import Trainer
 
             path = Trainer(load_config(Path(arguments[0]))).run()
             print(f"wrote {path}")
@@ -43,8 +43,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _merge(arguments: list[str]) -> int:
-    from ..checkpoint import merge_files
-    from ..convert import DTYPES
+    from ..weights.checkpoint import merge_files
+    from ..weights.convert.plan import DTYPES
 
     parser = argparse.ArgumentParser(prog="python -m anystory_core.training merge")
     parser.add_argument("files", nargs="+", help="files that hold different parts of one model")

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..config import AnyStoryConfig
+from ..data.index import DataError, Entry, Index, Kind
+from ..data.schema import Raw, decode
 from ..errors import AnyStoryError
-from ..preprocess import Views, cut_out, views_of
+from ..subject.preprocess import Views, cut_out, views_of
 from .config import AugmentSettings, TrainingConfig
-from .data import Raw, decode
-from .index import DataError, Entry, Index, Kind
 
 _SEED_STRIDE = 1_000_003
 _MOST_RETRIES = 20
@@ -58,7 +58,7 @@ class Batch:
     picture before it was scaled, (top, left) of the crop, (height, width) of the target, without
     which enlarged pictures and cut-off heads are learned as what whole ones look like; masks
     (B,N,H,W) in [0,1]; clip (B,N,3,S,S) and vae (B,N,3,R,R) as
-    :class:`~anystory_core.preprocess.Views`; reference_mask (B,N,1,R,R); present (B,N) bool;
+    :class:`~..subject.preprocess.Views`; reference_mask (B,N,1,R,R); present (B,N) bool;
     drop_clip (B) bool: the CLIP condition becomes the background's; bad: errors of samples that
     were replaced by their neighbours."""
 

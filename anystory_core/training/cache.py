@@ -21,10 +21,10 @@ from safetensors.torch import (  # pyright: ignore[reportUnknownVariableType]
 )
 from torch import Tensor
 
-from .bases import Base
 from .batches import Batch
 from .checkpoints import writing
 from .config import TrainingConfig
+from .hosts.base import Base
 
 
 class Encodings:

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..checkpoint import open_tensors
 from ..errors import AnyStoryError
+from ..weights.checkpoint import open_tensors
 
 # What torch, safetensors and accelerate raise at files that are cut off, missing or another run's.
 _UNREADABLE = (

@@ -29,7 +29,7 @@ _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSettings:
-    """The frozen base model; see :mod:`.bases` for the layouts.
+    """The frozen base model; see :mod:`.hosts.base` for the layouts.
 
     ``path``: a folder (diffusers layout) or an SDXL single file. ``clip_vision``: folder of a
     transformers CLIP vision model; "" takes ``image_encoder/`` of the base folder. ``model``:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from ..build import AnyStoryModel, build_model
-from ..checkpoint import load_model, read_header
 from ..config import AnyStoryConfig
-from ..convert import load_ip_adapter, with_ip_adapter_sizes
 from ..errors import ConfigError
-from .bases import Base
+from ..weights.checkpoint import load_model, read_header
+from ..weights.convert.plan import load_ip_adapter, with_ip_adapter_sizes
+from ..weights.model import AnyStoryModel, build_model
 from .config import RouterSettings, SubjectSettings, TrainingConfig
-from .names import init_from_unet
+from .hosts.base import Base
+from .hosts.names import init_from_unet
 
 ROUTER_PARTS = ("routing_encoder", "routers")
 

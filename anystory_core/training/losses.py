@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..routes import Grid, SoftMaps, mean_over_blocks, resize_soft
+from ..routing.sources import Grid, SoftMaps, mean_over_blocks, resize_soft
 from .config import Tokens
 
 # Of the mean map before its largest candidate is taken: 0.55 against 0.45 becomes 0.77.
@@ -98,9 +98,9 @@ def mean_routing_loss(
     gives, as (refined, coarse). ``grid`` is that of the mean map: the latent's.
 
     Masks are read off the mean map by the largest candidate of each place after it is enlarged
-    (:mod:`..segment`); here the largest is taken softly. Eq. 4 asks each block for itself, to be as
-    sure as it can; of their mean it is better when the blocks that see more are surer than the
-    others, and a place at an outline need only fall on its right side."""
+    (:mod:`..routing.segment`); here the largest is taken softly. Eq. 4 asks each block for itself,
+    to be as sure as it can; of their mean it is better when the blocks that see more are
+    surer than the others, and a place at an outline need only fall on its right side."""
     size = (_FINER * grid[0], _FINER * grid[1])
     true = torch.nn.functional.interpolate(masks.float(), size=size, mode="area").flatten(2)
 

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoint import atomic_file
-from ..conditioner import Call, Rows
+from ..injection.call import Call, Rows
+from ..weights.checkpoint import atomic_file
 from .batches import Batch
 from .cache import Encodings
 from .checkpoints import writing
-from .diffusers_unet import time_ids
+from .hosts.unet import time_ids
 from .schedule import ddim
 from .stages import Noised, Stage
 

@@ -1,6 +1,6 @@
 """The two stages as modules: what is trained, and a forward pass from a batch to losses.
 
-Both run the frozen U-Net through :mod:`.diffusers_unet`. The base is kept out of the module; of
+Both run the frozen U-Net through :mod:`.hosts.unet`. The base is kept out of the module; of
 what is in it, optimisers and checkpoints see the trained parameters alone.
 """
 
@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..build import AnyStoryModel
-from ..conditioner import Call, Rows
-from ..preprocess import latent_mask, zero_clip
-from ..routes import Grid, LearnedRoutes, SingleRoute, SoftMaps
-from ..run import Run, project
-from . import diffusers_unet
-from .bases import Base
+from ..injection.call import Call, Rows
+from ..injection.run import Run, project
+from ..routing.sources import Grid, LearnedRoutes, SingleRoute, SoftMaps
+from ..subject.preprocess import latent_mask, zero_clip
+from ..weights.model import AnyStoryModel
 from .batches import Batch, sample_seed
 from .cache import Encodings
 from .config import TrainingConfig
+from .hosts import unet as diffusers_unet
+from .hosts.base import Base
 from .losses import diffusion_loss, mean_routing_loss, routing_loss
 
 

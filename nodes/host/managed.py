@@ -16,7 +16,7 @@ import comfy.ops
 import torch
 from torch import nn
 
-from ...anystory_core.build import AnyStoryModel
+from ...anystory_core.weights.model import AnyStoryModel
 
 OPERATIONS = comfy.ops.manual_cast
 

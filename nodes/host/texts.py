@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...anystory_core.bases.sdxl.sites import Site
 from ...anystory_core.config import AnyStoryConfig
 from ...anystory_core.errors import ModelMismatchError, RoutingError
-from ...anystory_core.sites import Site
-from ...anystory_core.text_routes import Texts
+from ...anystory_core.routing.words import Texts
 
 
 def encode_label(clip: Any, label: str, config: AnyStoryConfig) -> tuple[Tensor, int]:

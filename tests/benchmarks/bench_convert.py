@@ -29,11 +29,11 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from anystory_core.build import build_model  # noqa: E402
+from anystory_core.bases.sdxl.names import LDM_PREFIX, adapter_names  # noqa: E402
+from anystory_core.bases.sdxl.reference_net import ReferenceNet  # noqa: E402
 from anystory_core.config import AnyStoryConfig  # noqa: E402
-from anystory_core.convert_keys import LDM_PREFIX, adapter_names  # noqa: E402
-from anystory_core.convert_write import write_streaming  # noqa: E402
-from anystory_core.reference_net import ReferenceNet  # noqa: E402
+from anystory_core.weights.convert.write import write_streaming  # noqa: E402
+from anystory_core.weights.model import build_model  # noqa: E402
 
 
 def shapes_of_sdxl(config: AnyStoryConfig) -> dict[str, tuple[int, ...]]:
@@ -123,13 +123,13 @@ def one_step(folder: Path) -> dict[str, Any]:
     from accelerate import init_empty_weights
     from diffusers import UNet2DConditionModel
 
-    from anystory_core.checkpoint import load_model, open_tensors
-    from anystory_core.conditioner import Call, Rows
-    from anystory_core.convert_keys import diffusers_modules, diffusers_name
-    from anystory_core.run import Settings, build_source, prepare_run
-    from anystory_core.subject import Subject
-    from anystory_core.training.diffusers_unet import dense_attention, install
-    from anystory_core.training.names import diffusers_unet_config
+    from anystory_core.bases.sdxl.names import diffusers_modules, diffusers_name
+    from anystory_core.injection.call import Call, Rows
+    from anystory_core.injection.run import Settings, build_source, prepare_run
+    from anystory_core.subject.subject import Subject
+    from anystory_core.training.hosts.names import diffusers_unet_config
+    from anystory_core.training.hosts.unet import dense_attention, install
+    from anystory_core.weights.checkpoint import load_model, open_tensors
 
     dtype = torch.bfloat16
     times: dict[str, float] = {}

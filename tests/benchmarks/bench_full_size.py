@@ -29,7 +29,7 @@ def encode(anystory: Any, number: int) -> Any:
     would be here."""
     model = anystory.model
     config, make = model.config, torch.Generator().manual_seed(number)
-    preprocess = core("preprocess")
+    preprocess = core("subject.preprocess")
     image = torch.rand(1, 512, 512, 3, generator=make)
     mask = torch.zeros(1, 512, 512)
     mask[:, 100:400, 150:380] = 1
@@ -40,7 +40,7 @@ def encode(anystory: Any, number: int) -> Any:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=make).to(setting.DTYPE)
 
-    return core("encoder").encode_subject(
+    return core("subject.encoder").encode_subject(
         model,
         views,
         clip_states=normal(1, tokens, config.clip.width),
@@ -55,7 +55,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     setting.start_host()
     config = core("config").AnyStoryConfig.sdxl()
-    anystory = setting.make_anystory(config, tuple(core("build").PARTS))
+    anystory = setting.make_anystory(config, tuple(core("weights.model").PARTS))
     start = time.perf_counter()
     subjects = [encode(anystory, number) for number in range(2)]
     encoding = (time.perf_counter() - start) / 2

@@ -21,10 +21,8 @@ import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import nn
 
-from anystory_core.build import build_model
 from anystory_core.config import AnyStoryConfig
 from anystory_core.mini.config import PICTURE_SIZE
-from anystory_core.training.bases import Base
 from anystory_core.training.batches import Batch
 from anystory_core.training.cache import Encodings
 from anystory_core.training.config import (
@@ -35,10 +33,12 @@ from anystory_core.training.config import (
     SubjectSettings,
     TrainingConfig,
 )
-from anystory_core.training.diffusers_unet import time_ids
-from anystory_core.training.names import diffusers_unet_config
+from anystory_core.training.hosts.base import Base
+from anystory_core.training.hosts.names import diffusers_unet_config
+from anystory_core.training.hosts.unet import time_ids
 from anystory_core.training.schedule import alphas_cumprod
 from anystory_core.training.stages import Noised, add_noise, build_stage
+from anystory_core.weights.model import build_model
 
 
 class RandomVision(nn.Module):

@@ -26,7 +26,7 @@ ROWS = 2  # one conditional, one unconditional
 
 def twin_of(patcher: Any, config: Any) -> Any:
     """diffusers' U-Net around the tensors of the host's."""
-    names = core("training.names")
+    names = core("training.hosts.names")
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel(**names.diffusers_unet_config(config.unet))
     table = names.ldm_to_diffusers(config)
@@ -43,7 +43,7 @@ def main() -> None:
     config = core("config").AnyStoryConfig.sdxl()
     patcher = setting.make_unet(config, torch.float32)
     anystory = setting.make_anystory(config, dtype=torch.float32)
-    model, hosts = anystory.model, core("training.diffusers_unet")
+    model, hosts = anystory.model, core("training.hosts.unet")
     twin = twin_of(patcher, config)
     slot = hosts.install(twin, model.sites)
     make = torch.Generator().manual_seed(0)
@@ -56,7 +56,7 @@ def main() -> None:
     timesteps, ids = torch.tensor([500.0] * ROWS), hosts.time_ids(256, 256, ROWS, latents.device)
     embed = host("comfy.ldm.modules.diffusionmodules.util").timestep_embedding
     label = torch.cat([pooled, *(embed(ids[:, i], 256) for i in range(6))], dim=1)
-    run, conditioner = core("run"), core("conditioner")
+    run, conditioner = core("injection.run"), core("injection.call")
     ids_module, patches = host("nodes.host.ids"), host("nodes.host.patcher")
     subjects = [setting.make_subject(config, n).map(lambda x: x.float()) for n in range(3)]
 

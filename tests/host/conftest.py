@@ -70,7 +70,7 @@ def split(scene: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=["by region", "masked", "masked, long rows"])
 def way(pack: ModuleType, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each of the ways of injection in turn: pictures of this size take the second alone."""
-    conditioner = sys.modules["anystory_pack.anystory_core.conditioner"]
+    conditioner = sys.modules["anystory_pack.anystory_core.injection.call"]
     monkeypatch.setattr(conditioner, "by_region", lambda q: request.param == "by region")
     if request.param == "masked, long rows":  # as on a GPU: plain rows apart
         monkeypatch.setattr(conditioner, "LEAST_SORTED", 1)

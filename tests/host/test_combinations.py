@@ -84,7 +84,7 @@ def test_rows_alone_equal_rows_together(scene: Scene) -> None:
 
 def test_reference_strengths_between(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """A strength that is neither 0 nor 1 biases the logits (Eq. 7); both ways of injection do."""
-    conditioner = module("anystory_pack.anystory_core.conditioner")
+    conditioner = module("anystory_pack.anystory_core.injection.call")
     options = scene.pack.AnyStorySubjectOptions.execute
     weak = options(scene.subjects[0], 1.0, 0.5, 0.0, 1.0).args[0]
     model = scene.apply(routing=scene.route(weak, scene.subjects[1]), reference_strength=3.0)

@@ -197,7 +197,7 @@ def test_runs_of_a_prompt_keep_to_their_memory(
     latents = [scene.sample(model, seed=0, steps=1)]
     size = maps.find(latents[0]).size
     limit = 3 * size + size // 2
-    monkeypatch.setattr(module("anystory_pack.nodes.host.records"), "MOST_BYTES", limit)
+    monkeypatch.setattr(module("anystory_pack.nodes.host.sockets"), "MOST_BYTES", limit)
     with context("a list", "sampler"):
         latents += [scene.sample(model, seed=seed, steps=1) for seed in range(1, 6)]
     assert len(maps.runs) == 3 and sum(run.size for run in maps.runs.values()) <= limit

@@ -189,7 +189,7 @@ def test_a_run_without_routes_is_no_error(
     model, maps = scene.apply_with_maps(**given.get(why, {}))
     with monkeypatch.context() as changed:
         if why == "tokens":
-            table = module("anystory_pack.nodes.host.patcher").BlockTable
+            table = module("anystory_pack.nodes.host.sdxl.patcher").BlockTable
             changed.setattr(table, "grid", lambda *_: None)
         denoise = 0.5 if why == "second pass" else 1.0
         out = scene.sample(model, steps=2, positive=positive, denoise=denoise)
@@ -212,7 +212,7 @@ def test_preview_is_blank_outside_the_window(scene: Scene) -> None:
 
 def test_load_anystory(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file from models/anystory; what it lacks is said; the same tensors as those saved."""
-    checkpoint = module("anystory_pack.anystory_core.checkpoint")
+    checkpoint = module("anystory_pack.anystory_core.weights.checkpoint")
     folder_paths = module("folder_paths")
     folder_paths.add_model_folder_path("anystory", str(tmp_path))
     model = scene.mini.anystory.model
@@ -250,7 +250,7 @@ def test_a_file_of_several_number_types(
     scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8-bit matrices, fp16 norms and biases and a float32 router, from the file to the picture."""
-    checkpoint = module("anystory_pack.anystory_core.checkpoint")
+    checkpoint = module("anystory_pack.anystory_core.weights.checkpoint")
     model = scene.mini.anystory.model
     tensors = {
         name: tensor.float()

@@ -29,7 +29,7 @@ def options_with(**values: float) -> Callable[[Scene], Any]:
 
 def without(scene: Scene, *parts: str) -> Any:
     """The mini model as a file without some parts would give it."""
-    build = module("anystory_pack.anystory_core.build")
+    build = module("anystory_pack.anystory_core.weights.model")
     managed = module("anystory_pack.nodes.host.managed")
     kept = [part for part in build.PARTS if part not in parts]
     config = scene.mini.anystory.model.config
@@ -272,7 +272,7 @@ def test_preview_refusals(scene: Scene) -> None:
 
 def other_widths(scene: Scene, **unet: Any) -> Any:
     """Weights and subjects of a model family with another U-Net."""
-    build = module("anystory_pack.anystory_core.build")
+    build = module("anystory_pack.anystory_core.weights.model")
     managed = module("anystory_pack.nodes.host.managed")
     config = scene.mini.anystory.model.config
     shape = dataclasses.replace(config.unet, **unet)

@@ -12,8 +12,8 @@ from scene import module
 @pytest.fixture(scope="module")
 def twin(mini: Any) -> Any:
     """The mini U-Net in diffusers, and the slot of our processors."""
-    names = module("anystory_pack.anystory_core.training.names")
-    hosts = module("anystory_pack.anystory_core.training.diffusers_unet")
+    names = module("anystory_pack.anystory_core.training.hosts.names")
+    hosts = module("anystory_pack.anystory_core.training.hosts.unet")
     config = mini.anystory.model.config
     unet = module("diffusers").UNet2DConditionModel(**names.diffusers_unet_config(config.unet))
     table = names.ldm_to_diffusers(config)
@@ -32,7 +32,7 @@ def test_the_same_prediction(
     run, conditioner = module(f"{core}.run"), module(f"{core}.conditioner")
     hosts, patcher = (
         module(f"{core}.training.diffusers_unet"),
-        module("anystory_pack.nodes.host.patcher"),
+        module("anystory_pack.nodes.host.sdxl.patcher"),
     )
     model, config = mini.anystory.model, mini.anystory.model.config
     generator = torch.Generator().manual_seed(subjects)

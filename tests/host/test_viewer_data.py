@@ -90,7 +90,7 @@ def test_sdxl_stays_below_two_megabytes(scene: Scene, size: tuple[int, int]) -> 
         AnyStoryConfig.sdxl(), ("fox", "owl", "bear"), steps=25, size=size, seed=4
     )
     latent = torch.zeros(1, 4, size[0] // 8, size[1] // 8)
-    maps = module("anystory_pack.nodes.host.records").RoutingMaps()
+    maps = module("anystory_pack.nodes.host.sockets").RoutingMaps()
     maps.file(latent, record)
     (entry,) = scene.preview(maps, latent, steps="last").ui["anystory_routes"]
     layout = entry["layout"]

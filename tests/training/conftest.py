@@ -12,12 +12,12 @@ import torch
 sys.path.append(str(Path(__file__).parent))
 import tiny
 
-from anystory_core.training import shards
+from anystory_core.data import shards
 from anystory_core.training.batches import Batch
 from anystory_core.training.config import load_config
-from anystory_core.training.diffusers_unet import time_ids
+from anystory_core.training.hosts.unet import time_ids
+from anystory_core.training.loop import Trainer
 from anystory_core.training.stages import Noised
-from anystory_core.training.trainer import Trainer
 
 SUBJECT_STEPS, ROUTER_STEPS = 100, 80
 

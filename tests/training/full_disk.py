@@ -12,12 +12,12 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from anystory_core.build import build_model
-from anystory_core.checkpoint import save_model
 from anystory_core.errors import AnyStoryError
-from anystory_core.subject import Subject
-from anystory_core.subject_files import save_subject
+from anystory_core.subject.files import save_subject
+from anystory_core.subject.subject import Subject
 from anystory_core.training import checkpoints
+from anystory_core.weights.checkpoint import save_model
+from anystory_core.weights.model import build_model
 
 folder = Path(sys.argv[1])
 large = {"x": torch.zeros(100_000)}

@@ -9,7 +9,7 @@ import torch
 
 from anystory_core.training.batches import load_batches
 from anystory_core.training.config import load_config
-from anystory_core.training.trainer import Trainer
+from anystory_core.training.loop import Trainer
 
 trainer = Trainer(load_config(Path(sys.argv[1])))
 accelerator = trainer.accelerator

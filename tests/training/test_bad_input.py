@@ -17,13 +17,13 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from anystory_core.build import build_model
-from anystory_core.checkpoint import save_model
 from anystory_core.errors import AnyStoryError, ConfigError
 from anystory_core.training import initial
-from anystory_core.training.bases import load_base
 from anystory_core.training.config import BaseSettings, load_config, seconds
-from anystory_core.training.trainer import Trainer
+from anystory_core.training.hosts.base import load_base
+from anystory_core.training.loop import Trainer
+from anystory_core.weights.checkpoint import save_model
+from anystory_core.weights.model import build_model
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from anystory_core.config import ReferenceConfig
-from anystory_core.training.bases import fingerprint
 from anystory_core.training.batches import Batch
 from anystory_core.training.cache import Encodings
 from anystory_core.training.checkpoints import CheckpointFolderError
@@ -22,6 +21,7 @@ from anystory_core.training.config import (
     SubjectSettings,
     TrainingConfig,
 )
+from anystory_core.training.hosts.base import fingerprint
 
 
 class CountingBase:

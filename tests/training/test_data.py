@@ -15,13 +15,13 @@ import tiny
 import torch
 from PIL import Image
 
-from anystory_core.training import shards
+from anystory_core.data import shards
+from anystory_core.data.check import check
+from anystory_core.data.index import DataError, Index
+from anystory_core.data.schema import BadSamples, decode
 from anystory_core.training.batches import Batch
-from anystory_core.training.check import check
 from anystory_core.training.config import load_config
-from anystory_core.training.data import BadSamples, decode
-from anystory_core.training.index import DataError, Index
-from anystory_core.training.trainer import Trainer
+from anystory_core.training.loop import Trainer
 
 
 def test_data_paths(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import tiny
 from PIL import Image
 
 from anystory_core.config import AnyStoryConfig
-from anystory_core.training import shards
+from anystory_core.data import shards
 from anystory_core.training.config import load_config
-from anystory_core.training.trainer import Trainer
+from anystory_core.training.loop import Trainer
 from devkit import environment
 from devkit.client import Client
 from devkit.host import running

@@ -6,14 +6,14 @@ import tiny
 import torch
 from torch import Tensor
 
-from anystory_core.conditioner import Call, Rows, straight_through
-from anystory_core.injection import Candidates, KeyValue
-from anystory_core.router import RoutingLogits
-from anystory_core.routes import Crops, Grid, SoftMaps
-from anystory_core.run import Run, SiteConditions
-from anystory_core.sites import Site, build_sites
+from anystory_core.bases.sdxl.sites import Site, build_sites
+from anystory_core.injection.call import Call, Rows, straight_through
+from anystory_core.injection.equations import Candidates, KeyValue
+from anystory_core.injection.run import Run, SiteConditions
+from anystory_core.routing.router import RoutingLogits
+from anystory_core.routing.sources import Crops, Grid, SoftMaps
 from anystory_core.training.batches import sample_seed
-from anystory_core.training.diffusers_unet import dense_attention
+from anystory_core.training.hosts.unet import dense_attention
 from anystory_core.training.stages import gumbel_seeds
 
 ROWS, GRID, SEEDS = 2, (4, 4), (5, 6)

@@ -11,7 +11,8 @@ import pytest
 import tiny
 import torch
 
-from anystory_core.training import shards
+from anystory_core.data import shards
+from anystory_core.data.index import Index
 from anystory_core.training.batches import SampleDataset, augment
 from anystory_core.training.config import (
     AugmentSettings,
@@ -21,7 +22,6 @@ from anystory_core.training.config import (
     RunSettings,
     TrainingConfig,
 )
-from anystory_core.training.index import Index
 
 NOTHING: dict[str, Any] = {"rotate": 0.0, "crop": 0.0, "pad": 0.0, "flip": 0.0}
 COLOUR = torch.tensor([0.8, 0.5, 0.3])[None, :, None, None]

@@ -17,12 +17,13 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from anystory_core.checkpoint import load_model
+from anystory_core.data import shards
 from anystory_core.errors import ConfigError
-from anystory_core.training import checkpoints, shards
+from anystory_core.training import checkpoints
 from anystory_core.training.checkpoints import CheckpointFolderError
 from anystory_core.training.config import load_config
-from anystory_core.training.trainer import Trainer, check_distribution
+from anystory_core.training.loop import Trainer, check_distribution
+from anystory_core.weights.checkpoint import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent

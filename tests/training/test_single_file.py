@@ -15,9 +15,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from anystory_core.config import AnyStoryConfig
 from anystory_core.errors import ModelMismatchError
-from anystory_core.training.bases import text_encoder
-from anystory_core.training.names import diffusers_unet_config
-from anystory_core.training.single_file import (
+from anystory_core.training.hosts.base import text_encoder
+from anystory_core.training.hosts.names import diffusers_unet_config
+from anystory_core.training.hosts.single_file import (
     FileSizes,
     TextSizes,
     load_single_file,

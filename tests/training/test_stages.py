@@ -16,11 +16,11 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from anystory_core.build import PARTS, build_model
-from anystory_core.checkpoint import load_model, save_model
 from anystory_core.training.batches import Batch
 from anystory_core.training.config import load_config
-from anystory_core.training.trainer import Trainer
+from anystory_core.training.loop import Trainer
+from anystory_core.weights.checkpoint import load_model, save_model
+from anystory_core.weights.model import PARTS, build_model
 
 # `world`, `subject_run` and `router_run` come from conftest.py.
 

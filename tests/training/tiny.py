@@ -24,10 +24,10 @@ from anystory_core.config import (
     RouterConfig,
     UNetConfig,
 )
-from anystory_core.training import shards
-from anystory_core.training.bases import text_encoder
-from anystory_core.training.diffusers_unet import time_ids
-from anystory_core.training.names import diffusers_unet_config
+from anystory_core.data import shards
+from anystory_core.training.hosts.base import text_encoder
+from anystory_core.training.hosts.names import diffusers_unet_config
+from anystory_core.training.hosts.unet import time_ids
 from anystory_core.training.schedule import alphas_cumprod
 
 SIZE = 64
@@ -123,8 +123,8 @@ def scenes(
 
 
 def write_base(folder: Path, *, train_steps: int = 0, model: AnyStoryConfig | None = None) -> None:
-    """A base folder in the layout of :mod:`anystory_core.training.bases`, and its config.json; at
-    toy widths, or at those of ``model``."""
+    """A base folder in the layout of :mod:`anystory_core.training.hosts.base`, and its
+    config.json; at toy widths, or at those of ``model``."""
     torch.manual_seed(0)
     model = model or config()
     clip, width = model.clip, model.unet.context_dim

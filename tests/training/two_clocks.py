@@ -7,7 +7,7 @@ import math
 import os
 import sys
 
-from anystory_core.training import trainer
+from anystory_core.training import loop as trainer
 from anystory_core.training.__main__ import main
 
 if os.environ["RANK"] != "0":

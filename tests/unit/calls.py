@@ -9,13 +9,13 @@ import naive
 import torch
 from torch import Tensor
 
-from anystory_core.conditioner import Call, Rows
+from anystory_core.bases.sdxl.sites import build_sites
 from anystory_core.config import RouterConfig, UNetConfig
-from anystory_core.injection import Candidates, KeyValue
-from anystory_core.router import Routers
-from anystory_core.routes import LearnedRoutes
-from anystory_core.run import Run, SiteConditions
-from anystory_core.sites import build_sites
+from anystory_core.injection.call import Call, Rows
+from anystory_core.injection.equations import Candidates, KeyValue
+from anystory_core.injection.run import Run, SiteConditions
+from anystory_core.routing.router import Routers
+from anystory_core.routing.sources import LearnedRoutes
 
 UNET = UNetConfig(
     model_channels=8, channel_mult=(1, 2, 2), transformer_depth=(0, 1, 1), middle_depth=1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
-from anystory_core import conditioner
+from anystory_core.injection import call as conditioner
 
 from .public_weights import adapter_state, diffusers_unet, ldm_state, small_config
 

@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from anystory_core.bases.sdxl.reference_net import ReferenceNet
 from anystory_core.config import (
     AnyStoryConfig,
     ClipVisionConfig,
@@ -19,8 +20,7 @@ from anystory_core.config import (
     ReferenceConfig,
     UNetConfig,
 )
-from anystory_core.convert import convert
-from anystory_core.reference_net import ReferenceNet
+from anystory_core.weights.convert.plan import convert
 
 
 def small_config(depths: tuple[int, int, int] = (0, 1, 2), middle: int = 2) -> AnyStoryConfig:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anystory_core.agreement import SIDE, Agreement
-from anystory_core.conditioner import Rows
+from anystory_core.injection.call import Rows
+from anystory_core.routing.agreement import SIDE, Agreement
 
 
 def maps(grid: tuple[int, int], candidates: int = 3, rows: int = 2, seed: int = 0) -> Tensor:

@@ -18,11 +18,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from anystory_core import checkpoint
-from anystory_core.build import PARTS, AnyStoryModel, build_model
-from anystory_core.checkpoint import load_model, merge_files, read_header, save_model
 from anystory_core.config import AnyStoryConfig, ClipVisionConfig, QFormerConfig, UNetConfig
 from anystory_core.errors import CheckpointError
+from anystory_core.weights import checkpoint
+from anystory_core.weights.checkpoint import load_model, merge_files, read_header, save_model
+from anystory_core.weights.model import PARTS, AnyStoryModel, build_model
 
 CONFIG = AnyStoryConfig(
     name="test",

@@ -9,11 +9,11 @@ import torch
 from calls import HALVING, ODD, SITES, Grids, World
 from torch import Tensor
 
-from anystory_core import conditioner
-from anystory_core.conditioner import Rows
-from anystory_core.injection import Candidates
-from anystory_core.routes import MaskRoutes, resize_soft
-from anystory_core.run import SiteConditions
+from anystory_core.injection import call as conditioner
+from anystory_core.injection.call import Rows
+from anystory_core.injection.equations import Candidates
+from anystory_core.injection.run import SiteConditions
+from anystory_core.routing.sources import MaskRoutes, resize_soft
 
 ARRANGEMENTS = {
     "uncond first": ("uncond", "cond", "cond"),

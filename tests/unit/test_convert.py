@@ -14,16 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anystory_core import convert as conversion
-from anystory_core import convert_sources, convert_write
-from anystory_core.build import build_model
-from anystory_core.checkpoint import load_model, read_header
+from anystory_core.bases.sdxl.names import diffusers_modules, diffusers_name
+from anystory_core.bases.sdxl.reference_net import ReferenceNet
+from anystory_core.bases.sdxl.sites import build_sites
 from anystory_core.config import AnyStoryConfig
-from anystory_core.convert import convert
-from anystory_core.convert_keys import diffusers_modules, diffusers_name
 from anystory_core.errors import CheckpointError
-from anystory_core.reference_net import ReferenceNet
-from anystory_core.sites import build_sites
+from anystory_core.weights.checkpoint import load_model, read_header
+from anystory_core.weights.convert import plan as conversion
+from anystory_core.weights.convert import sources as convert_sources
+from anystory_core.weights.convert import write as convert_write
+from anystory_core.weights.convert.plan import convert
+from anystory_core.weights.model import build_model
 
 from .public_weights import adapter_state, diffusers_unet, ldm_state, run, save, small_config
 
@@ -222,7 +223,7 @@ def command_line(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, as a user runs it."""
     return subprocess.run(
         [sys.executable, "-m", "anystory_core.convert", *map(str, arguments)],
-        cwd=Path(conversion.__file__).resolve().parent.parent,
+        cwd=Path(__file__).resolve().parents[2],
         capture_output=True,
         text=True,
     )

@@ -17,13 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from anystory_core.build import AnyStoryModel
-from anystory_core.checkpoint import load_model
-from anystory_core.conditioner import Call, Rows
-from anystory_core.convert import convert
-from anystory_core.run import Settings, build_source, prepare_run
-from anystory_core.subject import Subject
-from anystory_core.training.diffusers_unet import dense_attention, install
+from anystory_core.injection.call import Call, Rows
+from anystory_core.injection.run import Settings, build_source, prepare_run
+from anystory_core.subject.subject import Subject
+from anystory_core.training.hosts.unet import dense_attention, install
+from anystory_core.weights.checkpoint import load_model
+from anystory_core.weights.convert.plan import convert
+from anystory_core.weights.model import AnyStoryModel
 
 from .public_weights import adapter_state, diffusers_unet, save, small_config
 

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anystory_core import convert as conversion
-from anystory_core import convert_sources, convert_write
-from anystory_core.checkpoint import read_header, save_model
-from anystory_core.convert import convert
 from anystory_core.errors import CheckpointError
+from anystory_core.weights.checkpoint import read_header, save_model
+from anystory_core.weights.convert import plan as conversion
+from anystory_core.weights.convert import sources as convert_sources
+from anystory_core.weights.convert import write as convert_write
+from anystory_core.weights.convert.plan import convert
 
 from .public_weights import diffusers_unet, ldm_state, run, save, small_config
 

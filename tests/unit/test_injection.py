@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anystory_core import injection
-from anystory_core.injection import Candidates, KeyValue, Regions, Tables
+from anystory_core.injection import equations as injection
+from anystory_core.injection.equations import Candidates, KeyValue, Regions, Tables
 
 HEADS, WIDTH = 2, 8
 TOLERANCE = 1e-10  # float64 sums in another order

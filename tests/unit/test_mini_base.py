@@ -12,10 +12,10 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 pytest.importorskip("open_clip")
 
-from anystory_core.mini.base import Picked, pick, train_base
-from anystory_core.mini.cache import Cached
 from anystory_core.mini.config import CONFIG
-from anystory_core.mini.telling import look_width
+from lab.base import Picked, pick, train_base
+from lab.cache import Cached
+from lab.telling import look_width
 
 SCENES, MOST, SIDE, SMALL = 24, 3, 32, 16
 WIDTH = CONFIG.unet.context_dim

@@ -12,18 +12,18 @@ from PIL import Image, ImageDraw
 pytest.importorskip("diffusers")
 pytest.importorskip("open_clip")
 
-from anystory_core.build import AnyStoryModel, build_model
-from anystory_core.mini.clip import Clip
 from anystory_core.mini.config import CONFIG, PICTURE_SIZE
-from anystory_core.mini.emoji import Emoji
-from anystory_core.mini.evaluation import draw, looking, rows, segmentation
-from anystory_core.mini.evaluation.draw import Variant
-from anystory_core.mini.evaluation.judge import cut, pose_of
-from anystory_core.mini.evaluation.stack import Stack, make_stack
-from anystory_core.mini.evaluation.tasks import Task, task
-from anystory_core.mini.text import END, START
-from anystory_core.mini.vae import build_vae
 from anystory_core.mini.weights import row_of_token
+from anystory_core.weights.model import AnyStoryModel, build_model
+from lab.clip import Clip
+from lab.emoji import Emoji
+from lab.evaluation import draw, looking, rows, segmentation
+from lab.evaluation.draw import Variant
+from lab.evaluation.judge import cut, pose_of
+from lab.evaluation.stack import Stack, make_stack
+from lab.evaluation.tasks import Task, task
+from lab.text import END, START
+from lab.vae import build_vae
 
 # Passes in bfloat16 round differently for other batch sizes: 2 of its 8 bits, over two steps.
 TOLERANCE = 0.06
@@ -31,7 +31,7 @@ TOLERANCE = 0.06
 
 @pytest.fixture(scope="module")
 def stack() -> Stack:
-    from anystory_core.mini.base import build_unet
+    from lab.base import build_unet
 
     torch.manual_seed(0)
     ids = [320, 537, 593, START, END]

@@ -12,15 +12,8 @@ from PIL import Image, ImageDraw
 
 pytest.importorskip("open_clip")
 
-from anystory_core.mini.emoji import Emoji
-from anystory_core.mini.identity import (
-    Identity,
-    gallery,
-    place_cut,
-    render_cut,
-    soften,
-    train_identity,
-)
+from lab.emoji import Emoji
+from lab.identity import Identity, gallery, place_cut, render_cut, soften, train_identity
 
 
 @pytest.fixture

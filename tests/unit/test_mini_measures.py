@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("open_clip")
 
-from anystory_core.mini import finder
-from anystory_core.mini.evaluation import measures, report
+from lab import finder
+from lab.evaluation import measures, report
 
 
 def test_wilson_interval() -> None:

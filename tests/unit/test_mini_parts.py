@@ -14,11 +14,11 @@ pytest.importorskip("diffusers")
 pytest.importorskip("open_clip")
 
 from anystory_core.config import AnyStoryConfig
-from anystory_core.mini import vae as vae_module
-from anystory_core.mini.base import build_unet, reading_place, spread_timesteps
-from anystory_core.mini.clip import Clip
-from anystory_core.mini.phase import Phase
-from anystory_core.mini.text import END, LENGTH, START, tokenize
+from lab import vae as vae_module
+from lab.base import build_unet, reading_place, spread_timesteps
+from lab.clip import Clip
+from lab.phase import Phase
+from lab.text import END, LENGTH, START, tokenize
 
 
 def test_whitening_changes_the_latents_scale_and_nothing_else() -> None:

@@ -12,27 +12,27 @@ pytest.importorskip("open_clip")
 
 from PIL import Image, ImageDraw
 
-from anystory_core.build import AnyStoryModel, build_model
 from anystory_core.errors import CheckpointError
-from anystory_core.mini import evaluate
-from anystory_core.mini.clip import Clip
 from anystory_core.mini.config import CONFIG
-from anystory_core.mini.emoji import Emoji
-from anystory_core.mini.evaluation import draw, rows
-from anystory_core.mini.evaluation.draw import Encoder, Variant
-from anystory_core.mini.evaluation.stack import Stack, make_stack
-from anystory_core.mini.evaluation.tasks import Task, task
-from anystory_core.mini.public import adapter_state, converted
-from anystory_core.mini.text import END, START
-from anystory_core.mini.vae import build_vae
 from anystory_core.mini.weights import row_of_token
+from anystory_core.weights.model import AnyStoryModel, build_model
+from lab import evaluate
+from lab.clip import Clip
+from lab.emoji import Emoji
+from lab.evaluation import draw, rows
+from lab.evaluation.draw import Encoder, Variant
+from lab.evaluation.stack import Stack, make_stack
+from lab.evaluation.tasks import Task, task
+from lab.public import adapter_state, converted
+from lab.text import END, START
+from lab.vae import build_vae
 
 PARTS = ("subject_encoder", "clip_projections")
 
 
 @pytest.fixture(scope="module")
 def stack() -> Stack:
-    from anystory_core.mini.base import build_unet
+    from lab.base import build_unet
 
     torch.manual_seed(0)
     ids = [320, 537, 593, 2308, 2442, START, END]  # a, in, red, box, ball

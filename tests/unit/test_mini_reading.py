@@ -11,17 +11,17 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 
-from anystory_core.build import build_model
-from anystory_core.conditioner import Call, Rows
-from anystory_core.mini.base import build_unet, size_ids
+from anystory_core.bases.sdxl.sites import build_sites
+from anystory_core.injection.call import Call, Rows
+from anystory_core.injection.run import Run, project
 from anystory_core.mini.config import CONFIG
-from anystory_core.mini.reading import Reader
-from anystory_core.mini.row_sources import RowSources
-from anystory_core.routes import SingleRoute
-from anystory_core.run import Run, project
-from anystory_core.sites import build_sites
-from anystory_core.training import diffusers_unet
-from anystory_core.training.names import init_from_unet
+from anystory_core.routing.sources import SingleRoute
+from anystory_core.training.hosts import unet as diffusers_unet
+from anystory_core.training.hosts.names import init_from_unet
+from anystory_core.weights.model import build_model
+from lab.base import build_unet, size_ids
+from lab.reading import Reader
+from lab.row_sources import RowSources
 
 BATCH, SIDE = 2, 16
 

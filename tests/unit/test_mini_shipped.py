@@ -12,25 +12,16 @@ from safetensors.torch import save_file
 pytest.importorskip("diffusers")
 pytest.importorskip("open_clip")
 
-from anystory_core.build import PARTS, build_model
-from anystory_core.checkpoint import load_model, save_model
-from anystory_core.mini import (
-    base,
-    clip,
-    export,
-    finder,
-    identity,
-    measuring,
-    shipped,
-    vae,
-    weights,
-)
+from anystory_core.mini import weights
 from anystory_core.mini.config import CONFIG
-from anystory_core.mini.phase import Phase
-from anystory_core.mini.stages import SUBJECT_FILE
-from anystory_core.mini.telling import Base
-from anystory_core.mini.text import END, START
 from anystory_core.training.initial import ROUTER_PARTS
+from anystory_core.weights.checkpoint import load_model, save_model
+from anystory_core.weights.model import PARTS, build_model
+from lab import base, clip, export, finder, identity, measuring, shipped, vae
+from lab.phase import Phase
+from lab.stages import SUBJECT_FILE
+from lab.telling import Base
+from lab.text import END, START
 
 IDS = [320, 537, START, END]
 

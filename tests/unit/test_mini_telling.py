@@ -11,10 +11,10 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 
-from anystory_core.mini.base import build_unet, size_ids
+from anystory_core.bases.sdxl.sites import build_sites
 from anystory_core.mini.config import CONFIG
-from anystory_core.mini.telling import Teller, describe, look_width
-from anystory_core.sites import build_sites
+from lab.base import build_unet, size_ids
+from lab.telling import Teller, describe, look_width
 
 BATCH, SIDE = 3, 16
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from anystory_core.mini import emoji as emoji_module
-from anystory_core.mini import samples
-from anystory_core.mini.backgrounds import PLACES, draw_place
-from anystory_core.mini.emoji import Emoji
-from anystory_core.mini.world import SIZE, captions, pool_of, render_reference, render_scene
+from lab import emoji as emoji_module
+from lab import samples
+from lab.backgrounds import PLACES, draw_place
+from lab.emoji import Emoji
+from lab.world import SIZE, captions, pool_of, render_reference, render_scene
 
 COLOURS = [(230, 30, 30), (30, 200, 40), (40, 60, 230), (240, 220, 20), (200, 40, 220)]
 
@@ -130,7 +130,7 @@ def test_places_vary_with_the_seed(place: str) -> None:
 def test_samples_are_what_the_trainer_reads(
     tmp_path: Path, subjects: list[Emoji], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    index_module = pytest.importorskip("anystory_core.training.index")
+    index_module = pytest.importorskip("anystory_core.data.index")
     monkeypatch.setattr(samples, "SHARD", 3)
     for kind, expected in (("pairs", "pair"), ("scenes", "scene")):
         samples.write_samples(subjects, tmp_path / kind, kind, 0)
@@ -149,7 +149,7 @@ def test_samples_are_what_the_trainer_reads(
 def test_a_shard_holds_a_reference_of_each_subject(subjects: list[Emoji]) -> None:
     """Regions are the visible parts of distinct subjects, on the latent's grid; empty behind the
     last."""
-    scenes = pytest.importorskip("anystory_core.mini.scenes")
+    scenes = pytest.importorskip("lab.scenes")
     scene = render_scene(pool_of(subjects), 3, subjects=2)
     cutouts, regions = scenes.cut_references(scene, 7)
     assert cutouts.shape[0] == regions.shape[0] == 3

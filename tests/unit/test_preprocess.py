@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anystory_core.config import AnyStoryConfig
 from anystory_core.errors import SubjectError
-from anystory_core.preprocess import (
+from anystory_core.subject.preprocess import (
     CLIP_MEAN,
     CLIP_STD,
     cut_out,

@@ -11,7 +11,7 @@ from naive import layer_norm, softmax
 from torch import Tensor
 
 from anystory_core.config import QFormerConfig
-from anystory_core.qformer import QFormer
+from anystory_core.subject.qformer import QFormer
 
 
 def test_public_names_and_shapes() -> None:

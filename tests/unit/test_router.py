@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anystory_core.config import RouterConfig
-from anystory_core.router import Router
+from anystory_core.routing.router import Router
 
 # Folding changes the order of float64 sums only.
 TOLERANCE = 1e-9

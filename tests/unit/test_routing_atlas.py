@@ -13,7 +13,7 @@ from routes import halves, random_record, record_of
 
 from anystory_core.config import AnyStoryConfig
 from anystory_core.errors import RoutingError
-from anystory_core.routing_atlas import LIMIT, Atlas, build_atlas
+from anystory_core.pictures.atlas import LIMIT, Atlas, build_atlas
 
 THREE = ("fox", "owl", "bear")
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from routes import halves, record_of
 
-from anystory_core import routing_figure
 from anystory_core.config import AnyStoryConfig
 from anystory_core.errors import RoutingError
-from anystory_core.routing_figure import figure, overlay, palette, plain_label
+from anystory_core.pictures import figure as routing_figure
+from anystory_core.pictures.figure import figure, overlay, palette, plain_label
 
 # Machado, Oliveira, Fernandes 2009, severity 1: linear RGB as seen with each kind of sight.
 SIGHTS = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from anystory_core import segment
 from anystory_core.errors import RoutingError
-from anystory_core.routing_maps import StepRecord
+from anystory_core.routing import segment
+from anystory_core.routing.record import StepRecord
 
 
 def step(grids: list[tuple[int, int]], rows: int, candidates: int, seed: int = 0) -> StepRecord:

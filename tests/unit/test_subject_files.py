@@ -14,8 +14,6 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from anystory_core.build import AnyStoryModel, build_model
-from anystory_core.checkpoint import save_tensors
 from anystory_core.config import (
     AnyStoryConfig,
     ClipVisionConfig,
@@ -23,17 +21,19 @@ from anystory_core.config import (
     ReferenceConfig,
     UNetConfig,
 )
-from anystory_core.encoder import encode_subject
 from anystory_core.errors import AnyStoryError, ModelMismatchError, SubjectError
-from anystory_core.preprocess import prepare_views
-from anystory_core.subject import Subject, SubjectOptions
-from anystory_core.subject_files import (
+from anystory_core.subject.encoder import encode_subject
+from anystory_core.subject.files import (
     check_clip,
     check_name,
     load_subject,
     save_subject,
     subject_path,
 )
+from anystory_core.subject.preprocess import prepare_views
+from anystory_core.subject.subject import Subject, SubjectOptions
+from anystory_core.weights.checkpoint import save_tensors
+from anystory_core.weights.model import AnyStoryModel, build_model
 
 from .refused_names import REFUSED
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from anystory_core.conditioner import Call, Rows
+from anystory_core.bases.sdxl.sites import Site, build_sites
 from anystory_core.errors import RoutingError
-from anystory_core.injection import Candidates, KeyValue
-from anystory_core.routes import Grid, MaskRoutes
-from anystory_core.run import Run, SiteConditions
-from anystory_core.sites import Site, build_sites
-from anystory_core.text_routes import TextRoutes, Texts
-from anystory_core.training.diffusers_unet import dense_attention
+from anystory_core.injection.call import Call, Rows
+from anystory_core.injection.equations import Candidates, KeyValue
+from anystory_core.injection.run import Run, SiteConditions
+from anystory_core.routing.sources import Grid, MaskRoutes
+from anystory_core.routing.words import TextRoutes, Texts
+from anystory_core.training.hosts.unet import dense_attention
 
 from .public_weights import small_config
 

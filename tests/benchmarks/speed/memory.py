@@ -106,7 +106,7 @@ def gpu_1024(bench: Bench, subjects: int = 2) -> dict[str, Any]:
 
     def use(steps: dict[str, Step]) -> None:
         with (
-            mock.patch.object(core("conditioner"), "by_region", lambda q: False),
+            mock.patch.object(core("injection.call"), "by_region", lambda q: False),
             mock.patch.multiple(attention, **fused),
             mock.patch.multiple(host("nodes.host.patcher"), **fused),
         ):

@@ -93,7 +93,7 @@ def _check(steps: dict[str, Step]) -> None:
 
 def paths(bench: Bench, size: tuple[int, int] = (1024, 1024)) -> dict[str, Any]:
     """Operations over the plain step for each way of computation, N = 1 and 3."""
-    conditioner = core("conditioner")
+    conditioner = core("injection.call")
     models = {"plain": bench.unet.clone()}
     models |= {f"N = {n}": bench.patched(n, preparing=WithoutProducts) for n in (1, 3)}
     table: dict[str, Any] = {}

@@ -105,7 +105,9 @@ def make_anystory(
 ) -> Any:
     """ManagedAnyStory with the named parts."""
     managed = host("nodes.host.managed")
-    model = core("build").build_model(config, parts, operations=managed.OPERATIONS, dtype=dtype)
+    model = core("weights.model").build_model(
+        config, parts, operations=managed.OPERATIONS, dtype=dtype
+    )
     for number, (_, module) in enumerate(model.modules(), 1):
         if filled:
             fill(module, number)
@@ -123,10 +125,10 @@ def make_subject(config: Any, number: int) -> Any:
     width, tokens = config.subject_qformer.output_dim, config.subject_qformer.queries
     features = tuple(
         normal((side // site.stride) ** 2, site.channels)
-        for site in core("sites").build_sites(config.unet)[1:]
+        for site in core("bases.sdxl.sites").build_sites(config.unet)[1:]
     )
     shared = torch.Generator().manual_seed(99)
-    return core("subject").Subject(
+    return core("subject.subject").Subject(
         label=f"subject {number}",
         tokens=normal(tokens, width),
         features=features,
@@ -226,7 +228,7 @@ class Bench:
         routing = sampling.Routing(
             self.anystory, tuple(self.subjects[:count]), (None,) * count, "learned"
         )
-        settings = core("run").Settings()
+        settings = core("injection.run").Settings()
         wrapper = Wrapper(routing, settings, 0.0, 1.0, records.RoutingMaps())
         extension = host("comfy.patcher_extension")
         clone = self.unet.clone()

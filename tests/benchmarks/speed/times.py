@@ -152,7 +152,7 @@ def reference_net(repetitions: int) -> dict[str, Any]:
         "simplified, full graph": (config, True),
         "simplified, as built": (config, False),
     }
-    make = core("reference_net").ReferenceNet
+    make = core("bases.sdxl.reference_net").ReferenceNet
     nets = {
         name: make(of, full=full, dtype=DTYPE, device="meta") for name, (of, full) in graphs.items()
     }

@@ -1,0 +1,1 @@
+"""What the subjects change in the model's attention (paper Eq. 5-8)."""

@@ -1,0 +1,1 @@
+"""Recorded routes as pictures for people."""

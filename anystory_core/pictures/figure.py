@@ -1,0 +1,251 @@
+"""Pictures of a :class:`~..routing.record.RoutingRecord`: the grid of Fig. 5 and the overlay.
+
+Fig. 5 as the paper prints it: a row per subject, a column per sampling step, and in each cell one
+tile per transformer block in forward order. Here each tile is named, each subject has a colour of
+its own, and each row tells the subject's share of the picture.
+
+Pictures are (H,W,3) float in [0,1].
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..errors import RoutingError
+from ..routing.record import RoutingRecord
+
+Colour = tuple[int, int, int]
+
+# (kornia colour map, position among 64). Chosen by farthest-point search over these maps for the
+# largest least distance in Lab as seen with normal sight, protanopia, deuteranopia and tritanopia.
+_COLOURS = (
+    ("plasma", 63),  # yellow, as in the paper
+    ("turbo", 7),  # blue
+    ("turbo", 23),  # green
+    ("turbo", 55),  # red
+    ("plasma", 28),  # magenta
+    ("plasma", 49),  # orange
+    ("turbo", 14),  # sky
+    ("plasma", 41),  # rose
+)
+BACKGROUND_COLOUR: Colour = (150, 150, 150)
+_PAGE: Colour = (24, 24, 28)
+_EMPTY: Colour = (46, 46, 54)
+_BORDER: Colour = (84, 84, 94)
+_TEXT: Colour = (225, 225, 230)
+_DIM: Colour = (150, 150, 160)
+_MARGIN = 8
+_LABEL_WIDTH = 132
+_SHORT = {"input": "in", "middle": "mid", "output": "out"}
+
+
+@functools.cache
+def palette(subjects: int) -> tuple[Colour, ...]:
+    """One RGB colour per subject, in 0..255, told apart by colour-blind people as well; the ninth
+    subject begins again."""
+    color: Any = importlib.import_module("kornia.color")
+    maps = {name: color.ColorMap(name, num_colors=64).colors for name in dict(_COLOURS)}
+    chosen: list[Colour] = []
+    for i in range(subjects):
+        name, place = _COLOURS[i % len(_COLOURS)]
+        red, green, blue = (round(255 * float(c)) for c in maps[name][:, place])
+        chosen.append((red, green, blue))
+    return tuple(chosen)
+
+
+def share_text(share: float) -> str:
+    """``0.234`` -> ``23 %``; small shares keep a digit, so that 0.4 % is not shown as 0."""
+    percent = 100 * share
+    return f"{percent:.0f} %" if percent >= 10 or percent == 0 else f"{percent:.1f} %"
+
+
+def plain_label(label: str, number: int) -> str:
+    """The label in letters that Pillow's own font can draw, at most 18 of them."""
+    drawn = " ".join("".join(c if c.isprintable() and ord(c) < 256 else " " for c in label).split())
+    drawn = drawn or f"subject {number}"
+    return drawn if len(drawn) <= 18 else drawn[:17] + "~"
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Sizes of one cell of the figure, in pixels."""
+
+    columns: int
+    rows: int
+    tile: tuple[int, int]  # height, width
+
+    caption = 12
+    gap = 5
+
+    @property
+    def height(self) -> int:
+        return self.rows * (self.tile[0] + self.gap + self.caption)
+
+    @property
+    def width(self) -> int:
+        return self.columns * (self.tile[1] + self.gap)
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Top left corner of tile ``number`` inside the cell: (x, y)."""
+        row, column = divmod(number, self.columns)
+        return column * (self.tile[1] + self.gap), row * (self.tile[0] + self.gap + self.caption)
+
+
+def _layout(record: RoutingRecord, tile: int) -> _Layout:
+    height, width = max(
+        (grid for step in record.steps for grid in step.grids.values()), key=lambda g: g[0] * g[1]
+    )
+    longest = max(height, width)
+    size = max(8, round(tile * height / longest)), max(8, round(tile * width / longest))
+    blocks = len(record.blocks)
+    # A cell somewhat wider than high, with as few free places in its last line as possible.
+    ideal = math.sqrt(blocks * size[0] / size[1])
+    choices = range(max(1, math.floor(1.1 * ideal)), max(1, math.ceil(1.5 * ideal)) + 1)
+    columns = min(min(choices, key=lambda c: -blocks % c), blocks)
+    return _Layout(columns, math.ceil(blocks / columns), size)
+
+
+def figure(
+    record: RoutingRecord,
+    *,
+    row: int = 0,
+    steps: Sequence[int],
+    background: bool = False,
+    tile: int = 44,
+) -> Tensor:
+    """The grid of Fig. 5 for one batch row: (H,W,3).
+
+    ``steps``: numbers from 0, a column each. A cell stays blank where its subject was outside its
+    window. ``background`` adds a row for region N+1. ``tile``: longest side of a tile in pixels.
+    RoutingError: nothing recorded, an unknown step or row.
+    """
+    if not record.blocks:
+        raise RoutingError(
+            "maps: no routes were recorded; the subjects may have been inactive (strength 0, or "
+            "outside start and end)"
+        )
+    layout = _layout(record, tile)
+    shares = record.shares(row)
+    colours = (*palette(record.subjects), BACKGROUND_COLOUR)
+    names = [plain_label(label, i + 1) for i, label in enumerate(record.labels)]
+    names.append("background")
+    regions = range(record.subjects + (1 if background else 0))
+
+    header, space = 20, 14
+    width = _LABEL_WIDTH + len(steps) * (layout.width + space) + _MARGIN
+    height = header + len(regions) * (layout.height + space) + _MARGIN
+    page = Image.new("RGB", (width, height), _PAGE)
+    draw = ImageDraw.Draw(page)
+    for column, step in enumerate(steps):
+        record.block_map(step, record.blocks[0], row)  # checks step and row
+        x = _LABEL_WIDTH + column * (layout.width + space)
+        text = f"step {step + 1} of {len(record.steps)}   sigma {record.steps[step].sigma:.3g}"
+        draw.text((x, 4), text, fill=_TEXT, font=_font(11))
+    for place, region in enumerate(regions):
+        y = header + place * (layout.height + space)
+        draw.rectangle((_MARGIN, y, _MARGIN + 10, y + 10), fill=colours[region])
+        draw.text((_MARGIN + 16, y - 2), names[region], fill=_TEXT, font=_font(12))
+        text = f"{share_text(shares[region])} of the picture"
+        draw.text((_MARGIN, y + 16), text, fill=_DIM, font=_font(11))
+        for column, step in enumerate(steps):
+            x = _LABEL_WIDTH + column * (layout.width + space)
+            _cell(page, (x, y), layout, record, row, step, region, colours[region])
+    return _to_tensor(page)
+
+
+def _cell(
+    page: Image.Image,
+    corner: tuple[int, int],
+    layout: _Layout,
+    record: RoutingRecord,
+    row: int,
+    step: int,
+    region: int,
+    colour: Colour,
+) -> None:
+    """All blocks of one region at one step."""
+    draw = ImageDraw.Draw(page)
+    active = (*record.steps[step].active, True)[region]
+    height, width = layout.tile
+    for number, index in enumerate(record.blocks):
+        site = record.sites[index - 1]
+        x, y = layout.place(number)
+        x, y = corner[0] + x, corner[1] + y
+        ids = record.block_map(step, index, row) if active else None
+        if ids is not None:
+            inside = (ids == region).numpy()[..., None]
+            pixels = np.where(inside, np.array(colour, np.uint8), np.array(_EMPTY, np.uint8))
+            tile = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+            page.paste(tile, (x, y))
+        draw.rectangle((x - 1, y - 1, x + width, y + height), outline=_BORDER)
+        part, _, rest = site.label.partition(" ")
+        text = f"{_SHORT[part]} {rest}"
+        draw.text((x, y + height), text, fill=_DIM, font=_font(9))
+
+
+def overlay(
+    record: RoutingRecord,
+    picture: Tensor,
+    *,
+    row: int = 0,
+    opacity: float = 0.45,
+) -> Tensor:
+    """The consensus routes over the decoded picture (H,W,3 in [0,1]): tinted regions with
+    outlines, and a legend with every subject's share below: (H',W,3), H' > H."""
+    height, width = int(picture.shape[0]), int(picture.shape[1])
+    masks = record.masks(row, (height, width))  # (N,H,W)
+    colours = palette(record.subjects)
+    out = picture[..., :3].float().clamp(0, 1).cpu().clone()
+    line = max(1, round(max(height, width) / 400))
+    for mask, colour in zip(masks, colours, strict=True):
+        tint = torch.tensor(colour, dtype=torch.float32) / 255
+        inside = mask.bool()
+        out[inside] = (1 - opacity) * out[inside] + opacity * tint
+        eroded = -torch.nn.functional.max_pool2d(-mask[None, None], 2 * line + 1, 1, line)[0, 0]
+        out[inside & (eroded < 0.5)] = tint
+    legend = _legend(record.labels, record.shares(row), colours, width)
+    return torch.cat((out, legend))
+
+
+def _legend(
+    labels: Sequence[str], shares: Sequence[float], colours: Sequence[Colour], width: int
+) -> Tensor:
+    """Swatch, label and share of each subject, as many to a line as fit: (h,width,3)."""
+    font = _font(12)
+    names = [plain_label(label, i + 1) for i, label in enumerate(labels)]
+    texts = [f"{name}  {share_text(s)}" for name, s in zip(names, shares, strict=False)]
+    places: list[tuple[int, int]] = []
+    x, y = _MARGIN, 5
+    for text in texts:
+        needed = 18 + math.ceil(font.getlength(text)) + 14
+        if x > _MARGIN and x + needed > width:
+            x, y = _MARGIN, y + 18
+        places.append((x, y))
+        x += needed
+    page = Image.new("RGB", (width, y + 20), _PAGE)
+    draw = ImageDraw.Draw(page)
+    for (x, y), text, colour in zip(places, texts, colours, strict=True):
+        draw.rectangle((x, y + 1, x + 11, y + 12), fill=colour)
+        draw.text((x + 18, y), text, fill=_TEXT, font=font)
+    return _to_tensor(page)
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)
+
+
+def _to_tensor(page: Image.Image) -> Tensor:
+    """(H,W,3) float in [0,1]."""
+    data = torch.frombuffer(bytearray(page.tobytes()), dtype=torch.uint8)
+    return data.reshape(page.height, page.width, 3).float() / 255

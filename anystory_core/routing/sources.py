@@ -1,0 +1,232 @@
+"""Where a route comes from: the trained router, the user's masks, or one subject everywhere.
+
+A source answers with soft maps (B,C,Q) in float32, C = N subjects and the background last; the
+conditioner takes their argmax as the route. Masks live in picture space, 1 = subject.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..bases.sdxl.sites import Site
+from .router import RouterKeys, Routers, RoutingLogits
+
+Grid = tuple[int, int]  # height and width in tokens
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The part of the latent that a call sees, in latent pixels (area conditioning)."""
+
+    y: int
+    x: int
+    height: int
+    width: int
+    full_height: int
+    full_width: int
+
+    def narrow(self, mask: Tensor) -> Tensor:
+        """Cut a mask (H,W) to the same part, at least one pixel of it."""
+        rows, columns = mask.shape
+        top = min(self.y * rows // self.full_height, rows - 1)
+        left = min(self.x * columns // self.full_width, columns - 1)
+        bottom = max(-(-(self.y + self.height) * rows // self.full_height), top + 1)
+        right = max(-(-(self.x + self.width) * columns // self.full_width), left + 1)
+        return mask[top:bottom, left:right]
+
+
+Crops = Sequence[Crop | None]  # one per row; None or nothing at all: the whole picture
+
+
+@dataclass(frozen=True)
+class SoftMaps:
+    """Routing maps of one block: ``maps`` (B,C,Q) float32 on ``grid``.
+
+    ``logits`` are there when a router made them (training needs the coarse ones too)."""
+
+    maps: Tensor
+    grid: Grid
+    logits: RoutingLogits | None = None
+
+
+class RouteSource(Protocol):
+    """Gives the soft maps of a block, and carries them to another grid."""
+
+    @property
+    def candidates(self) -> int:
+        """N + 1."""
+        ...
+
+    def maps(self, site: Site, z: Tensor, grid: Grid, crops: Crops) -> SoftMaps:
+        """z (B,Q,D) is the block's ``norm2`` output."""
+        ...
+
+    def resize(self, soft: SoftMaps, grid: Grid, crops: Crops) -> SoftMaps:
+        """The same maps on another grid."""
+        ...
+
+
+def product(down: Tensor, image: Tensor, across: Tensor) -> Tensor:
+    """Both matrices on the last two axes of an image, in its own precision."""
+    # Only where it is on: DirectML and the meta device, on which sizes are counted, have none.
+    kind = image.device.type
+    mixed = not image.is_meta and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if mixed else nullcontext():
+        return torch.matmul(torch.matmul(down, image), across)
+
+
+def _touched(before: int, after: int, like: Tensor) -> Tensor:
+    """(after,before): each new place is the mean of the old ones that it touches. That is the mode
+    "area" of ``interpolate``, which Apple's GPUs do not have for sizes that do not divide."""
+    old = torch.arange(before, device=like.device)
+    new = torch.arange(after, device=like.device)[:, None]
+    inside = (old >= new * before // after) & (old * after < (new + 1) * before)
+    return inside * (like.new_ones(()) / inside.sum(dim=1, keepdim=True))
+
+
+def resize_soft(soft: SoftMaps, grid: Grid) -> SoftMaps:
+    """Area average when shrinking, bilinear when growing."""
+    if soft.grid == grid:
+        return soft
+    image = soft.maps.reshape(*soft.maps.shape[:2], *soft.grid)  # (B,C,h,w)
+    if grid[0] * grid[1] < soft.grid[0] * soft.grid[1]:
+        down, across = (_touched(old, new, image) for old, new in zip(soft.grid, grid, strict=True))
+        image = product(down, image, across.t())
+    else:
+        image = torch.nn.functional.interpolate(
+            image, size=grid, mode="bilinear", align_corners=False
+        )
+    return SoftMaps(image.flatten(2), grid)
+
+
+def mean_over_blocks(blocks: Sequence[SoftMaps], grid: Grid) -> Tensor:
+    """(B,C,Q) on ``grid``. Blocks of one grid are summed before they are resized, so the cost does
+    not grow with their number. ValueError when there is none."""
+    if not blocks:
+        raise ValueError("mean_over_blocks: no block has a map")
+    sums: dict[Grid, Tensor] = {}
+    for soft in blocks:
+        sums[soft.grid] = sums[soft.grid] + soft.maps if soft.grid in sums else soft.maps
+    resized = [resize_soft(SoftMaps(total, of), grid).maps for of, total in sums.items()]
+    return torch.stack(resized).sum(dim=0) / len(blocks)
+
+
+@dataclass(frozen=True)
+class MaskRoutes:
+    """The user's masks as routes: background 1 - max, ties to the lower number.
+
+    ``masks``: one (H,W) tensor in [0,1] per subject, of any size; each covers the whole picture."""
+
+    masks: tuple[Tensor, ...]
+    _cache: dict[tuple[Grid, Crop | None, torch.device], Tensor] = field(
+        default_factory=dict[tuple[Grid, "Crop | None", torch.device], Tensor],
+        compare=False,
+        repr=False,
+    )
+
+    @property
+    def candidates(self) -> int:
+        return len(self.masks) + 1
+
+    def subject_weights(self, grid: Grid, crops: Crops, device: torch.device) -> Tensor:
+        """Area-resized masks: (rows,N,Q) for as many rows as there are crops, else (1,N,Q)."""
+        rows = [self._resized(grid, crop, device) for crop in dict.fromkeys(crops or (None,))]
+        if len(rows) == 1:
+            return rows[0][None]
+        of = {crop: row for crop, row in zip(dict.fromkeys(crops), rows, strict=True)}
+        return torch.stack([of[crop] for crop in crops])
+
+    def allowed(self, grid: Grid, crops: Crops, device: torch.device) -> Tensor:
+        """(1|rows,N+1,Q) bool: subject i where mask_i >= 0.5, the background everywhere."""
+        inside = self.subject_weights(grid, crops, device) >= 0.5
+        return torch.cat((inside, torch.ones_like(inside[:, :1])), dim=1)
+
+    def confine(self, soft: SoftMaps, crops: Crops) -> SoftMaps:
+        """Maps without what lies outside the masks of their grid; a token that keeps nothing is
+        the background's."""
+        allowed = self.allowed(soft.grid, crops, soft.maps.device)
+        maps = soft.maps * allowed
+        lost = maps.amax(dim=1, keepdim=True) <= 0
+        return SoftMaps(torch.cat((maps[:, :-1], maps[:, -1:] + lost), dim=1), soft.grid)
+
+    def _resized(self, grid: Grid, crop: Crop | None, device: torch.device) -> Tensor:
+        """(N,Q); a run asks for the same few grids at every block and step, so each is copied to
+        its device once."""
+        key = grid, crop, device
+        if key not in self._cache:
+            resize = torch.nn.functional.interpolate
+            masks = [m if crop is None else crop.narrow(m) for m in self.masks]
+            weights = [resize(m[None, None], grid, mode="area")[0, 0].flatten() for m in masks]
+            self._cache[key] = torch.stack(weights).to(device)
+        return self._cache[key]
+
+    def maps(self, site: Site, z: Tensor, grid: Grid, crops: Crops) -> SoftMaps:
+        return self._on(grid, crops, z.shape[0], z.device)
+
+    def resize(self, soft: SoftMaps, grid: Grid, crops: Crops) -> SoftMaps:
+        return self._on(grid, crops, soft.maps.shape[0], soft.maps.device)
+
+    def _on(self, grid: Grid, crops: Crops, batch: int, device: torch.device) -> SoftMaps:
+        weights = self.subject_weights(grid, crops, device)
+        background = 1 - weights.amax(dim=1, keepdim=True)
+        maps = torch.cat((weights, background), dim=1).expand(batch, -1, -1)
+        return SoftMaps(maps, grid)
+
+
+@dataclass(frozen=True)
+class LearnedRoutes:
+    """The trained router; ``masks`` forbid subject i where mask_i < 0.5 ("learned within masks").
+
+    ``keys`` are the prepared routing features by block. ``present`` (B,C) bool marks real
+    candidates where rows hold different numbers of subjects (training)."""
+
+    routers: Routers
+    keys: Mapping[int, RouterKeys]
+    candidates: int
+    masks: MaskRoutes | None = None
+    present: Tensor | None = None
+
+    @classmethod
+    def prepare(
+        cls,
+        routers: Routers,
+        routing: Tensor,
+        *,
+        masks: MaskRoutes | None = None,
+        present: Tensor | None = None,
+    ) -> LearnedRoutes:
+        """Fold the routing features (R,C,E), R = 1 or B, into every block's router."""
+        keys = {index: router.prepare(routing) for index, router in routers.items()}
+        return cls(routers, keys, routing.shape[1], masks, present)
+
+    def maps(self, site: Site, z: Tensor, grid: Grid, crops: Crops) -> SoftMaps:
+        allowed = None if self.present is None else self.present[:, :, None]
+        if self.masks is not None:
+            allowed = self.masks.allowed(grid, crops, z.device)
+        logits = self.routers.at(site.index).logits(z, self.keys[site.index], allowed)
+        return SoftMaps(logits.refined.softmax(dim=1), grid, logits)
+
+    def resize(self, soft: SoftMaps, grid: Grid, crops: Crops) -> SoftMaps:
+        resized = resize_soft(soft, grid)
+        return resized if self.masks is None else self.masks.confine(resized, crops)
+
+
+@dataclass(frozen=True)
+class SingleRoute:
+    """Every token belongs to the only subject: files without a router, and training stage 1."""
+
+    candidates: int = 2
+
+    def maps(self, site: Site, z: Tensor, grid: Grid, crops: Crops) -> SoftMaps:
+        maps = torch.zeros(z.shape[0], 2, z.shape[1], device=z.device)
+        maps[:, 0] = 1
+        return SoftMaps(maps, grid)
+
+    def resize(self, soft: SoftMaps, grid: Grid, crops: Crops) -> SoftMaps:
+        return resize_soft(soft, grid)

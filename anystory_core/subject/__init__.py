@@ -1,0 +1,1 @@
+"""Pictures of a subject -> what the model needs of it: cut-out, encoding, files."""

@@ -1,0 +1,262 @@
+"""Encoded subjects <-> ``.safetensors`` files.
+
+The header carries the label, the options, a thumbnail, and fingerprints of the AnyStory and CLIP
+vision weights that encoded the subject; the cut-outs are stored as pictures. Reading is strict:
+every tensor's name, shape and kind must fit the weights that are loaded. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..errors import AnyStoryError, ModelMismatchError, SubjectError
+from ..weights.checkpoint import open_tensors, save_tensors
+from ..weights.model import AnyStoryModel
+from .subject import Subject, SubjectOptions
+
+FORMAT = "1"
+EXTENSION = ".safetensors"
+MOST_VIEWS = 64
+_HEADER_KEYS = ("label", "options", "weights", "clip")
+_MAX_NAME = 120
+# Names that Windows gives to devices, with any extension.
+_RESERVED = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {
+    f"{device}{number}" for device in ("com", "lpt") for number in "0123456789¹²³"
+}
+_FORBIDDEN = set('<>:"/\\|?*')
+
+
+def check_name(name: str) -> str:
+    """A name that is a plain file name on every system, without the extension.
+
+    SubjectError for separators, ``..``, absolute paths, device names, control characters, leading
+    or trailing dots and spaces, and names that are empty or longer than 120 bytes.
+    """
+    stem = name[: -len(EXTENSION)] if name.lower().endswith(EXTENSION) else name
+    problem = None
+    if not stem.strip():
+        problem = "is empty"
+    elif any(c in _FORBIDDEN or not c.isprintable() for c in stem):
+        problem = "has a separator or another character that file names cannot have"
+    elif stem != stem.strip(" .") or ".." in stem:
+        problem = "begins or ends with a dot or space, or has '..'"
+    elif stem.split(".")[0].rstrip().lower() in _RESERVED:
+        problem = "is reserved by Windows"
+    elif len(stem.encode()) > _MAX_NAME:
+        problem = f"is longer than {_MAX_NAME} bytes"
+    if problem:
+        raise SubjectError(
+            f"name: got {name[:60]!r}, which {problem}; expected a plain name such as 'red fox'"
+        )
+    return stem
+
+
+def subject_path(folder: str | os.PathLike[str], name: str) -> Path:
+    """``folder/name.safetensors`` for a checked name; never outside the folder."""
+    path = Path(folder) / (check_name(name) + EXTENSION)
+    if path.is_symlink():
+        raise SubjectError(f"name: {path.name!r} is a link; choose another name")
+    return path
+
+
+def thumbnail(cutout: Tensor, side: int = 96) -> str:
+    """A cut-out (R,R,3) uint8 as a small JPEG in a data URI, as the modelspec header has it."""
+    file = io.BytesIO()
+    picture = Image.fromarray(cutout.cpu().numpy())
+    picture.resize((side, side), Image.Resampling.LANCZOS).save(file, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def save_subject(path: str | os.PathLike[str], subject: Subject, *, overwrite: bool) -> bool:
+    """Write one subject atomically, unless the file holds it already; returns whether it was
+    written. SubjectError when another one is there and ``overwrite`` is off, or of more pictures
+    than :func:`load_subject` reads."""
+    path = Path(path)
+    if subject.views > MOST_VIEWS:
+        raise SubjectError(
+            f"subject: it was encoded from {subject.views} pictures, at most {MOST_VIEWS} can be "
+            "saved; encode fewer of them"
+        )
+    optional = {
+        "tokens": subject.tokens,
+        "routing": subject.routing,
+        "background_tokens": subject.background_tokens,
+        "background_routing": subject.background_routing,
+    }
+    tensors = {name: x for name, x in optional.items() if x is not None}
+    tensors |= {f"features.{i}": x for i, x in enumerate(subject.features, start=2)}
+    tensors["cutout"] = subject.cutout
+    ready = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}
+    header = {
+        "anystory.subject": FORMAT,
+        "label": subject.label,
+        "options": json.dumps(asdict(subject.options)),
+        "weights": subject.fingerprint,
+        "clip": subject.clip_fingerprint,
+        "modelspec.thumbnail": thumbnail(subject.cutout[0]),
+    }
+    if path.exists():
+        if _holds(path, ready, header):
+            return False
+        if not overwrite:
+            raise SubjectError(
+                f"name: {path.stem!r} is already there, and another subject; choose another name, "
+                "or switch overwrite on"
+            )
+    try:
+        save_tensors(path, ready, header)
+    except OSError as error:
+        raise SubjectError(
+            f"name: {path.name} cannot be written ({error.strerror}); free some space, or choose "
+            "another folder"
+        ) from error
+    return True
+
+
+def _holds(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:
+    """Whether a file is just what would be written."""
+    try:
+        with open_tensors(path) as file:
+            return (
+                file.metadata() == header
+                and set(file.keys()) == set(tensors)
+                and all(torch.equal(file.get_tensor(name), x) for name, x in tensors.items())
+            )
+    except (SafetensorError, OSError, RuntimeError):
+        return False  # whatever it is
+
+
+def load_subject(path: str | os.PathLike[str], model: AnyStoryModel) -> Subject:
+    """Read one subject and check that it fits ``model``.
+
+    ModelMismatchError when other AnyStory weights encoded it, with both fingerprints; SubjectError
+    when the file is damaged or not a subject.
+    """
+    path = Path(path)
+    try:
+        with open_tensors(path) as file:
+            header = file.metadata() or {}
+            options = _check_header(path.name, header)
+            if header["weights"] != model.fingerprint:
+                raise ModelMismatchError(
+                    f"{path.name}: encoded by AnyStory weights {header['weights'] or 'unsaved'}, "
+                    f"loaded are {model.fingerprint or 'unsaved'}; load those weights, or encode "
+                    "the subject again"
+                )
+            names = set(file.keys())
+            if "cutout" not in names:
+                raise SubjectError(f"{path.name}: tensor cutout is missing; save the subject again")
+            cutout = file.get_tensor("cutout")
+            _check_cutout(path.name, cutout, model)
+            expected = _expected(model, cutout.shape[0])
+            unknown = sorted(names - {*expected, "cutout"})
+            missing = sorted(set(expected) - names)
+            if unknown or missing:
+                raise SubjectError(
+                    f"{path.name}: tensors {missing[:3]} missing and {unknown[:3]} unknown; save "
+                    "the subject again"
+                )
+            tensors = {name: file.get_tensor(name) for name in expected}
+    except (SafetensorError, OSError, RuntimeError, TypeError, UnicodeError) as error:
+        raise SubjectError(
+            f"{path.name}: not a subject file, or a damaged one ({error}); save it again"
+        ) from error
+    for name, shape in expected.items():
+        _check_tensor(path.name, name, tensors[name], shape)
+    features = [name for name in expected if name.startswith("features.")]
+    return Subject(
+        label=header["label"],
+        tokens=tensors.get("tokens"),
+        features=tuple(tensors[name] for name in features),
+        routing=tensors.get("routing"),
+        background_tokens=tensors.get("background_tokens"),
+        background_routing=tensors.get("background_routing"),
+        cutout=cutout,
+        fingerprint=header["weights"],
+        clip_fingerprint=header["clip"],
+        options=options,
+    )
+
+
+def check_clip(subject: Subject, name: str, fingerprint: str) -> None:
+    """ModelMismatchError unless ``fingerprint`` is that of the CLIP weights that encoded it."""
+    if subject.clip_fingerprint != fingerprint:
+        raise ModelMismatchError(
+            f"{name}: encoded with CLIP vision weights {subject.clip_fingerprint or 'unknown'}, "
+            f"connected are {fingerprint}; connect those, or encode the subject again"
+        )
+
+
+def _check_header(name: str, header: Mapping[str, str]) -> SubjectOptions:
+    if "anystory.subject" not in header:
+        raise SubjectError(
+            f"{name}: not a saved subject; expected a file made by Save AnyStory Subject"
+        )
+    if header["anystory.subject"] != FORMAT:
+        raise SubjectError(
+            f"{name}: subject format {header['anystory.subject'][:20]!r}, this version reads "
+            f"{FORMAT!r}; update the node pack or save the subject again"
+        )
+    missing = [key for key in _HEADER_KEYS if key not in header]
+    if missing:
+        raise SubjectError(f"{name}: its header lacks {missing}; save the subject again")
+    label = header["label"]
+    if not label or len(label) > 60 or not label.isprintable():
+        raise SubjectError(f"{name}: its label is damaged; save the subject again")
+    try:
+        return SubjectOptions(**json.loads(header["options"]))
+    except (ValueError, TypeError, RecursionError, AnyStoryError) as error:
+        raise SubjectError(f"{name}: its options are damaged; save the subject again") from error
+
+
+def _check_cutout(name: str, cutout: Tensor, model: AnyStoryModel) -> None:
+    size = model.config.reference.size
+    views = cutout.shape[0] if cutout.ndim else 0
+    if cutout.dtype != torch.uint8 or not 1 <= views <= MOST_VIEWS:
+        raise SubjectError(
+            f"{name}: cutout holds {views} {cutout.dtype} pictures, expected 1 to {MOST_VIEWS} of "
+            "torch.uint8; save the subject again"
+        )
+    if tuple(cutout.shape[1:]) != (size, size, 3):
+        raise SubjectError(
+            f"{name}: cutout has shape {tuple(cutout.shape)}, expected ({views}, {size}, {size}, 3)"
+        )
+
+
+def _expected(model: AnyStoryModel, views: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a subject's tensors under these weights."""
+    config, shapes = model.config, dict[str, tuple[int, ...]]()
+    if model.encoder.subject is not None:
+        tokens, width = config.subject_qformer.queries, config.subject_qformer.output_dim
+        shapes["tokens"] = (views * tokens, width)
+        shapes["background_tokens"] = (tokens, width)
+    if model.encoder.routing is not None:
+        shapes["routing"] = shapes["background_routing"] = (config.routing_dim,)
+    if model.reference_net is not None:
+        side = config.reference.size // config.reference.latent_stride
+        for site in model.sites[1:]:
+            grid = math.ceil(side / site.stride)
+            shapes[f"features.{site.index}"] = (views * grid * grid, site.channels)
+    return shapes
+
+
+def _check_tensor(file: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+        raise SubjectError(
+            f"{file}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, expected floats of "
+            f"shape {shape}; save the subject again"
+        )
+    if not bool(torch.isfinite(tensor.float()).all()):
+        raise SubjectError(f"{file}: tensor {name} has NaN or infinite values; save it again")

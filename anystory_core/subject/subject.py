@@ -1,0 +1,92 @@
+"""An encoded subject: made once, used by any number of sampling runs, never changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..errors import SubjectError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectOptions:
+    """How strongly, and in which part of the sampling, one subject acts.
+
+    strength: eta_i >= 0 of Eq. 5, times the overall strength. reference_strength: s_i >= 0, where
+    gamma of Eq. 7 is ln(overall s * s_i); 1 is the paper, 0 is off. start, end in [0,1]: fraction
+    of the sampling, 0 = pure noise.
+    """
+
+    strength: float = 1.0
+    reference_strength: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("strength", "reference_strength"):
+            value = getattr(self, name)
+            # Files may hold integers of any size; those beyond every float count as infinite.
+            if not 0 <= value <= sys.float_info.max:
+                raise SubjectError(f"{name}: got {value}, expected a number of 0 or more")
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise SubjectError(f"{name}: got {value}, expected a fraction from 0 to 1")
+        if self.start > self.end:
+            raise SubjectError(
+                f"start: got {self.start}, after end = {self.end}; expected start <= end"
+            )
+
+
+UNNAMED = "subject"  # the label of a subject that was given none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """Everything the U-Net needs of one subject, from V pictures of it.
+
+    tokens (V*T, C) or None without a subject encoder; features: L-1 tensors (V*G_l, d_l), empty
+    without a ReferenceNet; routing (d_r,) or None without a routing encoder. background_tokens
+    (T,C) and background_routing (d_r,) are those of the zero image, the same for all subjects of a
+    model. cutout (V,R,R,3) uint8 is what was encoded; fingerprint and clip_fingerprint name the
+    AnyStory and the CLIP vision weights that encoded it ("" where nobody said).
+    """
+
+    label: str
+    tokens: Tensor | None
+    features: tuple[Tensor, ...]
+    routing: Tensor | None
+    background_tokens: Tensor | None
+    background_routing: Tensor | None
+    cutout: Tensor
+    fingerprint: str
+    clip_fingerprint: str = ""
+    options: SubjectOptions = SubjectOptions()
+
+    @property
+    def views(self) -> int:
+        """Number of pictures."""
+        return self.cutout.shape[0]
+
+    def with_options(self, options: SubjectOptions) -> Subject:
+        """The same subject under other options; no tensor is copied."""
+        return dataclasses.replace(self, options=options)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Subject:
+        """Apply ``function`` to every tensor that the U-Net uses (device or dtype changes)."""
+
+        def optional(x: Tensor | None) -> Tensor | None:
+            return None if x is None else function(x)
+
+        return dataclasses.replace(
+            self,
+            tokens=optional(self.tokens),
+            features=tuple(function(x) for x in self.features),
+            routing=optional(self.routing),
+            background_tokens=optional(self.background_tokens),
+            background_routing=optional(self.background_routing),
+        )

@@ -1,0 +1,123 @@
+"""An SDXL ``.safetensors`` file -> the networks of a base. Names are changed by diffusers' own
+converters; the sizes that a file does not state are :class:`FileSizes`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+from torch import Tensor
+
+from ...config import AnyStoryConfig
+from ...errors import ModelMismatchError
+from .names import diffusers_unet_config, ldm_to_diffusers
+
+_UNET = "model.diffusion_model."
+# Tensors by which files say that their U-Net does not predict the noise.
+_OTHER_PREDICTIONS = ("v_pred", "edm_mean", "edm_vpred.sigma_max")
+_SMALL_TEXT = "conditioner.embedders.0.transformer."
+_LARGE_TEXT = "conditioner.embedders.1.model."
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSizes:
+    """One CLIP text encoder; its MLP is four times as wide."""
+
+    width: int
+    layers: int
+    heads: int
+    activation: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSizes:
+    """What lies beside the U-Net: CLIP-L, CLIP-G and the VAE's width at each level."""
+
+    small: TextSizes = TextSizes(width=768, layers=12, heads=12, activation="quick_gelu")
+    large: TextSizes = TextSizes(width=1280, layers=32, heads=20, activation="gelu")
+    vae_widths: tuple[int, ...] = (128, 256, 512, 512)
+
+
+def load_single_file(
+    path: Path, config: AnyStoryConfig, sizes: FileSizes | None = None
+) -> tuple[Any, Any, list[Any]]:
+    """(U-Net, VAE, text encoders) of a file. ModelMismatchError names what does not fit."""
+    try:
+        state = cast("dict[str, Tensor]", load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise ModelMismatchError(
+            f"base.path: {path} is not a readable .safetensors file ({error}); get it again"
+        ) from error
+    return networks_of(state, config, path.name, sizes or FileSizes())
+
+
+def networks_of(
+    state: Mapping[str, Tensor], config: AnyStoryConfig, name: str, sizes: FileSizes
+) -> tuple[Any, Any, list[Any]]:
+    """The same for the tensors of the file ``name``."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.loaders import single_file_utils
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    tools = cast(Any, single_file_utils)
+    if f"{_UNET}input_blocks.0.0.weight" not in state:
+        raise ModelMismatchError(f"base.path: {name} holds no U-Net of Stable Diffusion's kind")
+    for marker in _OTHER_PREDICTIONS:
+        if marker in state:
+            raise ModelMismatchError(
+                f"base.path: {name} does not predict the noise (it holds {marker!r}); Eq. 1 is for "
+                "networks that do, so choose another base"
+            )
+    unet = cast(Any, UNet2DConditionModel)(**diffusers_unet_config(config.unet))
+    table = ldm_to_diffusers(config).items()
+    renamed = {new: state[_UNET + old] for old, new in table if _UNET + old in state}
+    _load(unet, renamed, name, "U-Net")
+    levels = len(sizes.vae_widths)
+    vae = cast(Any, AutoencoderKL)(
+        block_out_channels=sizes.vae_widths,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=2,
+        latent_channels=config.unet.in_channels,
+        sample_size=1024,
+    )
+    _load(vae, tools.convert_ldm_vae_checkpoint(dict(state), vae.config), name, "VAE")
+    small = cast(Any, CLIPTextModel)(_text_config(sizes.small))
+    own = {k: v for k, v in state.items() if k.startswith(_SMALL_TEXT)}
+    _load(small, tools.convert_ldm_clip_checkpoint(own, _SMALL_TEXT), name, "CLIP-L")
+    large = cast(Any, CLIPTextModelWithProjection)(_text_config(sizes.large))
+    own = {k: v for k, v in state.items() if k.startswith(_LARGE_TEXT)}
+    _load(large, tools.convert_open_clip_checkpoint(large, own, _LARGE_TEXT), name, "CLIP-G")
+    return unet, vae, [small, large]
+
+
+def _text_config(sizes: TextSizes) -> Any:
+    from transformers import CLIPTextConfig
+
+    return cast(Any, CLIPTextConfig)(
+        hidden_size=sizes.width,
+        intermediate_size=4 * sizes.width,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        projection_dim=sizes.width,
+        hidden_act=sizes.activation,
+    )
+
+
+def _load(module: Any, state: dict[str, Tensor], name: str, part: str) -> None:
+    """Strict, except for the position ids that some files keep. transformers 5 has no
+    ``text_model`` around the encoder without a projection."""
+    flat = "" if hasattr(module, "text_model") else "text_model."
+    state = {k.removeprefix(flat): v for k, v in state.items() if not k.endswith("position_ids")}
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        detail = " ".join(str(error).splitlines()[1:3])[:300]
+        raise ModelMismatchError(
+            f"base.path: {name} is no SDXL file ({part}: {detail.strip()}); choose one, or a "
+            "folder in diffusers' layout"
+        ) from error

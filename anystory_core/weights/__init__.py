@@ -1,0 +1,1 @@
+"""Weights files: the modules they fill, reading, writing, and making them of public ones."""

@@ -1,0 +1,79 @@
+"""One look at real scenes: noised to a level, seen once by the U-Net with injection on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from anystory_core.injection.call import Call
+from anystory_core.injection.run import Run
+from anystory_core.routing.record import StepRecord
+from anystory_core.training.hosts import unet as diffusers_unet
+from anystory_core.training.schedule import alphas_cumprod
+
+from ..base import size_ids
+from ..emoji import Emoji
+from ..phase import autocast
+from ..vae import to_signed
+from .draw import Encoder, make_call
+from .tasks import Task, task
+
+BATCH = 20
+
+
+def batches(
+    subjects: Sequence[Emoji], count: int, numbers: range, size: int = BATCH
+) -> Iterator[list[Task]]:
+    """The tasks of these ``numbers`` with ``count`` subjects, ``size`` at a time."""
+    for start in range(0, len(numbers), size):
+        yield [task(subjects, count, n) for n in numbers[start : start + size]]
+
+
+def half_of(numbers: range) -> range:
+    """The first half: what each of two counts of subjects has of a row of scenes."""
+    return numbers[: len(numbers) // 2]
+
+
+def scenes_of(tasks: Sequence[Task]) -> Tensor:
+    """The tasks' own pictures (B,3,H,W) in [-1,1]."""
+    return to_signed(torch.stack([torch.from_numpy(t.scene.picture.copy()) for t in tasks]))
+
+
+def clean_latents(encoder: Encoder, tasks: Sequence[Task]) -> Tensor:
+    """The same as latents (B,4,h,w)."""
+    return encoder.stack.encode_pictures(scenes_of(tasks))
+
+
+@torch.no_grad()
+def look(
+    encoder: Encoder,
+    run: Run,
+    clean: Tensor,
+    noise: Tensor,
+    level: int,
+    text: tuple[Tensor, Tensor],
+) -> Call:
+    """One conditional pass over latents (B,4,h,w) noised to ``level`` of 1000; ``text`` is states
+    (B,77,D) and pooled (B,D). The call holds the maps."""
+    stack, count = encoder.stack, len(clean)
+    alpha = alphas_cumprod().float()[level]
+    call = make_call(run, encoder.model, count)
+    with autocast():
+        diffusers_unet.predict(
+            stack.unet, stack.slot, call, alpha.sqrt() * clean + (1 - alpha).sqrt() * noise,
+            torch.full((count,), level), *text, size_ids(count),
+        )  # fmt: skip
+    return call
+
+
+def record_of(call: Call, row: int) -> StepRecord:
+    """The maps of one row as the pack's nodes record them."""
+    soft = call.soft_maps.items()
+    return StepRecord(
+        sigma=0.0,
+        active=(),
+        grids={index: maps.grid for index, maps in soft},
+        soft={index: maps.maps[row : row + 1].float() for index, maps in soft},
+    )

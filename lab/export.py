@@ -1,0 +1,74 @@
+"""The recipe's last step: the shipped files, half precision, in the host's key names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anystory_core.mini.config import CONFIG
+from anystory_core.mini.weights import PARTS, pack_text, path
+from anystory_core.training.hosts.names import ldm_to_diffusers
+from anystory_core.weights.checkpoint import load_model, save_model, save_tensors
+
+from . import finder, identity, measuring
+from . import vae as vae_module
+from .base import load_unet
+from .clip import load_clip, load_vocabulary
+from .stages import WHOLE_FILE
+from .vae import load_vae
+
+LARGEST_FILE = 40 * 2**20
+LARGEST_PACK = 64 * 2**20
+
+
+def host_states(work: Path) -> dict[str, dict[str, Tensor]]:
+    """State dicts of all parts below AnyStory, by part (:data:`anystory_core.mini.weights.PARTS`),
+    as hosts name them."""
+    clip, _ = load_clip(work)
+    unet = load_unet(work).state_dict()
+    names = ldm_to_diffusers(CONFIG)
+    return {
+        "unet": {host: unet[name] for host, name in names.items()},
+        "vae": vae_module.host_state(load_vae(work).state_dict()),
+        "clip_text": pack_text(clip.text.state_dict(), load_vocabulary(work)),
+        "clip_vision": clip.vision.state_dict(),
+    }
+
+
+def _write(state: dict[str, Tensor], file: Path) -> int:
+    """Save in half precision; the size in bytes."""
+    half = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in state.items()
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(file, half, {})
+    return file.stat().st_size
+
+
+def export(work: Path) -> dict[str, int]:
+    """Write the files beside :mod:`anystory_core.mini.weights`, AnyStory's after stage 2
+    and the measuring networks' after their phases; returns their sizes in bytes.
+
+    Raises ValueError naming a file, or the pack, that is larger than it may be."""
+    sizes: dict[str, int] = {}
+    for part, state in host_states(work).items():
+        sizes[part] = _write(state, path(part))
+        if sizes[part] > LARGEST_FILE:
+            raise ValueError(f"{path(part).name}: {sizes[part]} bytes, at most {LARGEST_FILE}")
+    if (work / WHOLE_FILE).exists():
+        model = load_model(work / WHOLE_FILE)
+        save_model(path("anystory"), model, CONFIG, dtype=torch.float16)
+        sizes["anystory"] = path("anystory").stat().st_size
+    total = sum(path(part).stat().st_size for part in PARTS if path(part).exists())
+    if total > LARGEST_PACK:
+        raise ValueError(f"mini weights: {total} bytes together, at most {LARGEST_PACK}")
+    if finder.phase(work).state_file.exists() and identity.phase(work).state_file.exists():
+        networks = finder.load_finder(work), identity.load_identity(work)
+        file = path(measuring.NAME)
+        sizes[measuring.NAME] = size = _write(measuring.pack_networks(*networks), file)
+        if size > measuring.LARGEST:
+            raise ValueError(f"{file.name}: {size} bytes, at most {measuring.LARGEST}")
+    return sizes

@@ -1,0 +1,34 @@
+"""The measuring networks' file, ``weights/measuring.safetensors``: kept in the repository, so that
+figures of models that were trained on different machines are seen by the same eyes. Only
+:mod:`.evaluate` and the tests read it."""
+
+from __future__ import annotations
+
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+from torch import Tensor, nn
+
+from anystory_core.mini.weights import path
+
+from .finder import Finder
+from .identity import Identity
+
+NAME = "measuring"  # of the file, beside those of :data:`anystory_core.mini.weights.PARTS`
+LARGEST = 8 * 2**20
+
+
+def _together(finder: Finder, identity: Identity) -> nn.ModuleDict:
+    return nn.ModuleDict({"finder": finder, "identity": identity})
+
+
+def pack_networks(finder: Finder, identity: Identity) -> dict[str, Tensor]:
+    """One state dict of both, each tensor's name begun with its network's."""
+    return _together(finder, identity).state_dict()
+
+
+def read_networks() -> tuple[Finder, Identity]:
+    """Both networks, widened to float32 and frozen. FileNotFoundError without the file."""
+    finder, identity = Finder(), Identity()
+    both = _together(finder, identity)
+    both.load_state_dict(load_file(path(NAME)))  # copies into float32
+    both.eval().requires_grad_(False)
+    return finder, identity

@@ -1,0 +1,186 @@
+"""Make the mini model, phase by phase: ``python -m lab.recipe --work DIR``.
+
+Phases, in order: ``world`` (render scenes), ``vae``, ``decoder``, ``clip``, ``cache`` (encode the
+scenes), ``base`` (the U-Net), ``folder`` (all that as the trainer reads it), ``stage1`` and
+``stage2`` (:mod:`anystory_core.training`), ``identity`` and ``finder`` (the networks that
+:mod:`.evaluate` measures with), ``export`` (files that ship). Only when asked for by name:
+``no_clip``, ``no_reference`` and ``no_refinement``, the stages of its ablations; and ``restore``,
+which begins a folder from the shipped weights, so that ``base`` (after ``world`` and ``cache``),
+then ``folder`` and the stages (``--start-file``) go on from them.
+
+Each resumes where it stopped when the same command is given again and has its own seed. Those that
+train write their curve to ``DIR/NAME.csv``, the stages to ``DIR/NAME/losses.jsonl``. More
+shards may be rendered and cached at any time, also while the base trains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anystory_core.training.loop import Trainer
+
+from . import emoji
+from .base import train_base
+from .cache import missing
+from .cache import write_shard as cache_shard
+from .clip import load_clip, train_clip
+from .export import export
+from .finder import train_finder
+from .folder import write_base_folder
+from .identity import train_identity
+from .phase import run_shared, shares
+from .scenes import write_shard
+from .shipped import restore
+from .stages import LEARNING_RATE, SUBJECT_FILE, stage1, stage2, write_data
+from .vae import load_vae, train_decoder, train_vae
+
+PHASES = (
+    "world",
+    "vae",
+    "decoder",
+    "clip",
+    "cache",
+    "base",
+    "folder",
+    "stage1",
+    "stage2",
+    "identity",
+    "finder",
+    "export",
+)
+# Stage, and what its configuration leaves out.
+ABLATIONS: dict[str, tuple[int, dict[str, bool]]] = {
+    "no_clip": (1, {"clip": False}),
+    "no_reference": (1, {"reference": False}),
+    "no_refinement": (2, {"refine": False}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line says."""
+
+    work: Path
+    shards: int
+    base_steps: int
+    sample_shards: int
+    stage1_steps: int
+    stage2_steps: int
+    processes: int
+    start_file: str
+    learning_rate: float
+
+    def start(self, name: str) -> dict[str, Any]:
+        """Where a stage begins."""
+        return {
+            "name": name, "start_file": self.start_file, "learning_rate": self.learning_rate,
+        }  # fmt: skip
+
+    def training_emoji(self) -> list[emoji.Emoji]:
+        """All subjects but the held-out families; fetched first when missing."""
+        sources = self.work / "sources"
+        emoji.download(sources)
+        return emoji.split(emoji.load_emoji(sources))[0]
+
+
+def run_phase(name: str, options: Options) -> None:
+    """Run or resume one phase."""
+    work = options.work
+    if name == "world":
+        subjects = options.training_emoji()
+        for number in range(options.shards):
+            write_shard(subjects, work / "scenes", number)
+    elif name == "vae":
+        run_shared(partial(train_vae, options.training_emoji(), work), options.processes)
+    elif name == "clip":
+        run_shared(partial(train_clip, options.training_emoji(), work), options.processes)
+    elif name == "decoder":
+        run_shared(partial(train_decoder, options.training_emoji(), work), options.processes)
+    elif name == "cache":
+        run_shared(partial(cache_scenes, work), options.processes)
+    elif name == "base":
+        run_shared(partial(train_base, work, steps=options.base_steps), options.processes)
+    elif name == "folder":
+        write_base_folder(work)
+    elif name == "identity":
+        run_shared(partial(train_identity, options.training_emoji(), work), options.processes)
+    elif name == "finder":
+        run_shared(partial(train_finder, options.training_emoji(), work), options.processes)
+    elif name == "restore":
+        restore(work)
+    elif name in ABLATIONS:
+        stage, without = ABLATIONS[name]
+        steps = options.stage1_steps if stage == 1 else options.stage2_steps
+        task = partial(train_stage, work, stage, steps, **options.start(name), **without)
+        run_shared(task, options.processes)
+    elif name == "stage1":
+        write_data(options.training_emoji(), work, "pairs", options.sample_shards)
+        task = partial(train_stage, work, 1, options.stage1_steps, **options.start(name))
+        run_shared(task, options.processes)
+    elif name == "stage2":
+        write_data(options.training_emoji(), work, "scenes", options.sample_shards)
+        task = partial(train_stage, work, 2, options.stage2_steps, **options.start(name))
+        run_shared(task, options.processes)
+    else:
+        for part, size in export(work).items():
+            print(f"export: {part} {size / 2**20:.2f} MiB", flush=True)
+
+
+def train_stage(work: Path, stage: int, steps: int, **settings: Any) -> None:
+    """Train or resume a stage with the project's trainer; all processes that share it call this.
+    ``settings`` are those of :func:`.stages.stage1` or :func:`.stages.stage2`."""
+    part, parts = shares()
+    if parts > 1:  # what accelerate looks for
+        rank = {"RANK": part, "LOCAL_RANK": part, "WORLD_SIZE": parts, "LOCAL_WORLD_SIZE": parts}
+        os.environ.update({name: str(value) for name, value in rank.items()})
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    if stage == 1:
+        config = stage1(work, steps, **settings)
+    else:
+        config = stage2(work, steps, work / SUBJECT_FILE, **settings)
+    Trainer(config).run()
+
+
+def cache_scenes(work: Path) -> None:
+    """Encode the rendered shards that are not encoded yet, this process's share of them."""
+    vae, (clip, row_table) = load_vae(work), load_clip(work)
+    part, parts = shares()
+    for number in missing(work / "scenes", work / "cache"):
+        if number % parts != part:
+            continue
+        cache_shard(work / "scenes", work / "cache", number, vae, clip, row_table)
+        print(f"cache: shard {number}", flush=True)
+
+
+def main() -> None:
+    """Run one phase, or all of them in order."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder for sources and states")
+    parser.add_argument("--phase", choices=(*PHASES, *ABLATIONS, "restore"), help="only this phase")
+    parser.add_argument("--shards", type=int, default=24, help="shards of 500 scenes to render")
+    parser.add_argument("--base-steps", type=int, default=60_000, help="length of the base phase")
+    parser.add_argument("--processes", type=int, default=2, help="training processes of one thread")
+    parser.add_argument("--sample-shards", type=int, default=20, help="500 samples of each stage")
+    parser.add_argument("--stage1-steps", type=int, default=20_000)
+    parser.add_argument("--stage2-steps", type=int, default=8_000)
+    parser.add_argument("--start-file", default="", help="AnyStory weights a stage goes on from")
+    parser.add_argument(
+        "--learning-rate", type=float, default=LEARNING_RATE, help="of a stage; default %(default)s"
+    )
+    given = vars(parser.parse_args())
+    phase = given.pop("phase")
+    options = Options(**given)
+    torch.set_flush_denormal(True)
+    for name in (phase,) if phase else PHASES:
+        run_phase(name, options)
+
+
+if __name__ == "__main__":
+    main()

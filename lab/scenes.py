@@ -1,0 +1,108 @@
+"""Rendered scenes on disk, in shards that later phases read.
+
+Of each scene: the picture, two captions, and a reference of each of its subjects, cut out as the
+pack cuts it, with the place of that subject on the latent's grid. A scene is a function of its
+seed, so shards can be thrown away and made again, and more of them added at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from anystory_core.mini.config import CONFIG
+from anystory_core.subject.preprocess import prepare_views
+
+from .emoji import Emoji
+from .world import MOST_SUBJECTS, Scene, UInt8, pool_of, render_reference, render_scene
+
+SHARD = 500
+FIRST_SEED = 50_000_000
+_REFERENCE_OFFSET = 350_000_000
+_NEXT_SUBJECT = 20_000_000
+
+
+@dataclass(frozen=True)
+class Shard:
+    """``SHARD`` scenes, two captions each. Mapped from disk, uint8: pictures (SHARD,H,W,3); of up
+    to N = ``MOST_SUBJECTS`` subjects, in random order, cut-outs (SHARD,N,R,R,3) of the
+    ReferenceNet's size and regions (SHARD,N,H/8,W/8) where 255 is the subject; all 0 where there is
+    none."""
+
+    number: int
+    pictures: UInt8
+    cutouts: UInt8
+    regions: UInt8
+    captions: list[str]
+    plain_captions: list[str]
+
+
+def _paths(folder: Path, number: int) -> list[Path]:
+    kinds = ("pictures.npy", "cutouts.npy", "regions.npy", "json")
+    return [folder / f"{number:05d}.{kind}" for kind in kinds]
+
+
+def cut_references(scene: Scene, seed: int) -> tuple[UInt8, UInt8]:
+    """(cut-outs (N,R,R,3), regions (N,H/8,W/8)) of a scene's subjects, in an order of the seed."""
+    height, width = (side // 8 for side in scene.picture.shape[:2])
+    side = CONFIG.reference.size
+    cutouts = np.zeros((MOST_SUBJECTS, side, side, 3), np.uint8)
+    regions = np.zeros((MOST_SUBJECTS, height, width), np.uint8)
+    order = list(scene.instances)
+    random.Random(seed).shuffle(order)
+    for number, instance in enumerate(order):
+        picture, mask = render_reference(instance.emoji, seed + number * _NEXT_SUBJECT)
+        image, subject = torch.from_numpy(picture / np.float32(255)), torch.from_numpy(mask)
+        (cutouts[number],) = prepare_views(
+            image[None], subject[None].float(), CONFIG
+        ).cutout.numpy()
+        share = instance.mask.reshape(height, 8, width, 8).mean(axis=(1, 3))
+        regions[number] = np.round(255 * share)
+    return cutouts, regions
+
+
+def write_shard(emoji: list[Emoji], folder: Path, number: int) -> None:
+    """Render one shard; nothing is done when it lies there."""
+    *files, captions_file = _paths(folder, number)
+    if captions_file.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    pool = pool_of(emoji)
+    seeds = range(FIRST_SEED + number * SHARD, FIRST_SEED + (number + 1) * SHARD)
+    scenes = [render_scene(pool, seed) for seed in seeds]
+    pairs = zip(scenes, seeds, strict=True)
+    cuts = [cut_references(scene, seed + _REFERENCE_OFFSET) for scene, seed in pairs]
+    cutouts, regions = zip(*cuts, strict=True)
+    for file, arrays in zip(files, ([s.picture for s in scenes], cutouts, regions), strict=True):
+        np.save(file, np.stack(arrays))
+    texts = [{"caption": s.caption, "plain": s.plain_caption} for s in scenes]
+    temporary = captions_file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(texts))
+    os.replace(temporary, captions_file)
+
+
+def read_shard(folder: Path, number: int) -> Shard:
+    """A shard that :func:`write_shard` wrote."""
+    *files, captions_file = _paths(folder, number)
+    texts: list[dict[str, Any]] = json.loads(captions_file.read_text())
+    pictures, cutouts, regions = (np.load(file, mmap_mode="r") for file in files)
+    return Shard(
+        number,
+        pictures,
+        cutouts,
+        regions,
+        [str(t["caption"]) for t in texts],
+        [str(t["plain"]) for t in texts],
+    )
+
+
+def shard_numbers(folder: Path) -> list[int]:
+    """Shards that are complete, in order."""
+    return sorted(int(file.stem) for file in folder.glob("*.json"))

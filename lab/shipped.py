@@ -1,0 +1,93 @@
+"""The shipped files as modules of training: what :mod:`.evaluate` can measure, and what the recipe
+can go on from on a machine that has nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from anystory_core.mini.config import CONFIG, VISION
+from anystory_core.mini.weights import FOLDER
+from anystory_core.training.hosts.names import ldm_to_diffusers
+from anystory_core.training.initial import ROUTER_PARTS
+from anystory_core.weights.checkpoint import load_model, save_model
+from anystory_core.weights.model import PARTS
+
+from . import base, clip, vae
+from .phase import Phase
+from .stages import SUBJECT_FILE
+from .telling import Base
+from .text import build_text
+
+_ROUTER = tuple(PARTS[part] for part in ROUTER_PARTS)
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """All parts below AnyStory, widened to float32. ``ids``: tokens that have rows in ``text``."""
+
+    unet: Any
+    vae: Any
+    text: Any
+    vision: Any
+    ids: list[int]
+
+
+def read_modules(folder: Path = FOLDER) -> Shipped:
+    """Read the files that :mod:`.export` writes. FileNotFoundError when one is missing."""
+
+    def read(part: str) -> dict[str, Tensor]:
+        state = load_file(folder / f"{part}.safetensors")
+        return {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
+
+    unet, host = base.build_unet(), read("unet")
+    names = ldm_to_diffusers(CONFIG)
+    unet.load_state_dict({name: host[key] for key, name in names.items()})
+    autoencoder, host = vae.build_vae(), read("vae")
+    fixed = set(vae.host_state({}))
+    state: dict[str, Tensor] = {}
+    for name, tensor in autoencoder.state_dict().items():
+        (key,) = set(vae.host_state({name: tensor})) - fixed
+        state[name] = host[key]
+    autoencoder.load_state_dict(state)
+    packed = read("clip_text")
+    ids = [int(i) for i in packed.pop("token_ids")]
+    text = build_text(ids)
+    text.load_state_dict(packed)
+    vision: Any = cast(Any, CLIPVisionModelWithProjection)(CLIPVisionConfig(**VISION))
+    vision.load_state_dict(read("clip_vision"))
+    return Shipped(unet, autoencoder, text, vision, ids)
+
+
+def restore(work: Path, folder: Path = FOLDER) -> None:
+    """Write the phases' files from the shipped ones, so that training goes on from them: VAE and
+    CLIP count as done, the base begins a new schedule, and stage 2 finds stage 1's file. ValueError
+    when ``work`` holds a base."""
+    if (work / "base.state.pt").exists():
+        raise ValueError(f"{work} holds a trained base already; choose an empty folder")
+    shipped = read_modules(folder)
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "vocabulary.json").write_text(json.dumps(shipped.ids))
+    torch.save(shipped.vae.state_dict(), work / "vae.whitened.pt")
+    whole = clip.Clip(shipped.ids)
+    whole.vision, whole.text = shipped.vision, shipped.text
+    _begin(vae.phase(work), shipped.vae, vae.phase(work).steps)
+    _begin(vae.decoder_phase(work), shipped.vae.decoder, vae.decoder_phase(work).steps)
+    _begin(clip.phase(work), whole, clip.phase(work).steps)
+    _begin(base.phase(work, 1), Base(shipped.unet, CONFIG), 0)
+    anystory = load_model(folder / "anystory.safetensors", dtype=torch.float32)
+    subject = {n: t for n, t in anystory.state_dict().items() if not n.startswith(_ROUTER)}
+    save_model(work / SUBJECT_FILE, subject, anystory.config)
+
+
+def _begin(phase: Phase, module: Any, step: int) -> None:
+    state = module.state_dict()
+    whole = {"weights": state, "average": state, "step": step, "seconds": 0.0}
+    torch.save(whole, phase.state_file)

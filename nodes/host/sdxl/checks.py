@@ -1,0 +1,72 @@
+"""Do the AnyStory weights fit the host's model? Said before anything is loaded or patched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ....anystory_core.bases.sdxl.sites import Site
+from ....anystory_core.config import AnyStoryConfig
+from ....anystory_core.errors import ModelMismatchError
+
+
+def _transformer_blocks(diffusion_model: Any) -> dict[tuple[str, int, int], Any]:
+    """(part, number, index) -> transformer block of the host's U-Net."""
+    found: dict[tuple[str, int, int], Any] = {}
+    layers = [("input", i, b) for i, b in enumerate(getattr(diffusion_model, "input_blocks", ()))]
+    layers += [("middle", 0, getattr(diffusion_model, "middle_block", None) or ())]
+    layers += [
+        ("output", i, b) for i, b in enumerate(getattr(diffusion_model, "output_blocks", ()))
+    ]
+    for part, number, block in layers:
+        for layer in block:
+            for index, inner in enumerate(getattr(layer, "transformer_blocks", ())):
+                found[part, number, index] = inner
+    return found
+
+
+def check_model(model: Any, config: AnyStoryConfig, sites: Sequence[Site]) -> None:
+    """ModelMismatchError naming the first block and dimension of the host's model that differ."""
+    kind = type(model.model).__name__
+    diffusion_model = getattr(model.model, "diffusion_model", None)
+    blocks = _transformer_blocks(diffusion_model)
+    if not blocks:
+        raise ModelMismatchError(
+            f"model: {kind} has no transformer blocks of SDXL's kind; these AnyStory weights are "
+            f"for {config.name!r}, load a checkpoint of that family"
+        )
+    if len(blocks) != len(sites):
+        raise ModelMismatchError(
+            f"model: {kind} has {len(blocks)} transformer blocks, these AnyStory weights "
+            f"({config.name!r}) expect {len(sites)}; load a checkpoint of that family"
+        )
+    for site in sites:
+        block = blocks.get((site.part, site.number, site.block_index))
+        if block is None:
+            raise ModelMismatchError(
+                f"model: {kind} has no block '{site.label}', which these AnyStory weights "
+                f"({config.name!r}) expect; load a checkpoint of that family"
+            )
+        expected = {
+            "width": (block.attn1.to_q.weight.shape[1], site.channels),
+            "heads": (block.n_heads, site.heads),
+            "text width": (block.attn2.to_k.weight.shape[1], config.unet.context_dim),
+        }
+        for what, (got, wanted) in expected.items():
+            if got != wanted:
+                raise ModelMismatchError(
+                    f"model: {kind} has {what} {got} at block '{site.label}', these AnyStory "
+                    f"weights ({config.name!r}) expect {wanted}; load a checkpoint of that family"
+                )
+
+
+def check_latent_format(model: Any, config: AnyStoryConfig) -> None:
+    """The references were encoded at the scale in the config; the model must use the same."""
+    latent_format = model.model.latent_format
+    got = getattr(latent_format, "scale_factor", 1.0), getattr(latent_format, "shift_factor", 0.0)
+    wanted = config.reference.latent_scale, config.reference.latent_shift
+    if any(abs(a - b) > 1e-4 for a, b in zip(got, wanted, strict=True)):
+        raise ModelMismatchError(
+            f"model: its latents have scale and shift {got}, these AnyStory weights expect "
+            f"{wanted}; load a checkpoint of the family {config.name!r}"
+        )

@@ -1,0 +1,230 @@
+"""The patch objects of one sampling run, at the points of a block and in the host's protocol.
+
+They live in the guider's own copy of ``model_options`` while it samples, and chain whatever
+occupies their slots. Which :class:`Call` they serve comes with every forward pass in
+``extra_options``. A compiled U-Net breaks its graph at each of them: what they run depends on the
+sizes of regions, which change with every step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from comfy import model_management as mm
+from comfy.ldm.modules import attention as backends
+from torch import Tensor
+
+from ....anystory_core.bases.sdxl.sites import Site
+from ....anystory_core.injection.call import Call
+from ....anystory_core.routing.sources import Grid
+from ..ids import CALL_KEY, STATES_KEY
+
+Options = Mapping[str, Any]
+OVERRIDE = "optimized_attention_override"  # the host's place for another attention
+Replace = Callable[[Tensor, Tensor, Tensor, Options], Tensor]
+
+
+@dataclass(frozen=True)
+class HostAttention:
+    """Dense attention as the host computes it, with its own choice of backend; except that masked
+    calls never go to SageAttention, which takes a mask and ignores it (the host itself avoids that
+    only in newer versions), nor to FlashAttention, which fails on one and says so in the log at
+    every call, nor to another pack's override, which mostly is SageAttention."""
+
+    options: Options
+    precision: Any = None
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None
+    ) -> Tensor:
+        kwargs = {"attn_precision": self.precision, "transformer_options": self.options}
+        if mask is None:
+            return backends.optimized_attention(q, k, v, heads, **kwargs)
+        attention, kwargs["transformer_options"] = self._masked
+        return attention(q, k, v, heads, mask, **kwargs)
+
+    @cached_property
+    def _masked(self) -> tuple[Callable[..., Tensor], Options]:
+        """What computes masked attention in this pass of the U-Net, and its options."""
+        attention = backends.optimized_attention_masked
+        if mm.sage_attention_enabled() or mm.flash_attention_enabled():
+            attention = backends.attention_pytorch
+        return attention, {name: x for name, x in self.options.items() if name != OVERRIDE}
+
+
+@dataclass
+class BlockTable:
+    """Finds the site of a running block, and its token grid."""
+
+    sites: Sequence[Site]
+    index: dict[tuple[str, int, int], int] = field(init=False)
+    warned: set[tuple[int, str]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.index = {(s.part, s.number, s.block_index): s.index for s in self.sites}
+
+    def site(self, options: Options) -> int:
+        """Number l of the block that is running."""
+        part, number = options["block"][:2]
+        return self.index[part, number, options.get("block_index", 0)]
+
+    def grid(self, options: Options, x: Tensor) -> Grid | None:
+        """(h,w) of the tokens of x; None when another pack changed its rows or tokens."""
+        batch, _, height, width = options["activations_shape"]
+        fits = x.shape[1] == height * width and x.shape[0] == batch
+        return (height, width) if fits else None
+
+    def warn(self, options: Options, x: Tensor, index: int, lost: str) -> None:
+        """Say, once a run, what a block with a changed x goes without."""
+        if (index, lost) in self.warned:
+            return
+        self.warned.add((index, lost))
+        batch, _, height, width = options["activations_shape"]
+        logging.warning(
+            "AnyStory: block '%s' has %d rows of %d tokens for %d of a grid of %dx%d (another node "
+            "changes them); %s.",
+            self.sites[index - 1].label,
+            *x.shape[:2],
+            batch,
+            height,
+            width,
+            lost,
+        )
+
+
+@dataclass(frozen=True)
+class RoutePatch:
+    """attn2 input patch: the router reads ``norm2``'s output. With others in its slot, which may
+    change the rows, it keeps that output for the block's other patches."""
+
+    table: BlockTable
+    others: bool
+
+    @torch.compiler.disable
+    def __call__(
+        self, n: Tensor, context: Tensor, value: Tensor, options: MutableMapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        call: Call | None = options.get(CALL_KEY)
+        if call is not None:
+            grid = self.table.grid(options, n)
+            if grid is not None:
+                call.begin_cross_attention(self.table.site(options), n, grid)
+                if self.others:
+                    options[STATES_KEY] = n
+        return n, context, value
+
+
+@dataclass(frozen=True)
+class CrossAttentionPatch:
+    """attn2 replacement: the text's part by whoever was in the slot, then Eq. 5; which is left to
+    :class:`LatePatch` where another pack runs attn2 with rows of its own."""
+
+    table: BlockTable
+    previous: Replace | None
+
+    @torch.compiler.disable
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, options: MutableMapping[str, Any], **_: Any
+    ) -> Tensor:
+        text = _plain(self.previous, q, k, v, options)
+        call: Call | None = options.get(CALL_KEY)
+        if call is None:
+            return text
+        index = self.table.site(options)
+        if self.table.grid(options, q) is not None:
+            options.pop(STATES_KEY, None)
+            return call.cross_attention(index, q, text)
+        if STATES_KEY not in options:
+            self.table.warn(options, q, index, "it goes without the subjects")
+        return text
+
+
+@dataclass(frozen=True)
+class LatePatch:
+    """attn2 output patch: Eq. 5 for a block whose rows another pack multiplied, one for each of its
+    prompts (Attention Couple), when that pack has put them together again."""
+
+    table: BlockTable
+    unet: Any
+
+    @torch.compiler.disable
+    def __call__(self, out: Tensor, options: MutableMapping[str, Any]) -> Tensor:
+        call: Call | None = options.get(CALL_KEY)
+        states: Tensor | None = options.pop(STATES_KEY, None)
+        if call is None or states is None:
+            return out
+        index = self.table.site(options)
+        if self.table.grid(options, out) is None:
+            self.table.warn(options, out, index, "it goes without the subjects")
+            return out
+        attn2 = self.unet.get_submodule(self.table.sites[index - 1].ldm).attn2
+        q = attn2.to_q(states)
+        term = call.cross_attention(index, q, torch.zeros_like(q))
+        # The other pack's rows have been through to_out, bias included.
+        return out + (attn2.to_out(term) - attn2.to_out(torch.zeros_like(term[:1, :1])))
+
+
+@dataclass(frozen=True)
+class SelfAttentionPatch:
+    """attn1 replacement: Eq. 6-8. Where another replacement stands in the slot, its output changes
+    by what the references change in plain attention."""
+
+    table: BlockTable
+    previous: Replace | None
+
+    @torch.compiler.disable
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: Options, **_: Any) -> Tensor:
+        call: Call | None = options.get(CALL_KEY)
+        routed = None
+        if call is not None:
+            index = self.table.site(options)
+            grid = self.table.grid(options, q)
+            if grid is None:
+                self.table.warn(options, q, index, "it goes without the subjects' references")
+            elif k.shape[1] == q.shape[1]:
+                routed = call.self_attention(index, q, k, v, grid)
+        if routed is None:
+            return _plain(self.previous, q, k, v, options)
+        if self.previous is None:
+            return routed
+        return self.previous(q, k, v, options) + (routed - _plain(None, q, k, v, options))
+
+
+def _plain(previous: Replace | None, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+    """The block's attention as it would be without us."""
+    if previous is not None:
+        return previous(q, k, v, options)
+    attention = HostAttention(options, options.get("attn_precision"))
+    return attention(q, k, v, options["n_heads"])
+
+
+def install(transformer_options: dict[str, Any], sites: Sequence[Site], unet: Any) -> None:
+    """Put one run's patches into ``transformer_options`` (the guider's own nested copy).
+
+    A slot is (name, number, index) or (name, number), and the host looks at the first form first.
+    So ours goes where another's triple stands, chaining it, and on the pair elsewhere, chaining
+    that: a pair that another pack sets while sampling (PAG, SAG) is then never hidden by us. Of the
+    patches around attn2 ours read first and add last: the block's own rows.
+    """
+    table = BlockTable(sites)
+    patches = transformer_options.setdefault("patches", {})
+    others = patches.get("attn2_patch", ())
+    patches["attn2_patch"] = [RoutePatch(table, bool(others)), *others]
+    if others:
+        after_attn2 = patches.get("attn2_output_patch", ())
+        patches["attn2_output_patch"] = [*after_attn2, LatePatch(table, unet)]
+    replacements = transformer_options.setdefault("patches_replace", {})
+    for name, kind in (("attn1", SelfAttentionPatch), ("attn2", CrossAttentionPatch)):
+        before: dict[Any, Replace] = replacements.get(name, {})
+        after = dict(before)
+        for site in sites:
+            pair = (site.part, site.number)
+            triple = (*pair, site.block_index)
+            slot = triple if triple in before else pair
+            after[slot] = kind(table, before.get(slot))
+        replacements[name] = after

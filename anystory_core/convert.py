@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .config import AnyStoryConfig
+from .bases.sdxl.config import AnyStoryConfig
 from .errors import AnyStoryError
 from .weights.convert.plan import DTYPES, REFERENCE_NETS, convert
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional
 
+from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.bases.sdxl.reference_net import ReferenceNet
 from anystory_core.bases.sdxl.sites import build_sites
-from anystory_core.config import AnyStoryConfig
 from anystory_core.injection.call import Call, Rows
 from anystory_core.injection.equations import Candidates, KeyValue
 from anystory_core.injection.run import Run, SiteConditions

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.bases.sdxl.sites import Site, build_sites
-from anystory_core.config import AnyStoryConfig
 from anystory_core.routing.sources import Crops, Grid, SoftMaps, resize_soft
 from anystory_core.training.losses import map_error, target_maps
 

@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..anystory_core.config import AnyStoryConfig
+from ..anystory_core.bases.sdxl.config import AnyStoryConfig
 from ..anystory_core.errors import ModelMismatchError, SubjectError
 from ..anystory_core.subject.encoder import encode_subject, reference_latents
 from ..anystory_core.subject.preprocess import prepare_views, zero_clip

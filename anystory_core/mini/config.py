@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config import AnyStoryConfig, UNetConfig
+from ..bases.sdxl.config import AnyStoryConfig, UNetConfig
 
 CONFIG = AnyStoryConfig.mini()
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import AnyStoryConfig
+from ..bases.sdxl.config import AnyStoryConfig
 from ..errors import SubjectError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

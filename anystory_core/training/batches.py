@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import AnyStoryConfig
+from ..bases.sdxl.config import AnyStoryConfig
 from ..data.index import DataError, Entry, Index, Kind
 from ..data.schema import Raw, decode
 from ..errors import AnyStoryError

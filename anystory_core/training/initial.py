@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import AnyStoryConfig
+from ..bases.sdxl.config import AnyStoryConfig
 from ..errors import ConfigError
 from ..weights.checkpoint import load_model, read_header
 from ..weights.convert.plan import load_ip_adapter, with_ip_adapter_sizes

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
-from ..config import AnyStoryConfig
+from ..bases.sdxl.config import AnyStoryConfig
 from ..errors import CheckpointError, ConfigError
 from .model import PARTS, AnyStoryModel, build_model
 

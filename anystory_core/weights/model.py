@@ -13,9 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..bases.sdxl.config import AnyStoryConfig
 from ..bases.sdxl.reference_net import ReferenceNet
 from ..bases.sdxl.sites import Site, build_sites
-from ..config import AnyStoryConfig
 from ..errors import ConfigError
 from ..injection.equations import KeyValue
 from ..routing.router import Routers

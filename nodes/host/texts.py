@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...anystory_core.bases.sdxl.config import AnyStoryConfig
 from ...anystory_core.bases.sdxl.sites import Site
-from ...anystory_core.config import AnyStoryConfig
 from ...anystory_core.errors import ModelMismatchError, RoutingError
 from ...anystory_core.routing.words import Texts
 

@@ -29,9 +29,9 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from anystory_core.bases.sdxl.config import AnyStoryConfig  # noqa: E402
 from anystory_core.bases.sdxl.names import LDM_PREFIX, adapter_names  # noqa: E402
 from anystory_core.bases.sdxl.reference_net import ReferenceNet  # noqa: E402
-from anystory_core.config import AnyStoryConfig  # noqa: E402
 from anystory_core.weights.convert.write import write_streaming  # noqa: E402
 from anystory_core.weights.model import build_model  # noqa: E402
 

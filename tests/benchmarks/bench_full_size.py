@@ -54,7 +54,7 @@ def main() -> None:
     """Run it; exit code 1 above the limit."""
     torch.set_grad_enabled(False)
     setting.start_host()
-    config = core("config").AnyStoryConfig.sdxl()
+    config = core("bases.sdxl.config").AnyStoryConfig.sdxl()
     anystory = setting.make_anystory(config, tuple(core("weights.model").PARTS))
     start = time.perf_counter()
     subjects = [encode(anystory, number) for number in range(2)]

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from anystory_core.bases.sdxl.config import AnyStoryConfig, ReferenceConfig
 from anystory_core.bases.sdxl.reference_net import ReferenceNet
-from anystory_core.config import AnyStoryConfig, ReferenceConfig
 
 LATENT = 64  # 512 x 512 pixels
 

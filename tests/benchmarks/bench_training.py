@@ -21,7 +21,7 @@ import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import nn
 
-from anystory_core.config import AnyStoryConfig
+from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.mini.config import PICTURE_SIZE
 from anystory_core.training.batches import Batch
 from anystory_core.training.cache import Encodings

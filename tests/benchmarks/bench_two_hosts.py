@@ -40,7 +40,7 @@ def main() -> None:
     """Compare at N = 0, 1 and 3."""
     torch.set_grad_enabled(False)
     setting.start_host()
-    config = core("config").AnyStoryConfig.sdxl()
+    config = core("bases.sdxl.config").AnyStoryConfig.sdxl()
     patcher = setting.make_unet(config, torch.float32)
     anystory = setting.make_anystory(config, dtype=torch.float32)
     model, hosts = anystory.model, core("training.hosts.unet")

@@ -41,7 +41,9 @@ def small(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str
     save(folders["checkpoints"] / "base.safetensors", ldm_state(config))
     save(folders["ipadapter"] / "plus.safetensors", adapter_state(names, config))
     build = module("anystory_pack.nodes.build")
-    own = module("anystory_pack.anystory_core.config").AnyStoryConfig.from_json(config.to_json())
+    own = module("anystory_pack.anystory_core.bases.sdxl.config").AnyStoryConfig.from_json(
+        config.to_json()
+    )
     monkeypatch.setattr(build, "convert", functools.partial(build.convert, config=own))
     return folders
 

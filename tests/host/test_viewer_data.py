@@ -13,7 +13,7 @@ from PIL import Image
 from routes import random_record
 from scene import Scene, module
 
-from anystory_core.config import AnyStoryConfig
+from anystory_core.bases.sdxl.config import AnyStoryConfig
 
 LIMIT = 2 * 2**20  # bytes of one viewer's data, file and layout together
 LEVELS = 255

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anystory_core.config import AnyStoryConfig
+from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.training.hosts.names import ldm_to_diffusers
 
 

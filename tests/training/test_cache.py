@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anystory_core.config import ReferenceConfig
+from anystory_core.bases.sdxl.config import ReferenceConfig
 from anystory_core.training.batches import Batch
 from anystory_core.training.cache import Encodings
 from anystory_core.training.checkpoints import CheckpointFolderError

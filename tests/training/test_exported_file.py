@@ -12,7 +12,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from anystory_core.config import AnyStoryConfig
+from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.data import shards
 from anystory_core.training.config import load_config
 from anystory_core.training.loop import Trainer

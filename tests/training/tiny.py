@@ -16,14 +16,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from anystory_core.config import (
-    AnyStoryConfig,
-    ClipVisionConfig,
-    QFormerConfig,
-    ReferenceConfig,
-    RouterConfig,
-    UNetConfig,
-)
+from anystory_core.bases.sdxl.config import AnyStoryConfig, ReferenceConfig, UNetConfig
+from anystory_core.config import ClipVisionConfig, QFormerConfig, RouterConfig
 from anystory_core.data import shards
 from anystory_core.training.hosts.base import text_encoder
 from anystory_core.training.hosts.names import diffusers_unet_config

@@ -9,8 +9,9 @@ import naive
 import torch
 from torch import Tensor
 
+from anystory_core.bases.sdxl.config import UNetConfig
 from anystory_core.bases.sdxl.sites import build_sites
-from anystory_core.config import RouterConfig, UNetConfig
+from anystory_core.config import RouterConfig
 from anystory_core.injection.call import Call, Rows
 from anystory_core.injection.equations import Candidates, KeyValue
 from anystory_core.injection.run import Run, SiteConditions

@@ -12,14 +12,9 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from anystory_core.bases.sdxl.config import AnyStoryConfig, ReferenceConfig, UNetConfig
 from anystory_core.bases.sdxl.reference_net import ReferenceNet
-from anystory_core.config import (
-    AnyStoryConfig,
-    ClipVisionConfig,
-    QFormerConfig,
-    ReferenceConfig,
-    UNetConfig,
-)
+from anystory_core.config import ClipVisionConfig, QFormerConfig
 from anystory_core.weights.convert.plan import convert
 
 

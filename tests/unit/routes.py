@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.bases.sdxl.sites import build_sites
-from anystory_core.config import AnyStoryConfig
 from anystory_core.routing.record import RoutingRecord, StepRecord
 
 Regions = Callable[[Tensor, Tensor], Tensor]  # y, x in [0,1) of each token -> region ids

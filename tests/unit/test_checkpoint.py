@@ -18,7 +18,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from anystory_core.config import AnyStoryConfig, ClipVisionConfig, QFormerConfig, UNetConfig
+from anystory_core.bases.sdxl.config import AnyStoryConfig, UNetConfig
+from anystory_core.config import ClipVisionConfig, QFormerConfig
 from anystory_core.errors import CheckpointError
 from anystory_core.weights import checkpoint
 from anystory_core.weights.checkpoint import load_model, merge_files, read_header, save_model

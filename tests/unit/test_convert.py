@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.bases.sdxl.names import diffusers_modules, diffusers_name
 from anystory_core.bases.sdxl.reference_net import ReferenceNet
 from anystory_core.bases.sdxl.sites import build_sites
-from anystory_core.config import AnyStoryConfig
 from anystory_core.errors import CheckpointError
 from anystory_core.weights.checkpoint import load_model, read_header
 from anystory_core.weights.convert import plan as conversion

@@ -13,7 +13,7 @@ from torch import nn
 pytest.importorskip("diffusers")
 pytest.importorskip("open_clip")
 
-from anystory_core.config import AnyStoryConfig
+from anystory_core.bases.sdxl.config import AnyStoryConfig
 from lab import vae as vae_module
 from lab.base import build_unet, reading_place, spread_timesteps
 from lab.clip import Clip

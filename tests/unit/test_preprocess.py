@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anystory_core.config import AnyStoryConfig
+from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.errors import SubjectError
 from anystory_core.subject.preprocess import (
     CLIP_MEAN,

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from anystory_core.bases.sdxl.config import UNetConfig
 from anystory_core.bases.sdxl.sites import build_sites
-from anystory_core.config import RouterConfig, UNetConfig
+from anystory_core.config import RouterConfig
 from anystory_core.routing.router import Routers
 from anystory_core.routing.sources import LearnedRoutes, MaskRoutes, SoftMaps, resize_soft
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from routes import halves, random_record, record_of
 
-from anystory_core.config import AnyStoryConfig
+from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.errors import RoutingError
 from anystory_core.pictures.atlas import LIMIT, Atlas, build_atlas
 

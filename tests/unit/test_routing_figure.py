@@ -8,7 +8,7 @@ import pytest
 import torch
 from routes import halves, record_of
 
-from anystory_core.config import AnyStoryConfig
+from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.errors import RoutingError
 from anystory_core.pictures import figure as routing_figure
 from anystory_core.pictures.figure import figure, overlay, palette, plain_label

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.bases.sdxl.sites import build_sites
-from anystory_core.config import AnyStoryConfig
 from anystory_core.training.hosts.names import diffusers_unet_config, ldm_to_diffusers
 
 CONFIGS = {"sdxl": AnyStoryConfig.sdxl(), "mini": AnyStoryConfig.mini()}

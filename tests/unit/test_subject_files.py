@@ -14,13 +14,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from anystory_core.config import (
-    AnyStoryConfig,
-    ClipVisionConfig,
-    QFormerConfig,
-    ReferenceConfig,
-    UNetConfig,
-)
+from anystory_core.bases.sdxl.config import AnyStoryConfig, ReferenceConfig, UNetConfig
+from anystory_core.config import ClipVisionConfig, QFormerConfig
 from anystory_core.errors import AnyStoryError, ModelMismatchError, SubjectError
 from anystory_core.subject.encoder import encode_subject
 from anystory_core.subject.files import (

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from ...config import UNetConfig
+from .config import UNetConfig
 from .sites import Site
 
 _RESNET = {

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
-from ...config import AnyStoryConfig
+from .config import AnyStoryConfig
 from .sites import build_sites
 
 

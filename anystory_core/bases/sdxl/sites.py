@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ...config import UNetConfig
+from .config import UNetConfig
 
 
 @dataclass(frozen=True, kw_only=True)

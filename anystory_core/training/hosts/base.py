@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ...config import AnyStoryConfig
+from ...bases.sdxl.config import AnyStoryConfig
 from ...errors import ConfigError, ModelMismatchError
 from ..config import BaseSettings
 from .names import diffusers_unet_config

@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ...bases.sdxl.config import AnyStoryConfig, UNetConfig
 from ...bases.sdxl.reference_net import ReferenceNet
-from ...config import AnyStoryConfig, UNetConfig
 from ...weights.model import AnyStoryModel
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
-from ...config import AnyStoryConfig
+from ...bases.sdxl.config import AnyStoryConfig
 from ...errors import ModelMismatchError
 from .names import diffusers_unet_config, ldm_to_diffusers
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...bases.sdxl.config import AnyStoryConfig
 from ...bases.sdxl.names import (
     adapter_names,
     diffusers_adapter_names,
@@ -31,7 +32,7 @@ from ...bases.sdxl.names import (
     diffusers_name,
 )
 from ...bases.sdxl.sites import build_sites
-from ...config import AnyStoryConfig, QFormerConfig
+from ...config import QFormerConfig
 from ...errors import CheckpointError
 from ..checkpoint import FORMAT, read_header
 from ..model import PARTS, AnyStoryModel, build_model

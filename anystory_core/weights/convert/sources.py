@@ -19,8 +19,8 @@ from typing import Any, cast
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ...bases.sdxl.config import AnyStoryConfig
 from ...bases.sdxl.names import LDM_PREFIX
-from ...config import AnyStoryConfig
 from ...errors import CheckpointError
 from ..checkpoint import FLOATS, TensorFile, open_tensors, raw_header
 

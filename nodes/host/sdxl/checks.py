@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ....anystory_core.bases.sdxl.config import AnyStoryConfig
 from ....anystory_core.bases.sdxl.sites import Site
-from ....anystory_core.config import AnyStoryConfig
 from ....anystory_core.errors import ModelMismatchError
 
 

@@ -193,7 +193,7 @@ class Bench:
     def full_size(cls, subjects: int, *, filled: bool = True) -> Bench:
         """SDXL. Counts need no values: weights that are not ``filled`` take no time and no
         memory before somebody reads them."""
-        config = core("config").AnyStoryConfig.sdxl()
+        config = core("bases.sdxl.config").AnyStoryConfig.sdxl()
         return cls(
             make_unet(config, filled=filled),
             make_anystory(config, filled=filled),

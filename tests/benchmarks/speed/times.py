@@ -145,7 +145,7 @@ def reference_net(repetitions: int) -> dict[str, Any]:
     """One picture's pass (64x64 latent) against the original graph with cross-attention.
 
     All share one set of weights: the simplified graph's are part of the original's."""
-    config = core("config").AnyStoryConfig.sdxl()
+    config = core("bases.sdxl.config").AnyStoryConfig.sdxl()
     crossed = dataclasses.replace(config.reference, cross_attention=True)
     graphs = {
         "original": (dataclasses.replace(config, reference=crossed), True),

@@ -26,7 +26,7 @@ import torch
 from anystory_core.mini.config import PICTURE_SIZE
 from anystory_core.mini.weights import FOLDER
 from anystory_core.mini.weights import path as weights_path
-from anystory_core.training.hosts.base import fingerprint
+from anystory_core.weights.fingerprint import weights_fingerprint
 from anystory_core.weights.model import AnyStoryModel
 
 from .emoji import Emoji, download
@@ -155,7 +155,7 @@ def main() -> None:
     stack = stack_of_files(FOLDER) if given.shipped else stack_of_work(given.work)
     models = find_models(given.work, shipped=given.shipped)
     judge = Judge.load(subjects)
-    eyes = fingerprint((judge.finder, judge.identity))
+    eyes = weights_fingerprint(judge.finder, judge.identity)
     trained = [model.fingerprint for model in models.values()]
     key = "-".join((str(PICTURE_SIZE), stack.fingerprint, *trained, eyes, str(given.first)))
     table = Table(given.out, key)

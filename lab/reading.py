@@ -21,10 +21,12 @@ from torch.nn import functional
 from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.bases.sdxl.reference_net import ReferenceNet
 from anystory_core.bases.sdxl.sites import build_sites
-from anystory_core.injection.call import Call, Rows
-from anystory_core.injection.equations import Candidates, KeyValue
-from anystory_core.injection.run import Run, SiteConditions
+from anystory_core.injection.call import Shown
+from anystory_core.injection.keys import Candidates, KeyValue
+from anystory_core.injection.prepare import PreparedSubjects, SiteConditions
+from anystory_core.injection.rows import Rows
 from anystory_core.routing.sources import RouteSource
+from anystory_core.training.call import TrainingCall
 from anystory_core.training.hosts import unet as diffusers_unet
 from anystory_core.training.hosts.names import ldm_to_diffusers
 
@@ -47,7 +49,9 @@ class Reader:
         tied[first] = functional.pad(tied[first], (0, 0, 0, 0, 0, 1))
         return functional_call(self.net, tied, (functional.pad(latents, (0, 0, 0, 0, 0, 1)),))
 
-    def call(self, latents: Tensor, present: Tensor, source: RouteSource, placed: int = 0) -> Call:
+    def call(
+        self, latents: Tensor, present: Tensor, source: RouteSource, placed: int = 0
+    ) -> TrainingCall:
         """The first n rows of a pass read references (n,N,4,r,r) where ``source`` sends them, those
         that ``present`` (n,N) bool says are there; differentiable. Blocks agree on the places of
         all but the first ``placed`` rows, whose places were given."""
@@ -64,10 +68,14 @@ class Reader:
             nothing = Candidates([None] * (count + 1))
             conditions.append(SiteConditions(nothing, Candidates([*read, None])))
         biases = (*(0.0,) * count, -math.inf)
-        run = Run(tuple(conditions), source, (1.0,) * (count + 1), biases, agree=True)
+        prepared = PreparedSubjects(
+            tuple(conditions), source, (1.0,) * (count + 1), biases, agree=True
+        )
         rows, active = Rows(tuple(range(len(latents)))), (True,) * count
-        apart = tuple(range(placed))
-        return Call(run, rows, active, self.sites, diffusers_unet.dense_attention, apart=apart)
+        shown = Shown(apart=tuple(range(placed)))
+        return TrainingCall(
+            prepared, rows, active, self.sites, diffusers_unet.dense_attention, shown
+        )
 
 
 def _spread(features: Tensor, present: Tensor) -> Tensor:

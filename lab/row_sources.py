@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anystory_core.bases.sdxl.sites import Site
-from anystory_core.routing.sources import Crops, Grid, MaskRoutes, RouteSource, SoftMaps
+from anystory_core.bases.base import Site
+from anystory_core.routing.grids import Crops, Grid, SoftMaps
+from anystory_core.routing.sources import MaskRoutes, RouteSource
 
 
 @dataclass(frozen=True)

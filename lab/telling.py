@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from anystory_core.bases.base import Site
 from anystory_core.bases.sdxl.config import AnyStoryConfig
-from anystory_core.bases.sdxl.sites import Site, build_sites
-from anystory_core.routing.sources import Crops, Grid, SoftMaps, resize_soft
+from anystory_core.bases.sdxl.sites import UNetSite, build_sites
+from anystory_core.routing.grids import Crops, Grid, SoftMaps, resize_soft
 from anystory_core.training.losses import map_error, target_maps
 
 
@@ -55,7 +56,7 @@ class Teller(nn.Module):
         self.hidden = nn.ModuleList([nn.Linear(s.channels, key, bias=False) for s in sites])
         self._seen: list[Tensor] = []
 
-    def watch(self, unet: Any, sites: Sequence[Site]) -> None:
+    def watch(self, unet: Any, sites: Sequence[UNetSite]) -> None:
         """Keep what each block's ``norm2`` gives in a pass; :meth:`loss` takes it."""
         for site in sites:
             unet.get_submodule(site.diffusers).norm2.register_forward_hook(self._keep)

@@ -8,12 +8,12 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ..anystory_core.errors import RoutingError
-from ..anystory_core.injection.run import Settings
+from ..anystory_core.injection.prepare import Settings
 from ..anystory_core.subject.subject import SubjectOptions
 from .host import ids
-from .host.sdxl.checks import check_latent_format, check_model
-from .host.sockets import RoutingMaps
-from .host.wrapper import Routing, SamplingWrapper
+from .host.sdxl.checks import check_model
+from .host.sockets import Routing, RoutingMaps
+from .host.wrapper import SamplingWrapper
 
 
 class ApplyAnyStory(io.ComfyNode):
@@ -130,7 +130,6 @@ def apply_routing(
         return patched
     anystory = routing.anystory
     check_model(model, anystory.model.config, anystory.model.sites)
-    check_latent_format(model, anystory.model.config)
     wrapper = SamplingWrapper(routing, settings, start, end, maps, node, bar)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, ids.WRAPPER_KEY, wrapper)
     if routing.routers():

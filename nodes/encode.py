@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..anystory_core.bases.sdxl.config import AnyStoryConfig
 from ..anystory_core.errors import ModelMismatchError, SubjectError
-from ..anystory_core.subject.encoder import encode_subject, reference_latents
+from ..anystory_core.subject.encoder import PictureStates, encode_subject, reference_latents
 from ..anystory_core.subject.preprocess import prepare_views, zero_clip
 from ..anystory_core.subject.subject import UNNAMED, Subject, SubjectOptions
+from ..anystory_core.weights.fingerprint import weights_fingerprint
 from .host import ids, tensors
 from .host.managed import ManagedAnyStory, compute_dtype, load, release
 from .host.saying import say
@@ -115,32 +116,29 @@ class EncodeSubject(io.ComfyNode):
         device = mm.get_torch_device()
         dtype = compute_dtype(device)
         with torch.inference_mode():
-            states = background = latents = None
+            clip_out = background = latents = label_out = None
             if "encoder" in anystory.patchers:
-                states = clip_states(clip_vision, views.clip, config).to(device, dtype)
+                clip_out = clip_states(clip_vision, views.clip, config).to(device, dtype)
                 background = clip_states(clip_vision, zero_clip(config), config).to(device, dtype)
             progress.update(1)
             if model.reference_net is not None:
                 pictures = tensors.vae_latents(vae, tensors.vae_picture(views.vae))
                 latents = reference_latents(model, pictures.float()).to(device, dtype)
-            context = None
-            if model.reference_net is not None and config.reference.cross_attention:
-                context = label_context(clip, label, config).to(device, dtype)
-                context = context.expand(views.vae.shape[0], -1, -1)
+                if config.reference.cross_attention:
+                    label_out = label_context(clip, label, config).to(device, dtype)
+            states = PictureStates(
+                clip=clip_out,
+                background=background,
+                latents=latents,
+                label=label_out,
+                clip_fingerprint=weights_fingerprint(clip_vision.model),
+            )
             progress.update(1)
             patchers = anystory.having("encoder", "reference_net")
             load(patchers)
             try:
                 subject = encode_subject(
-                    model,
-                    views,
-                    clip_states=states,
-                    background_states=background,
-                    latents=latents,
-                    label=clean_label(label),
-                    context=context,
-                    clip_fingerprint=tensors.weights_fingerprint(clip_vision.model),
-                    store=mm.unet_offload_device(),
+                    model, views, states, label=clean_label(label), store=mm.unet_offload_device()
                 )
             finally:
                 release(patchers)

@@ -7,12 +7,12 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..anystory_core.errors import RoutingError
-from ..anystory_core.injection.run import MODES, check_routing
+from ..anystory_core.routing.modes import MODES, check_routing
 from ..anystory_core.subject.subject import Subject
 from .host import ids, tensors
 from .host.managed import ManagedAnyStory
+from .host.sockets import Routing
 from .host.texts import label_states
-from .host.wrapper import Routing
 
 
 class SubjectRouter(io.ComfyNode):

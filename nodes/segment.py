@@ -13,12 +13,11 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..anystory_core.errors import RoutingError
-from ..anystory_core.injection.run import Settings
+from ..anystory_core.injection.prepare import Settings
 from ..anystory_core.routing import segment
 from .apply import apply_routing, is_applied
 from .host import ids, tensors
-from .host.sockets import RoutingMaps
-from .host.wrapper import Routing
+from .host.sockets import Routing, RoutingMaps
 
 _AT_ONCE = 4  # noises in one pass of the U-Net
 

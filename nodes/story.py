@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..anystory_core.errors import RoutingError
 from ..anystory_core.story import SEEDS, Panel, Story, parse_story
 from .host import ids
-from .host.wrapper import Routing
+from .host.sockets import Routing
 
 EXAMPLE = """Style: a colourful picture
 Role Rex: a green dinosaur

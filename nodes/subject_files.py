@@ -12,6 +12,7 @@ from comfy_api.latest import io, ui
 from ..anystory_core.errors import SubjectError
 from ..anystory_core.subject import files as subject_files
 from ..anystory_core.subject.subject import Subject
+from ..anystory_core.weights.fingerprint import weights_fingerprint
 from .host import ids, tensors
 from .host.managed import ManagedAnyStory
 from .host.saying import say
@@ -125,7 +126,7 @@ class LoadAnyStorySubject(io.ComfyNode):
     ) -> io.NodeOutput:
         subject = subject_files.load_subject(find(subject_name), anystory.model)
         if clip_vision is not None:
-            found = tensors.weights_fingerprint(clip_vision.model)
+            found = weights_fingerprint(clip_vision.model)
             subject_files.check_clip(subject, subject_name, found)
         shown = ui.PreviewImage(tensors.uint8_picture(subject.cutout), cls=cls).as_dict()
         shown["text"] = say([subject.label])

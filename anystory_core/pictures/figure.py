@@ -46,7 +46,6 @@ _TEXT: Colour = (225, 225, 230)
 _DIM: Colour = (150, 150, 160)
 _MARGIN = 8
 _LABEL_WIDTH = 132
-_SHORT = {"input": "in", "middle": "mid", "output": "out"}
 
 
 @functools.cache
@@ -188,9 +187,7 @@ def _cell(
             tile = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
             page.paste(tile, (x, y))
         draw.rectangle((x - 1, y - 1, x + width, y + height), outline=_BORDER)
-        part, _, rest = site.label.partition(" ")
-        text = f"{_SHORT[part]} {rest}"
-        draw.text((x, y + height), text, fill=_DIM, font=_font(9))
+        draw.text((x, y + height), site.short_label, fill=_DIM, font=_font(9))
 
 
 def overlay(

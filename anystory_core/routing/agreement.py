@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .sources import Grid, product
+from .grids import Grid, area_shares, product
 
 SIDE = 16
 REACH = 2.0  # tokens of that grid, an eighth of the picture
@@ -69,7 +69,7 @@ class Agreement:
         matrices, because not every device averages over areas that do not divide."""
         if grid not in self._ways:
             sizes = zip(grid, self._grid, strict=True)
-            self._ways[grid] = tuple(_overlap(before, after, image) for before, after in sizes)
+            self._ways[grid] = tuple(area_shares(before, after, image) for before, after in sizes)
         return product(self._ways[grid][0], image, self._ways[grid][1].t())
 
     def _scores(self, mean: Tensor) -> Tensor:
@@ -82,14 +82,6 @@ class Agreement:
         whole = parts.sum(dim=(2, 3), keepdim=True)
         near, ahead = (x[:, :-1] / x[:, -1:].clamp_min(_LEAST) for x in (near, whole))
         return near + (ahead.amax(dim=1, keepdim=True) - ahead).clamp_max(MOST)
-
-
-def _overlap(before: int, after: int, like: Tensor) -> Tensor:
-    """(after,before): the share of each old place in each new one."""
-    old = torch.arange(before, device=like.device, dtype=like.dtype) / before
-    new = torch.arange(after, device=like.device, dtype=like.dtype)[:, None] / after
-    shared = torch.minimum(old + 1 / before, new + 1 / after) - torch.maximum(old, new)
-    return shared.clamp_min(0) * after
 
 
 def _gaussian(size: int, like: Tensor) -> Tensor:

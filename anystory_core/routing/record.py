@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..bases.sdxl.sites import Site
+from ..bases.base import Site
 from ..errors import RoutingError
-from .sources import Grid
+from .grids import Grid
 
 
 @dataclass

@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..bases.sdxl.sites import Site
+from ..bases.base import Site
 from ..config import RouterConfig
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import RoutingError
+from .grids import SoftMaps, mean_over_blocks
 from .record import StepRecord
-from .sources import SoftMaps, mean_over_blocks
 
 
 def mean_maps(step: StepRecord, size: tuple[int, int]) -> Tensor:

@@ -6,53 +6,16 @@ conditioner takes their argmax as the route. Masks live in picture space, 1 = su
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..bases.sdxl.sites import Site
-from .router import RouterKeys, Routers, RoutingLogits
-
-Grid = tuple[int, int]  # height and width in tokens
-
-
-@dataclass(frozen=True)
-class Crop:
-    """The part of the latent that a call sees, in latent pixels (area conditioning)."""
-
-    y: int
-    x: int
-    height: int
-    width: int
-    full_height: int
-    full_width: int
-
-    def narrow(self, mask: Tensor) -> Tensor:
-        """Cut a mask (H,W) to the same part, at least one pixel of it."""
-        rows, columns = mask.shape
-        top = min(self.y * rows // self.full_height, rows - 1)
-        left = min(self.x * columns // self.full_width, columns - 1)
-        bottom = max(-(-(self.y + self.height) * rows // self.full_height), top + 1)
-        right = max(-(-(self.x + self.width) * columns // self.full_width), left + 1)
-        return mask[top:bottom, left:right]
-
-
-Crops = Sequence[Crop | None]  # one per row; None or nothing at all: the whole picture
-
-
-@dataclass(frozen=True)
-class SoftMaps:
-    """Routing maps of one block: ``maps`` (B,C,Q) float32 on ``grid``.
-
-    ``logits`` are there when a router made them (training needs the coarse ones too)."""
-
-    maps: Tensor
-    grid: Grid
-    logits: RoutingLogits | None = None
+from ..bases.base import Site
+from .grids import Crop, Crops, Grid, SoftMaps, area_mean, resize_soft
+from .router import RouterKeys, Routers
 
 
 class RouteSource(Protocol):
@@ -70,51 +33,6 @@ class RouteSource(Protocol):
     def resize(self, soft: SoftMaps, grid: Grid, crops: Crops) -> SoftMaps:
         """The same maps on another grid."""
         ...
-
-
-def product(down: Tensor, image: Tensor, across: Tensor) -> Tensor:
-    """Both matrices on the last two axes of an image, in its own precision."""
-    # Only where it is on: DirectML and the meta device, on which sizes are counted, have none.
-    kind = image.device.type
-    mixed = not image.is_meta and torch.is_autocast_enabled(kind)
-    with torch.autocast(kind, enabled=False) if mixed else nullcontext():
-        return torch.matmul(torch.matmul(down, image), across)
-
-
-def _touched(before: int, after: int, like: Tensor) -> Tensor:
-    """(after,before): each new place is the mean of the old ones that it touches. That is the mode
-    "area" of ``interpolate``, which Apple's GPUs do not have for sizes that do not divide."""
-    old = torch.arange(before, device=like.device)
-    new = torch.arange(after, device=like.device)[:, None]
-    inside = (old >= new * before // after) & (old * after < (new + 1) * before)
-    return inside * (like.new_ones(()) / inside.sum(dim=1, keepdim=True))
-
-
-def resize_soft(soft: SoftMaps, grid: Grid) -> SoftMaps:
-    """Area average when shrinking, bilinear when growing."""
-    if soft.grid == grid:
-        return soft
-    image = soft.maps.reshape(*soft.maps.shape[:2], *soft.grid)  # (B,C,h,w)
-    if grid[0] * grid[1] < soft.grid[0] * soft.grid[1]:
-        down, across = (_touched(old, new, image) for old, new in zip(soft.grid, grid, strict=True))
-        image = product(down, image, across.t())
-    else:
-        image = torch.nn.functional.interpolate(
-            image, size=grid, mode="bilinear", align_corners=False
-        )
-    return SoftMaps(image.flatten(2), grid)
-
-
-def mean_over_blocks(blocks: Sequence[SoftMaps], grid: Grid) -> Tensor:
-    """(B,C,Q) on ``grid``. Blocks of one grid are summed before they are resized, so the cost does
-    not grow with their number. ValueError when there is none."""
-    if not blocks:
-        raise ValueError("mean_over_blocks: no block has a map")
-    sums: dict[Grid, Tensor] = {}
-    for soft in blocks:
-        sums[soft.grid] = sums[soft.grid] + soft.maps if soft.grid in sums else soft.maps
-    resized = [resize_soft(SoftMaps(total, of), grid).maps for of, total in sums.items()]
-    return torch.stack(resized).sum(dim=0) / len(blocks)
 
 
 @dataclass(frozen=True)
@@ -160,10 +78,9 @@ class MaskRoutes:
         its device once."""
         key = grid, crop, device
         if key not in self._cache:
-            resize = torch.nn.functional.interpolate
             masks = [m if crop is None else crop.narrow(m) for m in self.masks]
-            weights = [resize(m[None, None], grid, mode="area")[0, 0].flatten() for m in masks]
-            self._cache[key] = torch.stack(weights).to(device)
+            weights = torch.stack([area_mean(m, grid).flatten() for m in masks])
+            self._cache[key] = weights.to(device)
         return self._cache[key]
 
     def maps(self, site: Site, z: Tensor, grid: Grid, crops: Crops) -> SoftMaps:

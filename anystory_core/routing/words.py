@@ -42,9 +42,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..bases.sdxl.sites import Site
+from ..bases.base import Site
 from ..errors import RoutingError
-from .sources import Crops, Grid, MaskRoutes, SoftMaps, resize_soft
+from .grids import Crops, Grid, SoftMaps, resize_soft
+from .sources import MaskRoutes
 
 KeyMap = Callable[[Site, Tensor], Tensor]  # a block's attn2.to_k: (1,T,C) -> (1,T,D)
 

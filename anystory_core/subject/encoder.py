@@ -2,16 +2,67 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import Protocol
 
+import torch
+from torch import Tensor, nn
+
+from ..bases.sdxl.config import AnyStoryConfig
+from ..bases.sdxl.reference_net import ReferenceNet
 from ..errors import ModelMismatchError, SubjectError
-from ..weights.model import AnyStoryModel
 from .preprocess import Views, latent_mask
+from .qformer import QFormer
 from .subject import Subject
 
 
-def check_clip_states(model: AnyStoryModel, states: Tensor) -> None:
+class SubjectEncoder(nn.Module):
+    """The two QFormers over one picture's CLIP states: subject tokens and routing feature."""
+
+    def __init__(self, subject: QFormer | None, routing: QFormer | None) -> None:
+        super().__init__()
+        self.subject = subject
+        self.routing = routing
+
+    def forward(self, states: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """CLIP states (V,S,W) -> tokens E (V,T,C) and routing features R (V,d_r)."""
+        tokens = None if self.subject is None else self.subject(states)
+        routing = None if self.routing is None else self.routing(states)[:, 0]
+        return tokens, routing
+
+
+class Encoders(Protocol):
+    """What of a model encodes subjects: an :class:`~..weights.model.AnyStoryModel`."""
+
+    @property
+    def config(self) -> AnyStoryConfig: ...
+    @property
+    def encoder(self) -> SubjectEncoder: ...
+    @property
+    def reference_net(self) -> ReferenceNet | None: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureStates:
+    """What the networks beside AnyStory's own make of V pictures of one subject.
+
+    clip (V,S,W) and background (1,S,W): penultimate CLIP states of ``views.clip`` and of
+    :func:`~.preprocess.zero_clip`; None when the model has no QFormer. latents (V,4,h,w): the VAE's
+    of ``views.vae`` at U-Net scale; None without a ReferenceNet. label (1 or V,S,C): text states of
+    the subject's label, only for a ReferenceNet with cross-attention. ``clip_fingerprint`` names
+    the CLIP vision weights.
+    """
+
+    clip: Tensor | None = None
+    background: Tensor | None = None
+    latents: Tensor | None = None
+    label: Tensor | None = None
+    clip_fingerprint: str = ""
+
+
+def check_clip_states(model: Encoders, states: Tensor) -> None:
     """ModelMismatchError unless ``states`` are (V, S, W) of the model's CLIP vision encoder."""
     expected = (model.config.clip.tokens, model.config.clip.width)
     if states.ndim != 3 or tuple(states.shape[1:]) != expected:
@@ -21,7 +72,7 @@ def check_clip_states(model: AnyStoryModel, states: Tensor) -> None:
         )
 
 
-def reference_latents(model: AnyStoryModel, raw: Tensor) -> Tensor:
+def reference_latents(model: Encoders, raw: Tensor) -> Tensor:
     """A VAE's own latents (V,4,h,w) brought to the U-Net's scale."""
     reference = model.config.reference
     channels = model.config.unet.in_channels
@@ -37,34 +88,29 @@ def reference_latents(model: AnyStoryModel, raw: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_subject(
-    model: AnyStoryModel,
+    model: Encoders,
     views: Views,
+    states: PictureStates,
     *,
-    clip_states: Tensor | None,
-    background_states: Tensor | None,
-    latents: Tensor | None,
     label: str,
-    context: Tensor | None = None,
-    clip_fingerprint: str = "",
     store: torch.device | str = "cpu",
 ) -> Subject:
-    """Encode V pictures of one subject.
+    """Encode V pictures of one subject. The modules run where ``states`` are; the result is stored
+    on ``store``.
 
-    clip_states (V,S,W) and background_states (1,S,W): penultimate CLIP states of ``views.clip`` and
-    of :func:`~.preprocess.zero_clip`; None when the model has no QFormer. latents (V,4,h,w): the
-    VAE's of ``views.vae`` at U-Net scale; None without a ReferenceNet. context (V,S,C): text
-    states of the label, only for a ReferenceNet with cross-attention. ``clip_fingerprint`` names
-    the CLIP vision weights. The modules run where the inputs are; the result is stored on
-    ``store``.
+    ModelMismatchError: CLIP states of another encoder. SubjectError: the model can encode nothing.
     """
     tokens = routing = background_tokens = background_routing = None
-    if clip_states is not None and background_states is not None:
-        check_clip_states(model, clip_states)
-        tokens, routing = model.encoder(clip_states)
-        background_tokens, background_routing = model.encoder(background_states)
+    if states.clip is not None and states.background is not None:
+        check_clip_states(model, states.clip)
+        tokens, routing = model.encoder(states.clip)
+        background_tokens, background_routing = model.encoder(states.background)
     features: tuple[Tensor, ...] = ()
+    latents, context = states.latents, states.label
     if model.reference_net is not None and latents is not None:
         mask = latent_mask(views.mask, (latents.shape[-2], latents.shape[-1])).to(latents)
+        if context is not None:
+            context = context.expand(latents.shape[0], -1, -1)
         stacked = model.reference_net(torch.cat((latents, mask), dim=1), context)
         features = tuple(x.flatten(0, 1) for x in stacked)  # (V*G_l, d_l)
     if tokens is None and not features:
@@ -87,5 +133,5 @@ def encode_subject(
         else keep(background_routing[0].float()),
         cutout=views.cutout,
         fingerprint=model.fingerprint,
-        clip_fingerprint=clip_fingerprint,
+        clip_fingerprint=states.clip_fingerprint,
     )

@@ -21,9 +21,10 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..bases.sdxl.sites import build_sites
 from ..errors import AnyStoryError, ModelMismatchError, SubjectError
-from ..weights.checkpoint import open_tensors, save_tensors
-from ..weights.model import AnyStoryModel
+from ..tensor_files import open_tensors, save_tensors
+from .encoder import Encoders
 from .subject import Subject, SubjectOptions
 
 FORMAT = "1"
@@ -138,7 +139,7 @@ def _holds(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str])
         return False  # whatever it is
 
 
-def load_subject(path: str | os.PathLike[str], model: AnyStoryModel) -> Subject:
+def load_subject(path: str | os.PathLike[str], model: Encoders) -> Subject:
     """Read one subject and check that it fits ``model``.
 
     ModelMismatchError when other AnyStory weights encoded it, with both fingerprints; SubjectError
@@ -221,7 +222,7 @@ def _check_header(name: str, header: Mapping[str, str]) -> SubjectOptions:
         raise SubjectError(f"{name}: its options are damaged; save the subject again") from error
 
 
-def _check_cutout(name: str, cutout: Tensor, model: AnyStoryModel) -> None:
+def _check_cutout(name: str, cutout: Tensor, model: Encoders) -> None:
     size = model.config.reference.size
     views = cutout.shape[0] if cutout.ndim else 0
     if cutout.dtype != torch.uint8 or not 1 <= views <= MOST_VIEWS:
@@ -235,7 +236,7 @@ def _check_cutout(name: str, cutout: Tensor, model: AnyStoryModel) -> None:
         )
 
 
-def _expected(model: AnyStoryModel, views: int) -> dict[str, tuple[int, ...]]:
+def _expected(model: Encoders, views: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a subject's tensors under these weights."""
     config, shapes = model.config, dict[str, tuple[int, ...]]()
     if model.encoder.subject is not None:
@@ -246,7 +247,7 @@ def _expected(model: AnyStoryModel, views: int) -> dict[str, tuple[int, ...]]:
         shapes["routing"] = shapes["background_routing"] = (config.routing_dim,)
     if model.reference_net is not None:
         side = config.reference.size // config.reference.latent_stride
-        for site in model.sites[1:]:
+        for site in build_sites(config.unet)[1:]:
             grid = math.ceil(side / site.stride)
             shapes[f"features.{site.index}"] = (views * grid * grid, site.channels)
     return shapes

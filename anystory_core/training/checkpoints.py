@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import AnyStoryError
-from ..weights.checkpoint import open_tensors
+from ..tensor_files import open_tensors
 
 # What torch, safetensors and accelerate raise at files that are cut off, missing or another run's.
 _UNREADABLE = (

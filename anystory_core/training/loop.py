@@ -18,7 +18,8 @@ from torch import Tensor
 from ..data.index import DataError, Index
 from ..data.schema import BadSamples
 from ..errors import ConfigError
-from ..weights.checkpoint import merge_files, open_tensors, save_model, save_tensors
+from ..tensor_files import open_tensors, save_tensors
+from ..weights.checkpoint import merge_files, save_model
 from ..weights.model import PARTS
 from . import checkpoints
 from .batches import Batch, SampleDataset, load_batches

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..routing.sources import Grid, SoftMaps, mean_over_blocks, resize_soft
+from ..routing.grids import Grid, SoftMaps, mean_over_blocks, resize_soft
 from .config import Tokens
 
 # Of the mean map before its largest candidate is taken: 0.55 against 0.45 becomes 0.77.

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..injection.call import Call, Rows
-from ..weights.checkpoint import atomic_file
+from ..injection.rows import Rows
+from ..tensor_files import atomic_file
 from .batches import Batch
 from .cache import Encodings
+from .call import TrainingCall
 from .checkpoints import writing
 from .hosts.unet import time_ids
 from .schedule import ddim
@@ -30,7 +31,7 @@ def sample(
     steps: int,
     guidance: float = GUIDANCE,
     seed: int = 0,
-) -> tuple[Tensor, Call]:
+) -> tuple[Tensor, TrainingCall]:
     """Draw a picture for each row with deterministic DDIM and classifier-free guidance:
     ((B,3,H,W) in [-1,1], the last conditional call with its routing maps).
 
@@ -60,9 +61,9 @@ def sample(
     return stage.base.decode_picture(z), call
 
 
-def _fresh(call: Call, rows: Rows) -> Call:
+def _fresh(call: TrainingCall, rows: Rows) -> TrainingCall:
     """The same run for another forward pass."""
-    return Call(call.run, rows, call.active, call.sites, call.attention)
+    return TrainingCall(call.prepared, rows, call.active, call.sites, call.attention)
 
 
 def draw_sheet(stage: Stage, batch: Batch, encodings: Encodings, path: Path) -> None:

@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..injection.call import Call, Rows
-from ..injection.run import Run, project
-from ..routing.sources import Grid, LearnedRoutes, SingleRoute, SoftMaps
+from ..injection.call import Call
+from ..injection.prepare import PreparedSubjects, project
+from ..injection.rows import Rows
+from ..routing.grids import Grid, SoftMaps
+from ..routing.sources import LearnedRoutes, SingleRoute
 from ..subject.preprocess import latent_mask, zero_clip
 from ..weights.model import AnyStoryModel
 from .batches import Batch, sample_seed
 from .cache import Encodings
+from .call import TrainingCall
 from .config import TrainingConfig
 from .hosts import unet as diffusers_unet
 from .hosts.base import Base
@@ -96,7 +99,7 @@ class Stage(nn.Module):
         """(name in a weights file, parameter) of all that this stage trains."""
         return (item for item in self.named_parameters() if item[1].requires_grad)
 
-    def conditions(self, batch: Batch, seeds: tuple[int, ...]) -> Call:
+    def conditions(self, batch: Batch, seeds: tuple[int, ...]) -> TrainingCall:
         """The call that serves this batch; differentiable."""
         raise NotImplementedError
 
@@ -122,7 +125,7 @@ class Stage(nn.Module):
         return self.total({"diffusion": diffusion}, call, batch, (height, width))
 
     def total(
-        self, losses: dict[str, Tensor], call: Call, batch: Batch, grid: Grid
+        self, losses: dict[str, Tensor], call: TrainingCall, batch: Batch, grid: Grid
     ) -> dict[str, Tensor]:
         """Add "loss" and what else the stage minimises; ``grid``: the latents'."""
         return {**losses, "loss": losses["diffusion"]}
@@ -139,11 +142,13 @@ class Stage(nn.Module):
         """CLIP states (1,S,W) of the zero image."""
         return self.clip_states(zero_clip(self.model.config).to(device))
 
-    def make_call(self, run: Run, batch: int, gumbel: tuple[int, ...] = ()) -> Call:
-        return Call(
-            run,
+    def make_call(
+        self, prepared: PreparedSubjects, batch: int, gumbel: tuple[int, ...] = ()
+    ) -> TrainingCall:
+        return TrainingCall(
+            prepared,
             Rows(tuple(range(batch))),
-            (True,) * run.subjects,
+            (True,) * prepared.subjects,
             self.model.sites,
             diffusers_unet.dense_attention,
             gumbel=gumbel,
@@ -168,7 +173,7 @@ class SubjectStage(Stage):
         if model.reference_net is not None:
             model.reference_net.recompute = config.run.checkpointing
 
-    def conditions(self, batch: Batch, seeds: tuple[int, ...]) -> Call:
+    def conditions(self, batch: Batch, seeds: tuple[int, ...]) -> TrainingCall:
         tokens = background = None
         if self.model.encoder.subject is not None:
             tokens, _ = self.model.encoder(self.clip_states(batch.clip[:, 0]))
@@ -179,8 +184,8 @@ class SubjectStage(Stage):
             self.model.projections, self.model.sites, [tokens, background], [features or None, None]
         )
         gamma = 0.0 if features else -math.inf
-        run = Run(conditions, SingleRoute(), (1.0, 1.0), (gamma, -math.inf))
-        return self.make_call(run, len(batch.numbers))
+        prepared = PreparedSubjects(conditions, SingleRoute(), (1.0, 1.0), (gamma, -math.inf))
+        return self.make_call(prepared, len(batch.numbers))
 
 
 class RouterStage(Stage):
@@ -194,7 +199,7 @@ class RouterStage(Stage):
             if module is not None:
                 module.requires_grad_(True).float()
 
-    def conditions(self, batch: Batch, seeds: tuple[int, ...]) -> Call:
+    def conditions(self, batch: Batch, seeds: tuple[int, ...]) -> TrainingCall:
         model = self.model
         if model.encoder.routing is None or model.routers is None:
             raise ValueError("stage 'router' needs a model with the router parts")
@@ -222,11 +227,11 @@ class RouterStage(Stage):
         )
         gamma = 0.0 if stacked else -math.inf
         biases = (gamma,) * subjects + (-math.inf,)
-        run = Run(conditions, source, (1.0,) * (subjects + 1), biases)
-        return self.make_call(run, rows, seeds)
+        prepared = PreparedSubjects(conditions, source, (1.0,) * (subjects + 1), biases)
+        return self.make_call(prepared, rows, seeds)
 
     def total(
-        self, losses: dict[str, Tensor], call: Call, batch: Batch, grid: Grid
+        self, losses: dict[str, Tensor], call: TrainingCall, batch: Batch, grid: Grid
     ) -> dict[str, Tensor]:
         settings = self.config.router
         assert settings is not None

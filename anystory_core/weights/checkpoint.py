@@ -7,39 +7,24 @@ unknown or misshapen tensor is named with what was expected. Nothing is ever unp
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import json
 import os
-import re
-import struct
-import tempfile
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..bases.sdxl.config import AnyStoryConfig
 from ..errors import CheckpointError, ConfigError
+from ..tensor_files import FLOATS, open_tensors, raw_header, save_tensors
+from .fingerprint import file_fingerprint
 from .model import PARTS, AnyStoryModel, build_model
 
 FORMAT = "1"
-_MAX_HEADER = 100 * 2**20  # the limit that safetensors itself sets
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors has the number in its text only
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 
 
 @dataclass(frozen=True)
@@ -89,7 +74,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     if not parts:
         raise CheckpointError(f"{path.name}: it holds no AnyStory tensor")
     text = {k: str(v) for k, v in fields.items()}
-    return Header(config, parts, text, shapes, dtypes, _fingerprint(path))
+    return Header(config, parts, text, shapes, dtypes, file_fingerprint(path))
 
 
 def load_model(
@@ -127,22 +112,6 @@ def load_model(
     return model
 
 
-class TensorFile(Protocol):
-    """What this project uses of an open safetensors file."""
-
-    def keys(self) -> list[str]: ...
-    def metadata(self) -> dict[str, str] | None: ...
-    def get_tensor(self, name: str) -> Tensor: ...
-
-
-@contextlib.contextmanager
-def open_tensors(path: str | os.PathLike[str]) -> Generator[TensorFile, None, None]:
-    """``safetensors.safe_open`` on the CPU: tensors are read one by one, when asked for."""
-    opened: Any = safe_open(str(path), framework="pt", device="cpu")
-    with opened as file:
-        yield cast(TensorFile, file)
-
-
 def save_model(
     path: str | os.PathLike[str],
     tensors: AnyStoryModel | Mapping[str, Tensor],
@@ -170,41 +139,6 @@ def save_model(
             f"{Path(path).name}: cannot be written in {Path(path).parent} "
             f"({error.strerror or error}); free some space there, or choose another folder"
         ) from error
-
-
-def save_tensors(
-    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
-) -> None:
-    """``safetensors.save_file`` through :func:`atomic_file`. OSError for a full disk and the like,
-    which safetensors itself reports by an exception of its own."""
-    with atomic_file(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-        except SafetensorError as error:
-            number = _OS_ERROR.search(str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Generator[str, None, None]:
-    """Name of an empty file beside ``path`` that takes its name when the block ends well, and is
-    removed when it does not."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 def merge_files(
@@ -246,29 +180,6 @@ def merge_files(
     save_model(out, merged, config, metadata=metadata, dtype=dtype)
 
 
-def raw_header(path: Path) -> dict[str, object]:
-    """The JSON header of a safetensors file, checked against the file's size."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 2 <= length <= min(size - 8, _MAX_HEADER):
-                raise CheckpointError(
-                    f"{path.name}: not a safetensors file, or cut off ({size} bytes); get it again"
-                )
-            data: object = json.loads(file.read(length))
-    except OSError as error:
-        raise CheckpointError(f"{path.name}: cannot be opened ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path.name}: its header is not JSON; get it again") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path.name}: its header is not a table; get it again")
-    return cast("dict[str, object]", data)
-
-
 def _check_tensors(name: str, header: Header, expected: Mapping[str, tuple[int, ...]]) -> None:
     missing = sorted(set(expected) - set(header.shapes))
     unknown = sorted(set(header.shapes) - set(expected))
@@ -286,15 +197,3 @@ def _check_tensors(name: str, header: Header, expected: Mapping[str, tuple[int, 
             raise CheckpointError(
                 f"{name}: tensor {key} is {header.dtypes[key]}, expected one of {sorted(FLOATS)}"
             )
-
-
-def _fingerprint(path: Path) -> str:
-    """Short hash of a file's header and of 64 KiB samples over its length: cheap at any size, and
-    different for different weights in practice."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        for part in range(16):
-            file.seek(max(0, (size - 65536) * part // 15))
-            digest.update(file.read(65536))
-    return digest.hexdigest()[:16]

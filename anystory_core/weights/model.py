@@ -6,19 +6,20 @@ without a ReferenceNet is usable for what it has.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..bases.sdxl.config import AnyStoryConfig
 from ..bases.sdxl.reference_net import ReferenceNet
-from ..bases.sdxl.sites import Site, build_sites
+from ..bases.sdxl.sites import UNetSite, build_sites
 from ..errors import ConfigError
-from ..injection.equations import KeyValue
+from ..injection.projections import Projections, ProjectionTable
 from ..routing.router import Routers
+from ..subject.encoder import SubjectEncoder
 from ..subject.qformer import QFormer
 
 # Part -> prefix of its keys in a weights file.
@@ -32,65 +33,12 @@ PARTS = {
 }
 
 
-class SubjectEncoder(nn.Module):
-    """The two QFormers over one picture's CLIP states: subject tokens and routing feature."""
-
-    def __init__(self, subject: QFormer | None, routing: QFormer | None) -> None:
-        super().__init__()
-        self.subject = subject
-        self.routing = routing
-
-    def forward(self, states: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """CLIP states (V,S,W) -> tokens E (V,T,C) and routing features R (V,d_r)."""
-        tokens = None if self.subject is None else self.subject(states)
-        routing = None if self.routing is None else self.routing(states)[:, 0]
-        return tokens, routing
-
-
-class Projection(nn.Module):
-    """Key and value maps of one block for subject features."""
-
-    def __init__(self, inputs: int, width: int, operations: Any, dtype: Any, device: Any) -> None:
-        super().__init__()
-        kw: dict[str, Any] = {"bias": False, "dtype": dtype, "device": device}
-        self.to_k = operations.Linear(inputs, width, **kw)
-        self.to_v = operations.Linear(inputs, width, **kw)
-
-    def forward(self, x: Tensor) -> KeyValue:
-        """(R,T,inputs) -> keys and values (R,T,width)."""
-        return KeyValue(self.to_k(x), self.to_v(x))
-
-
-class ProjectionTable(nn.Module):
-    """One :class:`Projection` per site, under the site's number."""
-
-    def __init__(
-        self, shapes: Sequence[tuple[int, int, int]], operations: Any, dtype: Any, device: Any
-    ) -> None:
-        super().__init__()
-        for index, inputs, width in shapes:
-            self.add_module(str(index), Projection(inputs, width, operations, dtype, device))
-
-    def at(self, index: int) -> Projection:
-        """The projection of block ``index``."""
-        return cast(Projection, self.get_submodule(str(index)))
-
-
-class Projections(nn.Module):
-    """K and V maps for the CLIP tokens (blocks 1..L) and the reference features (2..L)."""
-
-    def __init__(self, clip: ProjectionTable | None, reference: ProjectionTable | None) -> None:
-        super().__init__()
-        self.clip = clip
-        self.reference = reference
-
-
 @dataclass
 class AnyStoryModel:
     """The modules of one weights file. ``fingerprint`` names its tensors; "" when never saved."""
 
     config: AnyStoryConfig
-    sites: tuple[Site, ...]
+    sites: tuple[UNetSite, ...]
     encoder: SubjectEncoder
     projections: Projections
     reference_net: ReferenceNet | None

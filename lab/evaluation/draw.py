@@ -15,14 +15,15 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from anystory_core.injection.call import Call, Rows
-from anystory_core.injection.run import Run, project
+from anystory_core.injection.prepare import PreparedSubjects, project
+from anystory_core.injection.rows import Rows
 from anystory_core.mini.config import CONFIG, PICTURE_SIZE
 from anystory_core.routing.sources import LearnedRoutes, RouteSource, SingleRoute
 from anystory_core.routing.words import TextRoutes
-from anystory_core.subject.encoder import encode_subject
+from anystory_core.subject.encoder import PictureStates, encode_subject
 from anystory_core.subject.preprocess import prepare_views, zero_clip
 from anystory_core.subject.subject import Subject
+from anystory_core.training.call import TrainingCall
 from anystory_core.training.hosts import unet as diffusers_unet
 from anystory_core.training.schedule import ddim
 from anystory_core.weights.model import AnyStoryModel
@@ -78,21 +79,17 @@ class Encoder:
             label, context = task.names()[number], None
             if model.config.reference.cross_attention:
                 context = self.stack.encode_text([label])[0]
-            out.append(
-                encode_subject(
-                    model,
-                    views,
-                    clip_states=states,
-                    background_states=None if states is None else self._background,
-                    latents=latents,
-                    label=label,
-                    context=context,
-                )
+            seen = PictureStates(
+                clip=states,
+                background=None if states is None else self._background,
+                latents=latents,
+                label=context,
             )
+            out.append(encode_subject(model, views, seen, label=label))
         return out
 
 
-def make_run(variant: Variant, encoder: Encoder, tasks: Sequence[Task]) -> Run:
+def prepare_tasks(variant: Variant, encoder: Encoder, tasks: Sequence[Task]) -> PreparedSubjects:
     """Keys and values of a batch, a row per task."""
     model = encoder.model
     encoded = [encoder.subjects(task) for task in tasks]
@@ -110,7 +107,7 @@ def make_run(variant: Variant, encoder: Encoder, tasks: Sequence[Task]) -> Run:
     conditions = project(model.projections, model.sites, tokens, [*features, None])
     count = len(features)
     biases = tuple(0.0 if f else -math.inf for f in features)
-    return Run(
+    return PreparedSubjects(
         conditions,
         _source(variant, encoder, encoded, tasks),
         (1.0,) * (count + 1),
@@ -160,11 +157,13 @@ def _source(
     return LearnedRoutes.prepare(model.routers, torch.stack(rows))
 
 
-def make_call(run: Run, model: AnyStoryModel, cond: int, uncond: int = 0) -> Call:
+def make_call(
+    prepared: PreparedSubjects, model: AnyStoryModel, cond: int, uncond: int = 0
+) -> TrainingCall:
     """A forward pass over ``cond`` conditional rows, then ``uncond`` unconditional ones."""
     rows = Rows(tuple(range(cond)), tuple(range(cond, cond + uncond)))
-    active = (True,) * run.subjects
-    return Call(run, rows, active, model.sites, diffusers_unet.dense_attention)
+    active = (True,) * prepared.subjects
+    return TrainingCall(prepared, rows, active, model.sites, diffusers_unet.dense_attention)
 
 
 @torch.no_grad()
@@ -180,14 +179,18 @@ def draw(
     count = len(tasks)
     text, pooled = stack.encode_text(captions)
     empty, empty_pooled = stack.encode_text([""])
-    run = None
+    prepared = None
     if variant.model is not None:
-        run = make_run(variant, Encoder(stack, variant.model), tasks)
+        prepared = prepare_tasks(variant, Encoder(stack, variant.model), tasks)
     states = torch.cat((text, empty.expand(count, -1, -1)))
     labels = torch.cat((pooled, empty_pooled.expand(count, -1)))
 
     def predict(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        call = None if run is None else make_call(run, cast(Any, variant.model), count, count)
+        call = (
+            None
+            if prepared is None
+            else make_call(prepared, cast(Any, variant.model), count, count)
+        )
         with autocast():
             both = diffusers_unet.predict(
                 stack.unet, stack.slot, call, torch.cat((z, z)), t.expand(2 * count), states,

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from anystory_core.injection.call import Call
-from anystory_core.injection.run import Run
+from anystory_core.injection.prepare import PreparedSubjects
 from anystory_core.routing.record import StepRecord
+from anystory_core.training.call import TrainingCall
 from anystory_core.training.hosts import unet as diffusers_unet
 from anystory_core.training.schedule import alphas_cumprod
 
@@ -49,17 +49,17 @@ def clean_latents(encoder: Encoder, tasks: Sequence[Task]) -> Tensor:
 @torch.no_grad()
 def look(
     encoder: Encoder,
-    run: Run,
+    prepared: PreparedSubjects,
     clean: Tensor,
     noise: Tensor,
     level: int,
     text: tuple[Tensor, Tensor],
-) -> Call:
+) -> TrainingCall:
     """One conditional pass over latents (B,4,h,w) noised to ``level`` of 1000; ``text`` is states
     (B,77,D) and pooled (B,D). The call holds the maps."""
     stack, count = encoder.stack, len(clean)
     alpha = alphas_cumprod().float()[level]
-    call = make_call(run, encoder.model, count)
+    call = make_call(prepared, encoder.model, count)
     with autocast():
         diffusers_unet.predict(
             stack.unet, stack.slot, call, alpha.sqrt() * clean + (1 - alpha).sqrt() * noise,
@@ -68,7 +68,7 @@ def look(
     return call
 
 
-def record_of(call: Call, row: int) -> StepRecord:
+def record_of(call: TrainingCall, row: int) -> StepRecord:
     """The maps of one row as the pack's nodes record them."""
     soft = call.soft_maps.items()
     return StepRecord(

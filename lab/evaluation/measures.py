@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anystory_core.routing.grids import Grid
 from anystory_core.routing.segment import ceiling, masks_of
-from anystory_core.routing.sources import Grid
 from anystory_core.training.losses import target_maps
 
 Z = 1.959963984540054  # 95 % of a normal distribution lies within +-Z

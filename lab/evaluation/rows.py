@@ -10,14 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from anystory_core.injection.call import Call
 from anystory_core.routing.segment import mean_maps
+from anystory_core.training.call import TrainingCall
 from anystory_core.training.losses import target_maps
 from anystory_core.weights.model import AnyStoryModel
 
 from ..emoji import Emoji
 from . import draw, measures
-from .draw import SIDE, Encoder, Variant, make_run
+from .draw import SIDE, Encoder, Variant, prepare_tasks
 from .judge import Judge, Verdict
 from .looking import BATCH, batches, clean_latents, half_of, look, record_of, scenes_of
 from .stack import Stack
@@ -144,12 +144,12 @@ class _Routing:
     ceiling: list[float] = dataclasses.field(default_factory=list[float])
 
 
-def _look(encoder: Encoder, tasks: Sequence[Task], level: int, routes: draw.Routes) -> Call:
+def _look(encoder: Encoder, tasks: Sequence[Task], level: int, routes: draw.Routes) -> TrainingCall:
     """The tasks' scenes noised to ``level`` with their captions."""
     noise = torch.stack([t.noise((4, SIDE, SIDE), salt=level) for t in tasks])
     text = encoder.stack.encode_text([t.caption("named") for t in tasks])
-    run = make_run(Variant(encoder.model, routes, agree=False), encoder, tasks)
-    return look(encoder, run, clean_latents(encoder, tasks), noise, level, text)
+    prepared = prepare_tasks(Variant(encoder.model, routes, agree=False), encoder, tasks)
+    return look(encoder, prepared, clean_latents(encoder, tasks), noise, level, text)
 
 
 def measure_routing(
@@ -196,7 +196,7 @@ def measure_text_routing(
     }
 
 
-def _add(sums: _Routing, call: Call, row: int, one: Task) -> None:
+def _add(sums: _Routing, call: TrainingCall, row: int, one: Task) -> None:
     true = one.masks()
     refined = record_of(call, row)
     coarse: dict[int, Tensor] = {}

@@ -18,7 +18,7 @@ from anystory_core.weights.model import AnyStoryModel
 from ..emoji import Emoji
 from ..text import LENGTH
 from . import measures
-from .draw import SIDE, Encoder, Variant, make_run
+from .draw import SIDE, Encoder, Variant, prepare_tasks
 from .looking import batches, clean_latents, half_of, look, record_of
 from .stack import Stack
 from .tasks import Task
@@ -59,10 +59,10 @@ def maps_of(encoder: Encoder, tasks: Sequence[Task], noise: Tensor) -> list[Tens
         torch.zeros(rows, LENGTH, CONFIG.unet.context_dim),
         torch.zeros(rows, TEXT["hidden_size"]),
     )
-    run = make_run(Variant(encoder.model, "router", agree=False), encoder, tasks)
-    total = [torch.zeros(run.subjects + 1, SIDE, SIDE) for _ in tasks]
+    prepared = prepare_tasks(Variant(encoder.model, "router", agree=False), encoder, tasks)
+    total = [torch.zeros(prepared.subjects + 1, SIDE, SIDE) for _ in tasks]
     for one in noise.unbind(dim=1):
-        call = look(encoder, run, clean, one, LEVEL, empty)
+        call = look(encoder, prepared, clean, one, LEVEL, empty)
         for row in range(rows):
             total[row] += mean_maps(record_of(call, row), (SIDE, SIDE)) / noise.shape[1]
     return total

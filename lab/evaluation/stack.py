@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anystory_core.bases.sdxl.sites import Site, build_sites
+from anystory_core.bases.sdxl.sites import UNetSite, build_sites
 from anystory_core.mini.config import CONFIG
 from anystory_core.mini.weights import row_of_token
 from anystory_core.routing.words import Texts
@@ -53,7 +53,7 @@ class Stack:
         ends = (tokenize(list(labels)) == END).int().argmax(dim=1)
         own = [row[1 : int(end)] for row, end in zip(states, ends, strict=True)]
 
-        def keys(site: Site, given: Tensor) -> Tensor:
+        def keys(site: UNetSite, given: Tensor) -> Tensor:
             return self.unet.get_submodule(site.diffusers).attn2.to_k(given)
 
         return Texts(tuple(own), keys)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...anystory_core.routing.sources import Crop
+from ...anystory_core.routing.grids import Crop
 
 Entries = Sequence[Mapping[str, Any]]  # one list of conds
 

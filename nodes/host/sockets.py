@@ -1,18 +1,43 @@
-"""Recorded runs, found again by the latent that they returned."""
+"""What goes over the pack's own sockets: a routing, and the recorded runs of a model.
+
+(ANYSTORY is :class:`.managed.ManagedAnyStory`, ANYSTORY_SUBJECT the core's ``Subject``.)"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ...anystory_core.errors import RoutingError
 from ...anystory_core.routing.record import RoutingRecord
-from .tensors import fingerprint
+from ...anystory_core.subject.subject import Subject
+from ...anystory_core.weights.fingerprint import latent_fingerprint
+from .managed import ManagedAnyStory
 
 KEPT_RUNS = 4  # of earlier prompts, with those of the present one
 MOST_BYTES = 512 * 2**20  # 25 steps of SDXL at 1024 squared are about 3 MB a picture
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The ANYSTORY_ROUTING socket: who, and where by which rule."""
+
+    anystory: ManagedAnyStory
+    subjects: tuple[Subject, ...]
+    masks: tuple[Tensor | None, ...]
+    mode: str
+    labels: tuple[Tensor, ...] = ()  # text states of the labels, for the modes with text
+    agree: bool = False  # in the mode "learned": the blocks decide together who is where
+
+    def get_models(self) -> list[Any]:
+        """What the host may count and free with this output."""
+        return self.anystory.get_models()
+
+    def routers(self) -> list[Any]:
+        """The patchers of the routers, in the modes that ask them."""
+        return self.anystory.having("routers") if self.mode.startswith("learned") else []
 
 
 @dataclass
@@ -31,7 +56,7 @@ class RoutingMaps:
 
     def file(self, latent: Tensor, record: RoutingRecord) -> None:
         """Keep a finished run under the latent that it returned; the oldest gives way."""
-        key = fingerprint(latent)
+        key = latent_fingerprint(latent)
         context = get_executing_context()
         prompt = None if context is None else context.prompt_id
         if prompt is None or prompt != self._prompt:
@@ -54,7 +79,7 @@ class RoutingMaps:
         """The run that returned ``latent``."""
         if self.unrouted:
             return RoutingRecord((), (), idle=True)
-        key = fingerprint(latent)
+        key = latent_fingerprint(latent)
         if key in self._too_large:
             raise RoutingError(
                 f"latent: the routes of this run gave way to those of later ones, of which "

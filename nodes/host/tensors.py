@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
@@ -48,19 +47,3 @@ def routing_mask(mask: Tensor, name: str) -> Tensor:
     if not bool(torch.isfinite(flat).all()):
         raise SubjectError(f"{name}: it has NaN or infinite values, expected numbers from 0 to 1")
     return flat.clamp(0, 1)
-
-
-def weights_fingerprint(module: torch.nn.Module) -> str:
-    """Names weights by all shapes and the first values of every tensor; 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().flatten()[:64].to("cpu", torch.float32).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def fingerprint(latent: Tensor) -> str:
-    """Names a latent by its values in float16, wherever it lies: a host that keeps intermediate
-    results in half precision returns another latent than it samples."""
-    data = latent.detach().to("cpu", torch.float16).contiguous()
-    return hashlib.sha256(data.numpy().tobytes()).hexdigest()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...anystory_core.bases.sdxl.config import AnyStoryConfig
-from ...anystory_core.bases.sdxl.sites import Site
+from ...anystory_core.bases.sdxl.sites import UNetSite
 from ...anystory_core.errors import ModelMismatchError, RoutingError
 from ...anystory_core.routing.words import Texts
 
@@ -51,7 +51,7 @@ def route_texts(labels: Sequence[Tensor], model: Any, device: Any) -> Texts:
     when the U-Net is loaded, patched weights (LoRA) included."""
     unet = model.model.diffusion_model
 
-    def keys(site: Site, states: Tensor) -> Tensor:
+    def keys(site: UNetSite, states: Tensor) -> Tensor:
         return unet.get_submodule(site.ldm).attn2.to_k(states)
 
     return Texts(tuple(states.to(device, torch.float32) for states in labels), keys)

@@ -124,12 +124,15 @@ def one_step(folder: Path) -> dict[str, Any]:
     from diffusers import UNet2DConditionModel
 
     from anystory_core.bases.sdxl.names import diffusers_modules, diffusers_name
-    from anystory_core.injection.call import Call, Rows
-    from anystory_core.injection.run import Settings, build_source, prepare_run
+    from anystory_core.injection.call import Call
+    from anystory_core.injection.prepare import Settings, prepare_subjects
+    from anystory_core.injection.rows import Rows
+    from anystory_core.routing.modes import build_source
     from anystory_core.subject.subject import Subject
+    from anystory_core.tensor_files import open_tensors
     from anystory_core.training.hosts.names import diffusers_unet_config
     from anystory_core.training.hosts.unet import dense_attention, install
-    from anystory_core.weights.checkpoint import load_model, open_tensors
+    from anystory_core.weights.checkpoint import load_model
 
     dtype = torch.bfloat16
     times: dict[str, float] = {}
@@ -161,7 +164,7 @@ def one_step(folder: Path) -> dict[str, Any]:
             cutout=torch.zeros(1, 8, 8, 3, dtype=torch.uint8),
             fingerprint=model.fingerprint,
         )
-        run = prepare_run(
+        run = prepare_subjects(
             model, [subject], build_source("learned", model, [subject], [None]), Settings()
         )
         sites = model.sites

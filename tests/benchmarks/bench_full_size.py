@@ -40,14 +40,13 @@ def encode(anystory: Any, number: int) -> Any:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=make).to(setting.DTYPE)
 
-    return core("subject.encoder").encode_subject(
-        model,
-        views,
-        clip_states=normal(1, tokens, config.clip.width),
-        background_states=torch.zeros(1, tokens, config.clip.width, dtype=setting.DTYPE),
+    encoder = core("subject.encoder")
+    states = encoder.PictureStates(
+        clip=normal(1, tokens, config.clip.width),
+        background=torch.zeros(1, tokens, config.clip.width, dtype=setting.DTYPE),
         latents=normal(1, config.unet.in_channels, side, side),
-        label=f"subject {number}",
     )
+    return encoder.encode_subject(model, views, states, label=f"subject {number}")
 
 
 def main() -> None:

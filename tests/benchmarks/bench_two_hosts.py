@@ -56,18 +56,19 @@ def main() -> None:
     timesteps, ids = torch.tensor([500.0] * ROWS), hosts.time_ids(256, 256, ROWS, latents.device)
     embed = host("comfy.ldm.modules.diffusionmodules.util").timestep_embedding
     label = torch.cat([pooled, *(embed(ids[:, i], 256) for i in range(6))], dim=1)
-    run, conditioner = core("injection.run"), core("injection.call")
-    ids_module, patches = host("nodes.host.ids"), host("nodes.host.patcher")
+    calls, prepare = core("injection.call"), core("injection.prepare")
+    modes, row_roles = core("routing.modes"), core("injection.rows")
+    ids_module, patches = host("nodes.host.ids"), host("nodes.host.sdxl.patcher")
     subjects = [setting.make_subject(config, n).map(lambda x: x.float()) for n in range(3)]
 
     def call(count: int, attention: Any) -> Any:
         if not count:
             return None
         chosen = subjects[:count]
-        source = run.build_source("learned", model, chosen, [None] * count)
-        prepared = run.prepare_run(model, chosen, source, run.Settings())
-        rows = conditioner.Rows((0,), (1,))
-        return conditioner.Call(prepared, rows, (True,) * count, model.sites, attention)
+        source = modes.build_source("learned", model, chosen, [None] * count)
+        prepared = prepare.prepare_subjects(model, chosen, source, prepare.Settings())
+        rows = row_roles.Rows((0,), (1,))
+        return calls.Call(prepared, rows, (True,) * count, model.sites, attention)
 
     figures: dict[str, float] = {}
     plain = None

@@ -46,7 +46,7 @@ class Scene:
         torch.set_num_threads(1)  # tensors are small: waiting for a second thread costs more
         self.comfy, self.pack, self.mini = comfy, pack, mini
         self.errors = module("anystory_pack.anystory_core.errors")
-        self.sampling = module("anystory_pack.nodes.host.wrapper")
+        self.passes = module("anystory_pack.nodes.host.sdxl.passes")
         self.ids = module("anystory_pack.nodes.host.ids")
         names = ("ball", "box", "kite")
         self.subjects = [self.encode(i, label=name) for i, name in enumerate(names)]

@@ -75,7 +75,7 @@ def short_of_memory(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> dict[int, 
     def load(patchers: Any) -> None:
         counts.update({id(patcher): load_partly(patcher) for patcher in patchers})
 
-    for name in ("encode", "host.sampling"):
+    for name in ("encode", "host.sdxl.passes"):
         monkeypatch.setattr(module(f"anystory_pack.nodes.{name}"), "load", load)
     return counts
 
@@ -148,14 +148,14 @@ def test_projected_keys_do_not_outlive_the_run(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
-    prepare = scene.sampling.prepare_run
+    prepare = scene.passes.prepare_subjects
 
     def spy(*args: Any, **kwargs: Any) -> Any:
-        run = prepare(*args, **kwargs)
-        made.append(weakref.ref(run))
-        return run
+        prepared = prepare(*args, **kwargs)
+        made.append(weakref.ref(prepared))
+        return prepared
 
-    monkeypatch.setattr(scene.sampling, "prepare_run", spy)
+    monkeypatch.setattr(scene.passes, "prepare_subjects", spy)
     model = scene.apply()
     scene.sample(model, steps=1)
     gc.collect()

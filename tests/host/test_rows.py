@@ -17,13 +17,15 @@ Calls = list[tuple[tuple[int, ...], tuple[int, ...], int]]
 def calls(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Calls:
     """(cond rows, uncond rows, rows recorded) of every U-Net call."""
     seen: Calls = []
-    build = scene.sampling.Call
+    build = scene.passes.Call
 
-    def recording(run: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append((rows.cond, rows.uncond, len(kwargs["record"])))
-        return build(run, rows, *args, **kwargs)
+    def recording(prepared: Any, rows: Any, *args: Any) -> Any:
+        call = build(prepared, rows, *args)
+        recorded = () if call.recording is None else call.recording.rows
+        seen.append((rows.cond, rows.uncond, len(recorded)))
+        return call
 
-    monkeypatch.setattr(scene.sampling, "Call", recording)
+    monkeypatch.setattr(scene.passes, "Call", recording)
     return seen
 
 

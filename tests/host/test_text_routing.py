@@ -13,13 +13,13 @@ from scene import Scene, halves, module
 def sources(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every source of routes that a run makes, in order."""
     made: list[Any] = []
-    build = scene.sampling.build_source
+    build = scene.passes.build_source
 
     def spy(*args: Any) -> Any:
         made.append(build(*args))
         return made[-1]
 
-    monkeypatch.setattr(scene.sampling, "build_source", spy)
+    monkeypatch.setattr(scene.passes, "build_source", spy)
     return made
 
 
@@ -122,7 +122,7 @@ def test_an_error_while_sampling_names_the_node_of_its_settings(
     def fail(*args: Any) -> Any:
         raise scene.errors.RoutingError(message)
 
-    monkeypatch.setattr(scene.sampling, "build_source", fail)
+    monkeypatch.setattr(scene.passes, "build_source", fail)
     with pytest.raises(scene.errors.RoutingError, match=f"^ApplyAnyStory: {message}"):
         scene.sample(scene.apply(routing=route(scene)))
     with pytest.raises(scene.errors.RoutingError, match=f"^AnyStorySegment: {message}"):

@@ -29,11 +29,10 @@ def test_the_same_prediction(
     scene: Any, mini: Any, twin: Any, subjects: int, agree: bool, size: tuple[int, int], way: str
 ) -> None:
     core = "anystory_pack.anystory_core"
-    run, conditioner = module(f"{core}.run"), module(f"{core}.conditioner")
-    hosts, patcher = (
-        module(f"{core}.training.diffusers_unet"),
-        module("anystory_pack.nodes.host.sdxl.patcher"),
-    )
+    calls, prepare = module(f"{core}.injection.call"), module(f"{core}.injection.prepare")
+    modes, row_roles = module(f"{core}.routing.modes"), module(f"{core}.injection.rows")
+    hosts = module(f"{core}.training.hosts.unet")
+    patcher = module("anystory_pack.nodes.host.sdxl.patcher")
     model, config = mini.anystory.model, mini.anystory.model.config
     generator = torch.Generator().manual_seed(subjects)
 
@@ -49,10 +48,11 @@ def test_the_same_prediction(
         if not subjects:
             return None
         chosen = [s.map(lambda x: x.float()) for s in scene.subjects[:subjects]]
-        source = run.build_source("learned", model, chosen, [None] * subjects)
-        prepared = run.prepare_run(model, chosen, source, run.Settings(), agree=agree)
-        rows = conditioner.Rows((0, 2), (1,))
-        return conditioner.Call(prepared, rows, (True,) * subjects, model.sites, attention)
+        source = modes.build_source("learned", model, chosen, [None] * subjects)
+        settings = prepare.Settings()
+        prepared = prepare.prepare_subjects(model, chosen, source, settings, agree=agree)
+        rows = row_roles.Rows((0, 2), (1,))
+        return calls.Call(prepared, rows, (True,) * subjects, model.sites, attention)
 
     unet, slot = twin
     ours = hosts.predict(

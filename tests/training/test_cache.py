@@ -21,7 +21,7 @@ from anystory_core.training.config import (
     SubjectSettings,
     TrainingConfig,
 )
-from anystory_core.training.hosts.base import fingerprint
+from anystory_core.weights.fingerprint import weights_fingerprint
 
 
 class CountingBase:
@@ -87,9 +87,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 def test_every_network_counts_in_the_fingerprint() -> None:
     torch.manual_seed(0)
     networks = [nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 1)) for _ in range(3)]
-    names = {fingerprint(networks)}
+    names = {weights_fingerprint(*networks)}
     for network in networks:
         with torch.no_grad():
             network[1].bias.add_(1)
-        names.add(fingerprint(networks))
+        names.add(weights_fingerprint(*networks))
     assert len(names) == 4

@@ -6,13 +6,15 @@ import tiny
 import torch
 from torch import Tensor
 
-from anystory_core.bases.sdxl.sites import Site, build_sites
-from anystory_core.injection.call import Call, Rows, straight_through
-from anystory_core.injection.equations import Candidates, KeyValue
-from anystory_core.injection.run import Run, SiteConditions
+from anystory_core.bases.base import Site
+from anystory_core.bases.sdxl.sites import build_sites
+from anystory_core.injection.keys import Candidates, KeyValue
+from anystory_core.injection.prepare import PreparedSubjects, SiteConditions
+from anystory_core.injection.rows import Rows
+from anystory_core.routing.grids import Crops, Grid, SoftMaps
 from anystory_core.routing.router import RoutingLogits
-from anystory_core.routing.sources import Crops, Grid, SoftMaps
 from anystory_core.training.batches import sample_seed
+from anystory_core.training.call import TrainingCall, straight_through
 from anystory_core.training.hosts.unet import dense_attention
 from anystory_core.training.stages import gumbel_seeds
 
@@ -54,7 +56,7 @@ def test_equation_5_is_sampled_and_equation_6_is_not() -> None:
     logits = 0.3 * torch.randn(ROWS, 3, TOKENS, dtype=torch.float64)
     keys = [KeyValue(*torch.randn(2, ROWS, 3, width, dtype=torch.float64)) for _ in range(5)]
     clip, reference = keys[:3], [*keys[3:], None]
-    run = Run(
+    run = PreparedSubjects(
         tuple(
             SiteConditions(Candidates([*clip]), Candidates(given))
             for given in ([None] * 3, [*reference])
@@ -63,7 +65,7 @@ def test_equation_5_is_sampled_and_equation_6_is_not() -> None:
         (1.0, 0.5, 1.0),
         (0.0, 0.0, -torch.inf),
     )
-    call = Call(run, Rows((0, 1)), (True, True), sites, dense_attention, gumbel=SEEDS)
+    call = TrainingCall(run, Rows((0, 1)), (True, True), sites, dense_attention, gumbel=SEEDS)
     z = torch.zeros(ROWS, TOKENS, width, dtype=torch.float64)
     call.begin_cross_attention(1, z, GRID)
     q, k, v = torch.randn(3, ROWS, TOKENS, width, dtype=torch.float64)
@@ -94,3 +96,32 @@ def test_noise_depends_on_the_runs_seed_and_the_samples_number() -> None:
     for seed in gumbel_seeds(2**40, [2**40]):  # times the blocks of SDXL it is still a seed
         torch.Generator().manual_seed(seed * 70 + 70)
     assert gumbel_seeds(3, [4]) == (sample_seed(3, 4),)
+
+
+def test_straight_through_is_one_hot_with_the_soft_gradient() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    weights = straight_through(logits, [7, 8])
+    assert torch.equal(
+        weights.detach().round(),
+        torch.nn.functional.one_hot(weights.detach().argmax(dim=1), 3).movedim(-1, 1).double(),
+    )
+    assert torch.equal(weights, straight_through(logits, [7, 8]))
+    assert not torch.equal(weights, straight_through(logits, [9, 8]))
+    probe = torch.randn_like(logits)
+    (got,) = torch.autograd.grad((weights * probe).sum(), logits)
+
+    def soft(x: Tensor) -> Tensor:
+        noise = []
+        for seed in (7, 8):
+            generator = torch.Generator().manual_seed(seed)
+            noise.append(torch.rand(3, 5, generator=generator, dtype=torch.float64))
+        gumbel = -torch.log(-torch.log(torch.stack(noise)))
+        return ((x + gumbel).softmax(dim=1) * probe).sum()
+
+    step = 1e-6
+    for where in ((0, 0, 0), (1, 2, 4), (0, 1, 3)):
+        shift = torch.zeros_like(logits)
+        shift[where] = step
+        difference = (soft(logits + shift) - soft(logits - shift)) / (2 * step)
+        assert abs(float(difference) - float(got[where])) < 1e-6

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from anystory_core.routing.grids import SoftMaps
 from anystory_core.routing.router import RoutingLogits
-from anystory_core.routing.sources import SoftMaps
 from anystory_core.training.config import Tokens
 from anystory_core.training.losses import (
     diffusion_loss,

@@ -12,9 +12,11 @@ from torch import Tensor
 from anystory_core.bases.sdxl.config import UNetConfig
 from anystory_core.bases.sdxl.sites import build_sites
 from anystory_core.config import RouterConfig
-from anystory_core.injection.call import Call, Rows
-from anystory_core.injection.equations import Candidates, KeyValue
-from anystory_core.injection.run import Run, SiteConditions
+from anystory_core.injection.call import Call, Recording
+from anystory_core.injection.keys import Candidates, KeyValue
+from anystory_core.injection.prepare import PreparedSubjects, SiteConditions
+from anystory_core.injection.rows import Rows
+from anystory_core.routing.grids import SoftMaps
 from anystory_core.routing.router import Routers
 from anystory_core.routing.sources import LearnedRoutes
 
@@ -31,6 +33,20 @@ E = 5
 
 def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
+
+
+class Maps(dict[int, SoftMaps]):
+    """A recorder that keeps every block's soft maps by the block's number."""
+
+    def record(self, index: int, ids: Tensor, grid: tuple[int, int], soft: Tensor) -> None:
+        assert torch.equal(ids.long(), soft.argmax(dim=1)) and ids.dtype == torch.uint8
+        self[index] = SoftMaps(soft, grid)
+
+
+def maps_of(call: Call) -> Maps:
+    """What a call of :meth:`World.call` has recorded."""
+    assert call.recording is not None and isinstance(call.recording.recorder, Maps)
+    return call.recording.recorder
 
 
 class World:
@@ -71,15 +87,22 @@ class World:
         self.eta = tuple(0.5 + 0.1 * i for i in range(subjects)) + (0.8,)
         self.gamma = tuple(math.log(1.0 + i) for i in range(subjects)) + (-math.inf,)
 
-    def run(self, **changes: Any) -> Run:
+    def run(self, **changes: Any) -> PreparedSubjects:
         source = LearnedRoutes.prepare(self.routers, self.routing)
         values = dict(
             conditions=tuple(self.conditions), source=source, strengths=self.eta, biases=self.gamma
         )
-        return Run(**{**values, **changes})
+        return PreparedSubjects(**{**values, **changes})
 
-    def call(self, run: Run, rows: Rows, **changes: Any) -> Call:
-        values = dict(active=(True,) * self.subjects, sites=SITES, attention=naive.dense_attention)
+    def call(self, run: PreparedSubjects, rows: Rows, **changes: Any) -> Call:
+        """Its maps are recorded for :func:`maps_of`, all routed rows of them, unless told else."""
+        routed = rows.cond + (rows.uncond if run.keep_references_in_uncond else ())
+        values = dict(
+            active=(True,) * self.subjects,
+            sites=SITES,
+            attention=naive.dense_attention,
+            recording=Recording(Maps(), routed),
+        )
         return Call(run, rows, **{**values, **changes})
 
     def forward(self, call: Call) -> dict[int, tuple[Tensor, Tensor]]:

@@ -127,23 +127,29 @@ def router(
 
 
 def resize(maps: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """maps (C,h*w) on grid ``old`` -> on ``new``: the mean over every old token that a new one
-    touches when there are fewer of these, bilinear between centres when there are more."""
+    """maps (C,h*w) on grid ``old`` -> on ``new``: when there are fewer new tokens, the mean over
+    what each covers, an old token that it covers in part counting for that part; bilinear between
+    centres when there are more."""
     image = maps.double().reshape(-1, *old)
     out = torch.zeros(len(image), *new, dtype=torch.float64)
     for y in range(new[0]):
         for x in range(new[1]):
             if new[0] * new[1] < old[0] * old[1]:
-                (top, bottom), (left, right) = (
-                    (math.floor(i * o / n), math.ceil((i + 1) * o / n))
-                    for i, o, n in ((y, old[0], new[0]), (x, old[1], new[1]))
-                )
-                out[:, y, x] = image[:, top:bottom, left:right].mean(dim=(1, 2))
+                for row in range(old[0]):
+                    for column in range(old[1]):
+                        covered = _covered(y, row, old[0], new[0])
+                        covered *= _covered(x, column, old[1], new[1])
+                        out[:, y, x] += covered * image[:, row, column]
                 continue
             for row, down in _between(y, old[0], new[0]):
                 for column, across in _between(x, old[1], new[1]):
                     out[:, y, x] += down * across * image[:, row, column]
     return out.flatten(1)
+
+
+def _covered(i: int, j: int, old: int, new: int) -> float:
+    """Share of new place i that old place j lies on."""
+    return max(0.0, min((i + 1) / new, (j + 1) / old) - max(i / new, j / old)) * new
 
 
 def _between(i: int, old: int, new: int) -> list[tuple[int, float]]:

@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
-from calls import World
+from calls import World, maps_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anystory_core.injection.call import Rows
+from anystory_core.injection.call import Shown
+from anystory_core.injection.rows import Rows
 from anystory_core.routing.agreement import SIDE, Agreement
 
 
@@ -190,20 +191,19 @@ def test_blocks_agree_in_rows_that_mean_the_whole_picture() -> None:
     """Routes are those of an Agreement over the pass; a row that is apart has its block's own,
     whatever it is batched with; and every row has what it has alone."""
     world = World()
-    agreed = world.call(world.run(agree=True), Rows((0, 1, 2)), apart=(1,))
+    agreed = world.call(world.run(agree=True), Rows((0, 1, 2)), shown=Shown(apart=(1,)))
     out = world.forward(agreed)
     alone = world.call(world.run(), Rows((0, 1, 2)))
     world.forward(alone)
     agreement, moved = Agreement(), 0
-    for index, soft in alone.soft_maps.items():
+    for index, soft in maps_of(alone).items():
         wanted = soft.maps.clone()
         wanted[[0, 2]] = agreement.settle(index, soft.maps[[0, 2]], soft.grid)
-        assert torch.equal(agreed.soft_maps[index].maps, wanted)
-        assert agreed.soft_maps[index].logits is not None
+        assert torch.equal(maps_of(agreed)[index].maps, wanted)
         moved += int((wanted.argmax(dim=1) != soft.maps.argmax(dim=1)).sum())
     assert moved
     for row, apart in ((0, ()), (1, (1,))):
-        call = world.call(world.run(agree=True), Rows((row,)), apart=apart)
+        call = world.call(world.run(agree=True), Rows((row,)), shown=Shown(apart=apart))
         for index, pair in world.forward(call).items():
             for a, b in zip(pair, out[index], strict=True):
                 assert torch.allclose(a[row], b[row], atol=1e-9)

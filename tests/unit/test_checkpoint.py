@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from anystory_core.bases.sdxl.config import AnyStoryConfig, UNetConfig
 from anystory_core.config import ClipVisionConfig, QFormerConfig
 from anystory_core.errors import CheckpointError
-from anystory_core.weights import checkpoint
 from anystory_core.weights.checkpoint import load_model, merge_files, read_header, save_model
 from anystory_core.weights.model import PARTS, AnyStoryModel, build_model
 
@@ -236,7 +235,7 @@ def test_writes_are_atomic(
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(CheckpointError, match=r"cannot be written in .*No space"):
         save_model(file, model, CONFIG)
     assert file.read_bytes() == before

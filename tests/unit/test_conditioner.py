@@ -6,14 +6,15 @@ import math
 
 import pytest
 import torch
-from calls import HALVING, ODD, SITES, Grids, World
+from calls import HALVING, ODD, SITES, Grids, World, maps_of
 from torch import Tensor
 
-from anystory_core.injection import call as conditioner
-from anystory_core.injection.call import Rows
-from anystory_core.injection.equations import Candidates
-from anystory_core.injection.run import SiteConditions
-from anystory_core.routing.sources import MaskRoutes, resize_soft
+from anystory_core.injection.call import Recording
+from anystory_core.injection.keys import Candidates
+from anystory_core.injection.prepare import SiteConditions
+from anystory_core.injection.rows import Rows
+from anystory_core.routing.grids import resize_soft
+from anystory_core.routing.sources import MaskRoutes
 
 ARRANGEMENTS = {
     "uncond first": ("uncond", "cond", "cond"),
@@ -23,6 +24,7 @@ ARRANGEMENTS = {
     "uncond only": ("uncond", "uncond", "uncond"),
     "one plain": ("plain", "cond", "uncond"),
     "two apart": ("uncond", "cond", "plain"),
+    "plain between": ("cond", "plain", "cond"),
 }
 
 
@@ -70,8 +72,8 @@ def test_an_inactive_subject_keeps_its_region_but_gives_nothing() -> None:
             assert torch.allclose(have[0], want, atol=1e-9)
     full = world.call(world.run(), Rows((0, 1), (2,)))
     world.forward(full)
-    for index, soft in full.soft_maps.items():
-        assert torch.equal(soft.maps, call.soft_maps[index].maps)
+    for index, soft in maps_of(full).items():
+        assert torch.equal(soft.maps, maps_of(call)[index].maps)
 
 
 def test_exchanging_two_subjects_exchanges_their_regions_and_nothing_else() -> None:
@@ -91,7 +93,7 @@ def test_exchanging_two_subjects_exchanges_their_regions_and_nothing_else() -> N
     after = world.call(world.run(), Rows((0, 1, 2)))
     exchanged = world.forward(after)
     for index in out:
-        assert torch.allclose(before.soft_maps[index].maps[:, swap], after.soft_maps[index].maps)
+        assert torch.allclose(maps_of(before)[index].maps[:, swap], maps_of(after)[index].maps)
         for a, b in zip(out[index], exchanged[index], strict=True):
             assert torch.allclose(a, b, atol=1e-9)
 
@@ -111,10 +113,10 @@ def test_another_subject_never_reaches_a_foreign_region(way: str) -> None:
     other = changed.forward(other_call)
     seen = {"attn1": 0, "attn2": 0}
     for site in SITES:
-        own = call.soft_maps[site.index]
+        own = maps_of(call)[site.index]
         routes = {"attn2": own.maps.argmax(dim=1)}
         if site.index > 1:
-            before = resize_soft(call.soft_maps[site.index - 1], own.grid)
+            before = resize_soft(maps_of(call)[site.index - 1], own.grid)
             routes["attn1"] = before.maps.argmax(dim=1)
         for name, route in routes.items():
             place = ("attn1", "attn2").index(name)
@@ -176,39 +178,11 @@ def test_recorder_gets_the_asked_rows() -> None:
             assert math.prod(grid) == ids.shape[1]
             seen[index] = ids, soft
 
-    call = world.call(world.run(), Rows((1, 2), (0,)), recorder=Keep(), record=(2,))
-    world.forward(call)
+    whole = world.call(world.run(), Rows((1, 2), (0,)))
+    world.forward(whole)
+    world.forward(world.call(world.run(), Rows((1, 2), (0,)), recording=Recording(Keep(), (2,))))
     assert sorted(seen) == [s.index for s in SITES]
     for index, (ids, soft) in seen.items():
         assert ids.dtype == torch.uint8 and ids.shape[0] == 1
-        assert torch.equal(soft[0], call.soft_maps[index].maps[1])
+        assert torch.equal(soft[0], maps_of(whole)[index].maps[1])
         assert torch.equal(ids[0].long(), soft[0].argmax(dim=0))
-
-
-def test_straight_through_is_one_hot_with_the_soft_gradient() -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    weights = conditioner.straight_through(logits, [7, 8])
-    assert torch.equal(
-        weights.detach().round(),
-        torch.nn.functional.one_hot(weights.detach().argmax(dim=1), 3).movedim(-1, 1).double(),
-    )
-    assert torch.equal(weights, conditioner.straight_through(logits, [7, 8]))
-    assert not torch.equal(weights, conditioner.straight_through(logits, [9, 8]))
-    probe = torch.randn_like(logits)
-    (got,) = torch.autograd.grad((weights * probe).sum(), logits)
-
-    def soft(x: Tensor) -> Tensor:
-        noise = []
-        for seed in (7, 8):
-            generator = torch.Generator().manual_seed(seed)
-            noise.append(torch.rand(3, 5, generator=generator, dtype=torch.float64))
-        gumbel = -torch.log(-torch.log(torch.stack(noise)))
-        return ((x + gumbel).softmax(dim=1) * probe).sum()
-
-    step = 1e-6
-    for where in ((0, 0, 0), (1, 2, 4), (0, 1, 3)):
-        shift = torch.zeros_like(logits)
-        shift[where] = step
-        difference = (soft(logits + shift) - soft(logits - shift)) / (2 * step)
-        assert abs(float(difference) - float(got[where])) < 1e-6

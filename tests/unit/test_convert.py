@@ -21,9 +21,9 @@ from anystory_core.bases.sdxl.sites import build_sites
 from anystory_core.errors import CheckpointError
 from anystory_core.weights.checkpoint import load_model, read_header
 from anystory_core.weights.convert import plan as conversion
-from anystory_core.weights.convert import sources as convert_sources
 from anystory_core.weights.convert import write as convert_write
 from anystory_core.weights.convert.plan import convert
+from anystory_core.weights.fingerprint import file_sha256
 from anystory_core.weights.model import build_model
 
 from .public_weights import adapter_state, diffusers_unet, ldm_state, run, save, small_config
@@ -164,7 +164,7 @@ def test_header_names_the_sources(tmp_path, unet, adapter) -> None:
     done, _ = run(tmp_path, unet, adapter, dtype=torch.bfloat16)
     header = read_header(done.path)
     checkpoint = header.metadata["anystory.source.checkpoint"]
-    digest = convert_sources.sha256(tmp_path / "base.safetensors")
+    digest = file_sha256(tmp_path / "base.safetensors")
     assert checkpoint == f"base.safetensors sha256:{digest}"
     assert header.metadata["anystory.source.ip_adapter"].startswith("plus.safetensors sha256:")
     assert set(header.dtypes.values()) == {"BF16"}

@@ -17,8 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from anystory_core.injection.call import Call, Rows
-from anystory_core.injection.run import Settings, build_source, prepare_run
+from anystory_core.injection.call import Call
+from anystory_core.injection.prepare import Settings, prepare_subjects
+from anystory_core.injection.rows import Rows
+from anystory_core.routing.modes import build_source
 from anystory_core.subject.subject import Subject
 from anystory_core.training.hosts.unet import dense_attention, install
 from anystory_core.weights.checkpoint import load_model
@@ -112,7 +114,7 @@ def ours(
     ]
     with torch.no_grad():
         source = build_source(mode, model, subjects, masks)
-        run = prepare_run(model, subjects, source, Settings(strength=SCALE))
+        run = prepare_subjects(model, subjects, source, Settings(strength=SCALE))
     host = copy.deepcopy(unet)
     slot = install(host, model.sites)
     slot.call = Call(run, Rows((0,), (1,)), (True,) * count, model.sites, dense_attention)

@@ -18,6 +18,7 @@ from anystory_core.weights.convert import plan as conversion
 from anystory_core.weights.convert import sources as convert_sources
 from anystory_core.weights.convert import write as convert_write
 from anystory_core.weights.convert.plan import convert
+from anystory_core.weights.fingerprint import file_sha256
 
 from .public_weights import diffusers_unet, ldm_state, run, save, small_config
 
@@ -171,7 +172,7 @@ def test_plus_face_by_name_and_by_hash(tmp_path, unet, adapter, monkeypatch) -> 
     face = save(tmp_path / "ip-adapter-plus-face_sdxl_vit-h.safetensors", adapter)
     refuse(tmp_path, checkpoint, face, "'plus-face'")
     renamed = save(tmp_path / "renamed.safetensors", adapter)
-    digest = convert_sources.sha256(renamed)
+    digest = file_sha256(renamed)
     monkeypatch.setattr(convert_sources, "_FACE_FILES", {digest})
     refuse(tmp_path, checkpoint, renamed, "renamed.safetensors", "'plus-face'")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import naive
 import pytest
@@ -12,10 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anystory_core.injection import equations as injection
-from anystory_core.injection.equations import Candidates, KeyValue, Regions, Tables
+from anystory_core.injection.keys import Candidates, KeyValue, Regions, Tables
 
 HEADS, WIDTH = 2, 8
 TOLERANCE = 1e-10  # float64 sums in another order
+
+
+ATTEND = partial(naive.dense_attention, heads=HEADS)
 
 
 class Case:
@@ -60,16 +64,17 @@ class Case:
 
     def clip_masked(self, eta: list[float]) -> Tensor:
         conditions = Candidates(list(self.conditions))
-        return injection.clip_masked(
-            self.q, conditions, eta, self.route, HEADS, naive.dense_attention, Tables()
-        )
+        return injection.clip_masked(self.q, conditions, eta, self.route, ATTEND, Tables())
 
     def reference_masked(self) -> Tensor:
         references = Candidates(list(self.references))
         return injection.reference_masked(
-            self.q, self.k, self.v, references, self.gamma, self.route, HEADS,
-            naive.dense_attention, Tables(),
-        )  # fmt: skip
+            self.q, self.own, references, self.gamma, self.route, ATTEND, Tables()
+        )
+
+    @property
+    def own(self) -> KeyValue:
+        return KeyValue(self.k, self.v)
 
     @property
     def regions(self) -> Regions:
@@ -90,12 +95,11 @@ CASES = st.builds(
 @given(CASES)
 def test_equation_5(case: Case) -> None:
     args = (case.q, case.conditions, case.eta)
-    attention = naive.dense_attention
     one_hot = torch.nn.functional.one_hot(case.route, len(case.conditions)).movedim(-1, 1)
     ways = {
-        "by region": injection.clip_by_region(*args, case.regions, HEADS, attention),
+        "by region": injection.clip_by_region(*args, case.regions, ATTEND),
         "masked": case.clip_masked(case.eta),
-        "dense": injection.clip_dense(*args, one_hot.double(), HEADS, attention),
+        "dense": injection.clip_dense(*args, one_hot.double(), ATTEND),
     }
     for row in range(len(case.q)):
         wanted = naive.equation_5(
@@ -113,10 +117,9 @@ def test_equation_5(case: Case) -> None:
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(CASES)
 def test_equations_6_to_8(case: Case) -> None:
-    args = (case.q, case.k, case.v, case.references, case.gamma)
-    attention = naive.dense_attention
+    args = (case.q, case.own, case.references, case.gamma)
     ways = {
-        "by region": injection.reference_by_region(*args, case.regions, HEADS, attention),
+        "by region": injection.reference_by_region(*args, case.regions, ATTEND),
         "masked": case.reference_masked(),
     }
     for row in range(len(case.q)):
@@ -142,10 +145,9 @@ def test_odd_and_large_grids(grid: tuple[int, int]) -> None:
     sampled = torch.linspace(0, grid[0] * grid[1] - 1, 7).long().unique()
     q, k, v, text, route = (x[0] for x in (case.q, case.k, case.v, case.text, case.route))
     clip = (case.q, case.conditions, case.eta)
-    reference = (case.q, case.k, case.v, case.references, case.gamma)
-    tail = HEADS, naive.dense_attention
+    reference = (case.q, case.own, case.references, case.gamma)
     second = {
-        "by region": injection.clip_by_region(*clip, case.regions, *tail)[0],
+        "by region": injection.clip_by_region(*clip, case.regions, ATTEND)[0],
         "masked": case.clip_masked(case.eta)[0],
     }
     wanted = naive.equation_5(
@@ -155,7 +157,7 @@ def test_odd_and_large_grids(grid: tuple[int, int]) -> None:
         assert torch.allclose(text[sampled] + way[sampled], wanted, atol=TOLERANCE), name
     assert torch.allclose(*second.values(), atol=TOLERANCE)
     routed = {
-        "by region": injection.reference_by_region(*reference, case.regions, *tail)[0],
+        "by region": injection.reference_by_region(*reference, case.regions, ATTEND)[0],
         "masked": case.reference_masked()[0],
     }
     wanted = naive.equation_6(
@@ -168,9 +170,7 @@ def test_odd_and_large_grids(grid: tuple[int, int]) -> None:
 
 def test_strength_zero_and_absent_give_nothing() -> None:
     case = Case(1, 2, 6, 2, False)
-    zero = injection.clip_by_region(
-        case.q, case.conditions, [0.0] * 3, case.regions, HEADS, naive.dense_attention
-    )
+    zero = injection.clip_by_region(case.q, case.conditions, [0.0] * 3, case.regions, ATTEND)
     assert torch.count_nonzero(zero) == 0
     assert torch.count_nonzero(case.clip_masked([0.0] * 3)) == 0
     case.conditions = [None] * 3
@@ -209,8 +209,6 @@ def test_dense_passes_gradients_to_the_weights() -> None:
     weights = torch.rand(1, 3, 5, dtype=torch.float64, requires_grad=True)
 
     def function(w: Tensor) -> Tensor:
-        return injection.clip_dense(
-            case.q, case.conditions, case.eta, w, HEADS, naive.dense_attention
-        )
+        return injection.clip_dense(case.q, case.conditions, case.eta, w, ATTEND)
 
     assert torch.autograd.gradcheck(function, (weights,))

@@ -12,8 +12,9 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 
 from anystory_core.bases.sdxl.sites import build_sites
-from anystory_core.injection.call import Call, Rows
-from anystory_core.injection.run import Run, project
+from anystory_core.injection.call import Call
+from anystory_core.injection.prepare import PreparedSubjects, project
+from anystory_core.injection.rows import Rows
 from anystory_core.mini.config import CONFIG
 from anystory_core.routing.sources import SingleRoute
 from anystory_core.training.hosts import unet as diffusers_unet
@@ -64,7 +65,7 @@ def test_stage_1_begins_with_what_the_base_reads(unet: Any) -> None:
     latents = torch.cat((references(), torch.rand(BATCH, 1, *references().shape[-2:])), dim=1)
     features = model.reference_net(latents)  # the mask's channel has no weight yet
     conditions = project(model.projections, sites, [None, None], [features, None])
-    run = Run(conditions, SingleRoute(), (1.0, 1.0), (0.0, -math.inf))
+    run = PreparedSubjects(conditions, SingleRoute(), (1.0, 1.0), (0.0, -math.inf))
     call = Call(run, Rows(tuple(range(BATCH))), (True,), sites, diffusers_unet.dense_attention)
     slot = diffusers_unet.install(unet, sites)
     trained = diffusers_unet.predict(unet, slot, call, *inputs())

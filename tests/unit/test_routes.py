@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from anystory_core.bases.sdxl.config import UNetConfig
 from anystory_core.bases.sdxl.sites import build_sites
 from anystory_core.config import RouterConfig
+from anystory_core.routing.grids import SoftMaps, resize_soft
 from anystory_core.routing.router import Routers
-from anystory_core.routing.sources import LearnedRoutes, MaskRoutes, SoftMaps, resize_soft
+from anystory_core.routing.sources import LearnedRoutes, MaskRoutes
 
 SITES = build_sites(
     UNetConfig(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from anystory_core.bases.sdxl.config import AnyStoryConfig, ReferenceConfig, UNetConfig
 from anystory_core.config import ClipVisionConfig, QFormerConfig
 from anystory_core.errors import AnyStoryError, ModelMismatchError, SubjectError
-from anystory_core.subject.encoder import encode_subject
+from anystory_core.subject.encoder import PictureStates, encode_subject
 from anystory_core.subject.files import (
     check_clip,
     check_name,
@@ -27,7 +27,7 @@ from anystory_core.subject.files import (
 )
 from anystory_core.subject.preprocess import prepare_views
 from anystory_core.subject.subject import Subject, SubjectOptions
-from anystory_core.weights.checkpoint import save_tensors
+from anystory_core.tensor_files import save_tensors
 from anystory_core.weights.model import AnyStoryModel, build_model
 
 from .refused_names import REFUSED
@@ -59,15 +59,13 @@ def subject(model: AnyStoryModel) -> Subject:
     views = prepare_views(picture, torch.ones(2, 50, 40), CONFIG)
     tokens, width = CONFIG.clip.tokens, CONFIG.clip.width
     generator = torch.Generator().manual_seed(1)
-    made = encode_subject(
-        model,
-        views,
-        clip_states=torch.randn(2, tokens, width, generator=generator),
-        background_states=torch.randn(1, tokens, width, generator=generator),
+    states = PictureStates(
+        clip=torch.randn(2, tokens, width, generator=generator),
+        background=torch.randn(1, tokens, width, generator=generator),
         latents=torch.randn(2, 4, 8, 8, generator=generator),
-        label="red fox ☆",
         clip_fingerprint="clip-a",
     )
+    made = encode_subject(model, views, states, label="red fox ☆")
     return made.with_options(SubjectOptions(strength=0.5, end=0.75))
 
 

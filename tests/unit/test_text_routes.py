@@ -6,14 +6,18 @@ import math
 
 import pytest
 import torch
+from calls import Maps
 from torch import Tensor
 
-from anystory_core.bases.sdxl.sites import Site, build_sites
+from anystory_core.bases.base import Site
+from anystory_core.bases.sdxl.sites import build_sites
 from anystory_core.errors import RoutingError
-from anystory_core.injection.call import Call, Rows
-from anystory_core.injection.equations import Candidates, KeyValue
-from anystory_core.injection.run import Run, SiteConditions
-from anystory_core.routing.sources import Grid, MaskRoutes
+from anystory_core.injection.call import Call, Recording, Shown
+from anystory_core.injection.keys import Candidates, KeyValue
+from anystory_core.injection.prepare import PreparedSubjects, SiteConditions
+from anystory_core.injection.rows import Rows
+from anystory_core.routing.grids import Grid
+from anystory_core.routing.sources import MaskRoutes
 from anystory_core.routing.words import TextRoutes, Texts
 from anystory_core.training.hosts.unet import dense_attention
 
@@ -205,13 +209,17 @@ def test_kinds_of_calls_do_not_mix(kinds: tuple[str | None, str | None]) -> None
         routes = TextRoutes(words.texts(), SITES)
         out: dict[int, list[Tensor]] = {}
         for number in order:
-            run = Run(NOTHING, routes, (1.0, 1.0), (-math.inf, -math.inf))
+            run = PreparedSubjects(NOTHING, routes, (1.0, 1.0), (-math.inf, -math.inf))
             kind = kinds[number % 2]
-            call = Call(run, Rows((0,)), (True,), SITES, dense_attention, kind=kind)
+            maps = Maps()
+            call = Call(
+                run, Rows((0,)), (True,), SITES, dense_attention, Shown(kind=kind),
+                Recording(maps, (0,)),
+            )  # fmt: skip
             for index in (1, 2):
                 call.begin_cross_attention(index, q[0], grid)
                 call.cross_attention(index, q[(number + index) % 6], torch.zeros_like(q[0]))
-            out[number] = [call.soft_maps[index].maps for index in (1, 2)]
+            out[number] = [maps[index].maps for index in (1, 2)]
         return out
 
     mixed = routed([0, 1, 2, 3])
@@ -275,7 +283,7 @@ def test_call_routes_by_the_query() -> None:
         SiteConditions(Candidates([kv(), None]), Candidates([None, None])),
         SiteConditions(Candidates([None, None]), Candidates([kv(), None])),
     )
-    run = Run(conditions, routes, (1.0, 1.0), (0.0, -math.inf))
+    run = PreparedSubjects(conditions, routes, (1.0, 1.0), (0.0, -math.inf))
     call = Call(run, Rows((0,)), (True,), SITES, dense_attention)
     call.begin_cross_attention(1, torch.zeros_like(q), (height, width))
     text = torch.randn(q.shape, generator=make)

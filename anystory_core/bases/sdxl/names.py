@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 
 from .config import UNetConfig
-from .sites import Site
+from .sites import UNetSite
 
 _RESNET = {
     "in_layers.0": "norm1",
@@ -95,7 +95,7 @@ _LAYER_MEMBERS = {
 }
 
 
-def adapter_names(ours: str, site: Site | None) -> tuple[str, ...]:
+def adapter_names(ours: str, site: UNetSite | None) -> tuple[str, ...]:
     """Name in an IP-Adapter file of one of our tensors: of the QFormer (``latents``,
     ``layers.0.0.to_q.weight`` ...), or of a block's ``to_k.weight``."""
     if site is None:
@@ -103,7 +103,7 @@ def adapter_names(ours: str, site: Site | None) -> tuple[str, ...]:
     return (f"ip_adapter.{site.ip_adapter}.{_ip(ours, '')}",)
 
 
-def diffusers_adapter_names(ours: str, site: Site | None) -> tuple[str, ...]:
+def diffusers_adapter_names(ours: str, site: UNetSite | None) -> tuple[str, ...]:
     """As :func:`adapter_names` in a diffusers U-Net. Two names: their rows follow one another."""
     if site is not None:
         return (f"{site.diffusers}.attn2.processor.{_ip(ours, '.0')}",)

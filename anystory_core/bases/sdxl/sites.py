@@ -9,20 +9,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..base import Site
 from .config import UNetConfig
+
+_SHORT = {"input": "in", "middle": "mid", "output": "out"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
-    """Transformer block ``index`` (1-based, forward order)."""
+class UNetSite(Site):
+    """A transformer block of an SDXL-like U-Net."""
 
-    index: int
     part: str  # ComfyUI: "input", "middle" or "output" ...
     number: int  # ... its number there ...
     block_index: int  # ... and the position inside the SpatialTransformer
-    channels: int  # d
-    heads: int
-    stride: int  # latent pixels per token, along one side
     diffusers: str  # path of the BasicTransformerBlock in UNet2DConditionModel
     ip_adapter: int  # the block's number in a public `ip_adapter.N` file
 
@@ -35,13 +34,22 @@ class Site:
 
     @property
     def label(self) -> str:
-        """Short name for people, e.g. ``input 4.1``."""
-        if self.part == "middle":
-            return f"middle {self.block_index}"
-        return f"{self.part} {self.number}.{self.block_index}"
+        """Name for people, e.g. ``input 4.1``."""
+        return f"{self.part} {self._place}"
+
+    @property
+    def short_label(self) -> str:
+        """As :attr:`label`, e.g. ``in 4.1``."""
+        return f"{_SHORT[self.part]} {self._place}"
+
+    @property
+    def _place(self) -> str:
+        return (
+            f"{self.block_index}" if self.part == "middle" else f"{self.number}.{self.block_index}"
+        )
 
 
-def build_sites(unet: UNetConfig) -> tuple[Site, ...]:
+def build_sites(unet: UNetConfig) -> tuple[UNetSite, ...]:
     """All sites of a U-Net in forward order: 70 for SDXL, 16 for the mini model."""
     levels = len(unet.channel_mult)
     layers: list[tuple[str, int, int, int, str]] = []  # part, number, level, depth, diffusers path
@@ -63,12 +71,12 @@ def build_sites(unet: UNetConfig) -> tuple[Site, ...]:
             layers.append(("output", number, level, unet.transformer_depth[level], path))
             number += 1
 
-    sites: list[Site] = []
+    sites: list[UNetSite] = []
     for part, number, level, depth, path in layers:
         for block_index in range(depth):
             channels = unet.model_channels * unet.channel_mult[level]
             sites.append(
-                Site(
+                UNetSite(
                     index=len(sites) + 1,
                     part=part,
                     number=number,
@@ -83,7 +91,7 @@ def build_sites(unet: UNetConfig) -> tuple[Site, ...]:
     return _number_like_ip_adapter(sites)
 
 
-def _number_like_ip_adapter(sites: list[Site]) -> tuple[Site, ...]:
+def _number_like_ip_adapter(sites: list[UNetSite]) -> tuple[UNetSite, ...]:
     """Fill in ``ip_adapter``: public files count all attention layers, self-attention included, in
     the order in which diffusers names them: down, up, middle. Cross-attention gets the odd ones."""
     order = sorted(sites, key=lambda s: ("input", "output", "middle").index(s.part))

@@ -11,7 +11,6 @@ Layouts of ``base.path``:
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from ...bases.sdxl.config import AnyStoryConfig
 from ...errors import ConfigError, ModelMismatchError
+from ...weights.fingerprint import weights_fingerprint
 from ..config import BaseSettings
 from .names import diffusers_unet_config
 from .single_file import load_single_file
@@ -111,19 +111,8 @@ def load_base(settings: BaseSettings) -> Base:
     modules = (unet, vae, *encoders, clip_vision)
     for module in modules:
         module.eval().requires_grad_(False)
-    name = fingerprint((vae, *encoders, clip_vision))
+    name = weights_fingerprint(vae, *encoders, clip_vision)
     return Base(config, unet, vae, text_encoder(encoders), clip_vision, modules, name)
-
-
-def fingerprint(modules: Sequence[Any]) -> str:
-    """Of the networks whose results are cached: some numbers of each of their tensors."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            numbers = tensor.flatten()
-            chosen = numbers[:: max(1, len(numbers) // 64)][:64].double()
-            digest.update(f"{name} {tuple(tensor.shape)}".encode() + chosen.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _model_config(name: str) -> AnyStoryConfig:

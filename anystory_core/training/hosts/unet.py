@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ...bases.sdxl.sites import Site
+from ...bases.sdxl.sites import UNetSite
 from ...injection.call import Call
-from ...routing.sources import Grid
+from ...routing.grids import Grid
 
 
 def dense_attention(
@@ -59,7 +59,7 @@ class Slot:
 class SelfAttention:
     """attn1 of one site."""
 
-    def __init__(self, site: Site, slot: Slot) -> None:
+    def __init__(self, site: UNetSite, slot: Slot) -> None:
         self.site, self.slot = site, slot
 
     def __call__(
@@ -83,7 +83,7 @@ class SelfAttention:
 class CrossAttention:
     """attn2 of one site: its input is ``norm2``'s output, which the router reads."""
 
-    def __init__(self, site: Site, slot: Slot) -> None:
+    def __init__(self, site: UNetSite, slot: Slot) -> None:
         self.site, self.slot = site, slot
 
     def __call__(
@@ -106,12 +106,12 @@ class CrossAttention:
         return attn.to_out[0](out)
 
 
-def _transformer(site: Site) -> str:
+def _transformer(site: UNetSite) -> str:
     """Path of the Transformer2DModel that holds the site's block."""
     return site.diffusers.split(".transformer_blocks.")[0]
 
 
-def install(unet: Any, sites: Sequence[Site]) -> Slot:
+def install(unet: Any, sites: Sequence[UNetSite]) -> Slot:
     """Put our processors on every site of a diffusers U-Net; returns the slot they share."""
     slot = Slot()
     processors: dict[str, Any] = {}

@@ -7,7 +7,6 @@ are refused by name.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,8 @@ from torch import Tensor
 from ...bases.sdxl.config import AnyStoryConfig
 from ...bases.sdxl.names import LDM_PREFIX
 from ...errors import CheckpointError
-from ..checkpoint import FLOATS, TensorFile, open_tensors, raw_header
+from ...tensor_files import FLOATS, TensorFile, open_tensors, raw_header
+from ..fingerprint import file_sha256
 
 _UNET_FILE = "diffusion_pytorch_model"
 # The public "plus-face" file has the very tensor names and shapes of the general one.
@@ -102,7 +102,7 @@ class Source:
 
     def describe(self) -> str:
         """Names and SHA-256 of the files, for the header of what is made from them."""
-        return ", ".join(f"{path.name} sha256:{sha256(path)}" for path in self.files)
+        return ", ".join(f"{path.name} sha256:{file_sha256(path)}" for path in self.files)
 
     def close(self) -> None:
         self._stack.close()
@@ -117,15 +117,6 @@ class Source:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(4 * 2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _check_suffix(path: Path) -> None:
@@ -308,7 +299,7 @@ def open_adapter(path: Path, config: AnyStoryConfig) -> Adapter:
                 f"{config.clip.width} (CLIP ViT-H); face adapters such as InstantID read 512, and "
                 "Kolors 1024; the public one is ip-adapter-plus_sdxl_vit-h.safetensors"
             )
-        if sha256(path) in _FACE_FILES:
+        if file_sha256(path) in _FACE_FILES:
             _refuse_face(path.name)
         return Adapter(source, diffusers)
     except BaseException:

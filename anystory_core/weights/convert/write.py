@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ..checkpoint import atomic_file
+from ...tensor_files import atomic_file
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _SPARE = 64 * 2**20  # bytes of the disk that are never planned for

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ....anystory_core.bases.sdxl.config import AnyStoryConfig
-from ....anystory_core.bases.sdxl.sites import Site
+from ....anystory_core.bases.sdxl.sites import UNetSite
 from ....anystory_core.errors import ModelMismatchError
 
 
@@ -25,8 +25,14 @@ def _transformer_blocks(diffusion_model: Any) -> dict[tuple[str, int, int], Any]
     return found
 
 
-def check_model(model: Any, config: AnyStoryConfig, sites: Sequence[Site]) -> None:
-    """ModelMismatchError naming the first block and dimension of the host's model that differ."""
+def check_model(model: Any, config: AnyStoryConfig, sites: Sequence[UNetSite]) -> None:
+    """ModelMismatchError naming the first block and dimension of the host's model that differ, or
+    the scale of its latents."""
+    _check_blocks(model, config, sites)
+    _check_latent_format(model, config)
+
+
+def _check_blocks(model: Any, config: AnyStoryConfig, sites: Sequence[UNetSite]) -> None:
     kind = type(model.model).__name__
     diffusion_model = getattr(model.model, "diffusion_model", None)
     blocks = _transformer_blocks(diffusion_model)
@@ -60,7 +66,7 @@ def check_model(model: Any, config: AnyStoryConfig, sites: Sequence[Site]) -> No
                 )
 
 
-def check_latent_format(model: Any, config: AnyStoryConfig) -> None:
+def _check_latent_format(model: Any, config: AnyStoryConfig) -> None:
     """The references were encoded at the scale in the config; the model must use the same."""
     latent_format = model.model.latent_format
     got = getattr(latent_format, "scale_factor", 1.0), getattr(latent_format, "shift_factor", 0.0)

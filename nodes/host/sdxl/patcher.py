@@ -19,9 +19,9 @@ from comfy import model_management as mm
 from comfy.ldm.modules import attention as backends
 from torch import Tensor
 
-from ....anystory_core.bases.sdxl.sites import Site
+from ....anystory_core.bases.sdxl.sites import UNetSite
 from ....anystory_core.injection.call import Call
-from ....anystory_core.routing.sources import Grid
+from ....anystory_core.routing.grids import Grid
 from ..ids import CALL_KEY, STATES_KEY
 
 Options = Mapping[str, Any]
@@ -61,7 +61,7 @@ class HostAttention:
 class BlockTable:
     """Finds the site of a running block, and its token grid."""
 
-    sites: Sequence[Site]
+    sites: Sequence[UNetSite]
     index: dict[tuple[str, int, int], int] = field(init=False)
     warned: set[tuple[int, str]] = field(default_factory=set)
 
@@ -203,7 +203,7 @@ def _plain(previous: Replace | None, q: Tensor, k: Tensor, v: Tensor, options: O
     return attention(q, k, v, options["n_heads"])
 
 
-def install(transformer_options: dict[str, Any], sites: Sequence[Site], unet: Any) -> None:
+def install(transformer_options: dict[str, Any], sites: Sequence[UNetSite], unet: Any) -> None:
     """Put one run's patches into ``transformer_options`` (the guider's own nested copy).
 
     A slot is (name, number, index) or (name, number), and the host looks at the first form first.

@@ -52,7 +52,7 @@ def measure(bench: Bench) -> dict[str, Any]:
 
     def use(_: dict[str, Step]) -> None:
         for n in (1, 2, 3):
-            run = bench.prepared[n].run
+            run = bench.prepared[n]
             routers = size(bench.anystory.model.routers)
             clip = size([site.clip for site in run.conditions])
             reference = size([site.reference for site in run.conditions])
@@ -108,7 +108,7 @@ def gpu_1024(bench: Bench, subjects: int = 2) -> dict[str, Any]:
         with (
             mock.patch.object(core("injection.call"), "by_region", lambda q: False),
             mock.patch.multiple(attention, **fused),
-            mock.patch.multiple(host("nodes.host.patcher"), **fused),
+            mock.patch.multiple(host("nodes.host.sdxl.patcher"), **fused),
         ):
             for name, step in steps.items():
                 with WithoutProducts():
@@ -117,7 +117,7 @@ def gpu_1024(bench: Bench, subjects: int = 2) -> dict[str, Any]:
                     step()
 
     bench.with_steps(models, (1024, 1024), use)
-    run = bench.prepared[subjects].run
+    run = bench.prepared[subjects]
     lines = {
         "U-Net weights": size(bench.unet.model.diffusion_model),
         "routers": size(bench.anystory.model.routers),

@@ -46,13 +46,13 @@ ROUTER, CLIP = "router", "CLIP branch"
 OWN, BOTH = "self-attention without references", "self-attention with references"
 # Row of the table -> method whose calls are marked, whichever way of computation it takes.
 PARTS = {
-    ROUTER: ("conditioner", "Call", "begin_cross_attention"),
-    CLIP: ("conditioner", "Call", "cross_attention"),
-    BOTH: ("conditioner", "Call", "self_attention"),
+    ROUTER: ("injection.call", "Call", "begin_cross_attention"),
+    CLIP: ("injection.call", "Call", "cross_attention"),
+    BOTH: ("injection.call", "Call", "self_attention"),
 }
 WITHIN = {  # rows that are part of those above
-    "sorting by region": ("injection", "Regions", "of"),
-    "routes carried to another grid": ("routes", "LearnedRoutes", "resize"),
+    "sorting by region": ("injection.keys", "Regions", "of"),
+    "routes carried to another grid": ("routing.sources", "LearnedRoutes", "resize"),
 }
 
 

@@ -113,7 +113,7 @@ def per_block(repetitions: int = 10, size: int = 128) -> dict[str, Any]:
 
     with contextlib.ExitStack() as stack, torch.inference_mode():
         for name in PATCHES:
-            patch = getattr(host("nodes.host.patcher"), name)
+            patch = getattr(host("nodes.host.sdxl.patcher"), name)
             stack.enter_context(marked(name, patch, "__call__"))
         bench.with_steps(models, (size, size), use)
     for key in ("Python, us", "operators"):

@@ -209,27 +209,26 @@ class Bench:
     ) -> Any:
         """The model with the pack's wrapper for the first ``count`` subjects. A run is prepared
         inside ``preparing``, for counts that need no values."""
-        sampling = host("nodes.host.sampling")
-        records = host("nodes.host.records")
+        wrappers, sockets = host("nodes.host.wrapper"), host("nodes.host.sockets")
         bench = self
 
-        class Wrapper(sampling.SamplingWrapper):
+        class Wrapper(wrappers.SamplingWrapper):
             def _prepare(self, *args: Any) -> Any:
                 start = time.process_time()
                 with preparing():
-                    state = super()._prepare(*args)
+                    passes = super()._prepare(*args)
                 bench.seconds.setdefault(count, []).append(time.process_time() - start)
                 if fixed:
-                    source = FixedRoutes(state.run.source)
-                    state.run = dataclasses.replace(state.run, source=source)
-                bench.prepared[count] = state
-                return state
+                    source = FixedRoutes(passes.prepared.source)
+                    passes.prepared = dataclasses.replace(passes.prepared, source=source)
+                bench.prepared[count] = passes.prepared
+                return passes
 
-        routing = sampling.Routing(
+        routing = sockets.Routing(
             self.anystory, tuple(self.subjects[:count]), (None,) * count, "learned"
         )
-        settings = core("injection.run").Settings()
-        wrapper = Wrapper(routing, settings, 0.0, 1.0, records.RoutingMaps())
+        settings = core("injection.prepare").Settings()
+        wrapper = Wrapper(routing, settings, 0.0, 1.0, sockets.RoutingMaps())
         extension = host("comfy.patcher_extension")
         clone = self.unet.clone()
         clone.add_wrapper_with_key(extension.WrappersMP.OUTER_SAMPLE, "bench", wrapper)

@@ -1,0 +1,157 @@
+"""The subjects of one sampling run: their keys and values, projected once, and a route source.
+
+K, V of Eq. 5 and 6 depend on the subjects and the weights alone, not on the step, so a run projects
+them before its first step and holds nothing of the ReferenceNet or of the projections afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from ..bases.base import Site
+from ..errors import RoutingError
+from ..routing.sources import RouteSource
+from ..routing.words import TextRoutes
+from ..subject.subject import Subject
+from .keys import Candidates, Tables
+from .projections import Projections
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Overall strengths; each subject's own are multiplied in
+    (:class:`~..subject.subject.SubjectOptions`).
+
+    ``keep_references_in_uncond``: unconditional rows keep the reference features (the paper's
+    training drops only CLIP); they then route by their own hidden states.
+    """
+
+    strength: float = 1.0
+    reference_strength: float = 1.0
+    keep_references_in_uncond: bool = False
+
+
+class InjectionModel(Protocol):
+    """What of a model projects subjects: an :class:`~..weights.model.AnyStoryModel`."""
+
+    @property
+    def sites(self) -> Sequence[Site]: ...
+    @property
+    def projections(self) -> Projections: ...
+
+
+@dataclass(frozen=True)
+class SiteConditions:
+    """Projected keys and values of all C = N + 1 candidates at one block."""
+
+    clip: Candidates
+    reference: Candidates
+
+
+@dataclass(frozen=True)
+class PreparedSubjects:
+    """The subjects as every pass of one sampling run needs them (:func:`prepare_subjects`).
+
+    ``agree``: the blocks of a pass decide together which subject is where
+    (:mod:`..routing.agreement`)."""
+
+    conditions: tuple[SiteConditions, ...]  # conditions[l - 1]
+    source: RouteSource | TextRoutes
+    strengths: tuple[float, ...]  # eta_i for N subjects and the background
+    biases: tuple[float, ...]  # gamma_i, the same
+    keep_references_in_uncond: bool = False
+    agree: bool = False
+    tables: Tables = field(default_factory=Tables, compare=False, repr=False)
+
+    @property
+    def subjects(self) -> int:
+        """N."""
+        return len(self.strengths) - 1
+
+    def is_idle(self, active: Sequence[bool]) -> bool:
+        """Nothing to inject: the host then runs the plain model, bit for bit."""
+        return not any(
+            on and (eta > 0 or gamma > -math.inf)
+            for on, eta, gamma in zip(active, self.strengths, self.biases, strict=False)
+        )
+
+
+def project(
+    projections: Projections,
+    sites: Sequence[Site],
+    tokens: Sequence[Tensor | None],
+    features: Sequence[Sequence[Tensor] | None],
+) -> tuple[SiteConditions, ...]:
+    """Apply every block's K and V maps once.
+
+    tokens: E_i (R,T,C) of each candidate, the background's last. features: G_i^2..G_i^L, each
+    (R,G,d_l). None: the candidate has none. Differentiable.
+    """
+    conditions: list[SiteConditions] = []
+    for site in sites:
+        clip = reference = None
+        if projections.clip is not None:
+            clip = projections.clip.at(site.index)
+        if projections.reference is not None and site.index > 1:
+            reference = projections.reference.at(site.index)
+        conditions.append(
+            SiteConditions(
+                Candidates([None if clip is None or e is None else clip(e) for e in tokens]),
+                Candidates(
+                    [
+                        None if reference is None or not g else reference(g[site.index - 2])
+                        for g in features
+                    ]
+                ),
+            )
+        )
+    return tuple(conditions)
+
+
+def prepare_subjects(
+    model: InjectionModel,
+    subjects: Sequence[Subject],
+    source: RouteSource | TextRoutes,
+    settings: Settings,
+    *,
+    agree: bool = False,
+) -> PreparedSubjects:
+    """Project all subjects for one run. The subjects' tensors are on the device and in the dtype of
+    ``model.projections``. A branch at strength 0 is not projected."""
+    if source.candidates != len(subjects) + 1:
+        raise RoutingError(
+            f"routing: made for {source.candidates - 1} subjects, got {len(subjects)}"
+        )
+    if not subjects:
+        raise RoutingError("routing: got no subject, expected at least one")
+    background = subjects[0].background_tokens if settings.strength > 0 else None
+    strengths = [settings.strength * s.options.strength for s in subjects]
+    biases = [_log(settings.reference_strength * s.options.reference_strength) for s in subjects]
+    tokens: list[Tensor | None] = [
+        s.tokens[None] if s.tokens is not None and eta > 0 else None
+        for s, eta in zip(subjects, strengths, strict=True)
+    ]
+    features: list[Sequence[Tensor] | None] = [
+        [g[None] for g in s.features] if gamma > -math.inf else None
+        for s, gamma in zip(subjects, biases, strict=True)
+    ]
+    tokens.append(None if background is None else background[None])
+    conditions = project(model.projections, model.sites, tokens, [*features, None])
+    return PreparedSubjects(
+        conditions,
+        source,
+        (*strengths, settings.strength),
+        (*biases, -math.inf),
+        settings.keep_references_in_uncond,
+        agree,
+    )
+
+
+def _log(strength: float) -> float:
+    """gamma = ln s; the bias of Eq. 7 for a multiplicative reference strength."""
+    return math.log(strength) if strength > 0 else -math.inf

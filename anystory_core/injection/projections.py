@@ -1,0 +1,48 @@
+"""Key and value maps of the subjects' features at every block (Eq. 5 and 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from .keys import KeyValue
+
+
+class Projection(nn.Module):
+    """Key and value maps of one block for subject features."""
+
+    def __init__(self, inputs: int, width: int, operations: Any, dtype: Any, device: Any) -> None:
+        super().__init__()
+        kw: dict[str, Any] = {"bias": False, "dtype": dtype, "device": device}
+        self.to_k = operations.Linear(inputs, width, **kw)
+        self.to_v = operations.Linear(inputs, width, **kw)
+
+    def forward(self, x: Tensor) -> KeyValue:
+        """(R,T,inputs) -> keys and values (R,T,width)."""
+        return KeyValue(self.to_k(x), self.to_v(x))
+
+
+class ProjectionTable(nn.Module):
+    """One :class:`Projection` per site, under the site's number."""
+
+    def __init__(
+        self, shapes: Sequence[tuple[int, int, int]], operations: Any, dtype: Any, device: Any
+    ) -> None:
+        super().__init__()
+        for index, inputs, width in shapes:
+            self.add_module(str(index), Projection(inputs, width, operations, dtype, device))
+
+    def at(self, index: int) -> Projection:
+        """The projection of block ``index``."""
+        return cast(Projection, self.get_submodule(str(index)))
+
+
+class Projections(nn.Module):
+    """K and V maps for the CLIP tokens (blocks 1..L) and the reference features (2..L)."""
+
+    def __init__(self, clip: ProjectionTable | None, reference: ProjectionTable | None) -> None:
+        super().__init__()
+        self.clip = clip
+        self.reference = reference

@@ -10,8 +10,8 @@ from comfy_api.latest import io
 from ..anystory_core.errors import RoutingError
 from ..anystory_core.injection.prepare import Settings
 from ..anystory_core.subject.subject import SubjectOptions
+from .bases import base_of
 from .host import ids
-from .host.sdxl.checks import check_model
 from .host.sockets import Routing, RoutingMaps
 from .host.wrapper import SamplingWrapper
 
@@ -129,8 +129,9 @@ def apply_routing(
         maps.unrouted = True
         return patched
     anystory = routing.anystory
-    check_model(model, anystory.model.config, anystory.model.sites)
-    wrapper = SamplingWrapper(routing, settings, start, end, maps, node, bar)
+    base = base_of(anystory)
+    base.check(model, anystory)
+    wrapper = SamplingWrapper(base, routing, settings, start, end, maps, node, bar)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, ids.WRAPPER_KEY, wrapper)
     if routing.routers():
         patched.set_additional_models(ids.WRAPPER_KEY, routing.routers())

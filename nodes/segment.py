@@ -16,18 +16,11 @@ from ..anystory_core.errors import RoutingError
 from ..anystory_core.injection.prepare import Settings
 from ..anystory_core.routing import segment
 from .apply import apply_routing, is_applied
+from .bases import base_of
 from .host import ids, tensors
 from .host.sockets import Routing, RoutingMaps
 
 _AT_ONCE = 4  # noises in one pass of the U-Net
-
-
-def empty_conditioning(routing: Routing) -> list[Any]:
-    """Zero text states, which SDXL was trained to take for an empty prompt."""
-    unet = routing.anystory.model.config.unet
-    pooled = unet.adm_channels - 6 * 256
-    states = torch.zeros(1, 77, unet.context_dim)
-    return [[states, {"pooled_output": torch.zeros(1, pooled)}]]
 
 
 def encode_picture(vae: Any, picture: Tensor) -> Tensor:
@@ -157,7 +150,8 @@ class AnyStorySegment(io.ComfyNode):
                 "model: it already went through an ApplyAnyStory; connect the model from before it"
             )
         if positive is None:
-            positive = empty_conditioning(routing)
+            anystory = routing.anystory
+            positive = base_of(anystory).empty_conditioning(anystory)
         passes = [min(_AT_ONCE, noises - i) for i in range(0, noises, _AT_ONCE)]
         progress = comfy.utils.ProgressBar(image.shape[0] * (len(passes) + 1))
         masks: list[Tensor] = []

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ...anystory_core.injection.prepare import Settings
 from ...anystory_core.routing.record import RoutingRecord
+from .base import HostBase, Passes, RunRequest
 from .ids import named
-from .sdxl.passes import UNetPasses, prepare_passes
 from .sockets import Routing, RoutingMaps
 from .windows import Window
 
@@ -27,6 +27,7 @@ from .windows import Window
 class SamplingWrapper:
     """OUTER_SAMPLE wrapper; immutable, so clones of the model may share it."""
 
+    base: HostBase
     routing: Routing
     settings: Settings
     start: float
@@ -102,14 +103,16 @@ class SamplingWrapper:
             for subject, window in zip(self.routing.subjects, windows, strict=True)
         )
 
-    def _prepare(self, guider: Any, windows: tuple[Window, ...], steps: int) -> UNetPasses:
+    def _prepare(self, guider: Any, windows: tuple[Window, ...], steps: int) -> Passes:
         advance = self._progress(steps)
         record = RoutingRecord(
             tuple(subject.label for subject in self.routing.subjects),
             self.routing.anystory.model.sites,
             self.maps.keep_soft,
         )
-        return prepare_passes(guider, self.routing, self.settings, windows, record, advance)
+        return self.base.prepare(
+            RunRequest(guider, self.routing, self.settings, windows, record, advance)
+        )
 
     def _progress(self, steps: int) -> Callable[[int], None]:
         """Advances a bar by one of the two parts of the preparations. Together they are half of the

@@ -14,8 +14,6 @@ CORE = ROOT / "anystory_core"
 HOST_MODULES = ("comfy", "comfy_api", "comfy_extras", "folder_paths", "nodes", "server")
 # What the pack needs at run time: torch and what the host ships. The rest is for training.
 TRAINING = ("diffusers", "accelerate", "webdataset", "open_clip", "tensorboard", "transformers")
-PYTHON = [p for p in ROOT.rglob("*.py") if not {".dev", ".git"} & set(p.relative_to(ROOT).parts)]
-LONGEST = 350  # lines
 
 
 def imported(path: Path) -> set[str]:
@@ -54,12 +52,51 @@ def test_the_core_imports_with_hosts_and_trainers_blocked() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+CLOSED = {("anystory_core", "training"), ("anystory_core", "data")}  # to nodes
+# Folders and files of the core, each of which imports only what stands before it.
+ORDER = (
+    "errors", "story", "tensor_files", "config", "bases", "subject", "routing", "pictures",
+    "injection", "weights", "convert", "mini", "data", "training",
+)  # fmt: skip
+
+
+def imports_of(path: Path) -> set[tuple[str, ...]]:
+    """Our own modules that a file imports, as paths from the repository's root."""
+    inside = path.relative_to(ROOT).parts[:-1]
+    found: set[tuple[str, ...]] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        module = tuple(node.module.split(".")) if node.module else ()
+        if node.level:
+            module = inside[: len(inside) - node.level + 1] + module
+        found |= {module} if node.module else {(*module, alias.name) for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(CORE.rglob("*.py")), ids=lambda p: str(p.relative_to(CORE)))
+def test_the_core_imports_downwards(path: Path) -> None:
+    own = path.relative_to(CORE).with_suffix("").parts[0]
+    for module in imports_of(path):
+        if module[0] == "lab":
+            raise AssertionError(f"{path.name} imports {module}")
+        if module[0] == "anystory_core" and own in ORDER and module[1] != own:
+            assert ORDER.index(module[1]) < ORDER.index(own), module
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nodes").rglob("*.py")), ids=lambda p: p.name)
+def test_nodes_import_downwards(path: Path) -> None:
+    """Nothing that a host loads imports training, its data or the lab; and what serves every base
+    in ``nodes/host`` imports no single one."""
+    inside = path.relative_to(ROOT).parts[:-1]
+    for module in imports_of(path):
+        assert module[0] != "lab" and module[:2] not in CLOSED, module
+        if inside == ("nodes", "host"):
+            base = module[:2] == inside and (ROOT / "nodes" / "host" / module[2]).is_dir()
+            assert not base and (module[0] != "nodes" or module[1] == "host"), module
+
+
 def test_the_packs_requirements_are_the_hosts() -> None:
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     wanted = {line.split("#")[0].strip() for line in lines} - {""}
     assert wanted <= {"safetensors", "Pillow", "kornia", "numpy"}
-
-
-@pytest.mark.parametrize("path", PYTHON, ids=lambda p: str(p.relative_to(ROOT)))
-def test_files_are_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= LONGEST

@@ -13,18 +13,17 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ....anystory_core.injection.call import Call, Recording, Shown
-from ....anystory_core.injection.prepare import PreparedSubjects, Settings, prepare_subjects
+from ....anystory_core.injection.prepare import PreparedSubjects, prepare_subjects
 from ....anystory_core.injection.rows import Rows
 from ....anystory_core.routing.grids import Crop
 from ....anystory_core.routing.modes import build_source
 from ....anystory_core.routing.record import RoutingRecord
+from ..base import RunRequest
 from ..conds import Evaluation, Roles
 from ..ids import CALL_KEY, EVALUATION_KEY, WRAPPER_KEY
 from ..managed import load, release
-from ..sockets import Routing
 from ..texts import route_texts
 from ..windows import Window
-from .checks import check_model
 from .patcher import HostAttention, install
 
 
@@ -144,19 +143,11 @@ class UNetPasses:
         )
 
 
-def prepare_passes(
-    guider: Any,
-    routing: Routing,
-    settings: Settings,
-    windows: tuple[Window, ...],
-    record: RoutingRecord,
-    advance: Callable[[int], None],
-) -> UNetPasses:
-    """Project the subjects for a run of ``guider``, whose routes go into ``record``. ``advance`` is
-    told of both parts of the work. ModelMismatchError: the weights are not for this model."""
+def prepare_passes(request: RunRequest) -> UNetPasses:
+    """Project the subjects for a run."""
+    routing, guider, advance = request.routing, request.guider, request.advance
     anystory, subjects = routing.anystory, routing.subjects
     model = guider.model_patcher
-    check_model(model, anystory.model.config, anystory.model.sites)
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
     device = model.load_device
     roles = Roles.of(guider)
@@ -169,12 +160,13 @@ def prepare_passes(
         moved = [s.map(lambda x: x.to(device, dtype)) for s in subjects]
         source = build_source(routing.mode, anystory.model, moved, routing.masks, texts)
         agree = routing.agree and routing.mode == "learned"
-        prepared = prepare_subjects(anystory.model, moved, source, settings, agree=agree)
+        prepared = prepare_subjects(anystory.model, moved, source, request.settings, agree=agree)
     finally:
         release(anystory.having("projections"))
     advance(1)
     unet = model.model.diffusion_model
-    return UNetPasses(prepared, windows, record, roles, _attention_precision(unet), unet)
+    precision = _attention_precision(unet)
+    return UNetPasses(prepared, request.windows, request.record, roles, precision, unet)
 
 
 def _attention_precision(unet: Any) -> Any:

@@ -228,7 +228,8 @@ class Bench:
             self.anystory, tuple(self.subjects[:count]), (None,) * count, "learned"
         )
         settings = core("injection.prepare").Settings()
-        wrapper = Wrapper(routing, settings, 0.0, 1.0, sockets.RoutingMaps())
+        base = host("nodes.bases").base_of(self.anystory)
+        wrapper = Wrapper(base, routing, settings, 0.0, 1.0, sockets.RoutingMaps())
         extension = host("comfy.patcher_extension")
         clone = self.unet.clone()
         clone.add_wrapper_with_key(extension.WrappersMP.OUTER_SAMPLE, "bench", wrapper)

@@ -12,7 +12,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..anystory_core.errors import AnyStoryError, CheckpointError
-from ..anystory_core.subject.files import EXTENSION, check_name
+from ..anystory_core.file_names import EXTENSION, check_name
 from ..anystory_core.weights.convert.plan import DTYPES, REFERENCE_NETS, convert
 from .host import ids
 from .host.saying import say

@@ -10,6 +10,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..anystory_core.errors import SubjectError
+from ..anystory_core.file_names import EXTENSION, check_name
 from ..anystory_core.subject import files as subject_files
 from ..anystory_core.subject.subject import Subject
 from ..anystory_core.weights.fingerprint import weights_fingerprint
@@ -34,7 +35,7 @@ def register() -> None:
     for folder in (folder for place in PLACES for folder in folders_of(place)):
         folder_paths.add_model_folder_path(FOLDER, os.fspath(folder))
     paths, _ = folder_paths.folder_names_and_paths[FOLDER]
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, {subject_files.EXTENSION})
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, {EXTENSION})
 
 
 register()
@@ -152,7 +153,7 @@ def listed() -> list[str]:
 
 def find(name: str) -> Path:
     """The file of a name in the list; SubjectError unless it is there."""
-    subject_files.check_name(name)
+    check_name(name)
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
         raise SubjectError(

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from ..bases.sdxl.config import AnyStoryConfig
 from ..errors import SubjectError
+from .background import border_share, guess_mask
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BOX_SCALE = 1.04
-_BACKGROUND_TOLERANCE = 0.06  # colour distance to a plain background that still belongs to it
-_PLAIN_SPREAD = 0.03  # largest spread of the border's colours that counts as one plain colour
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def prepare_views(
         subject = _check_mask(mask, rgb)
         if invert_mask:
             subject = 1 - subject
-        if _border_share(subject) > 0.9:
+        if border_share(subject) > 0.9:
             notes.append(
                 "The mask covers most of the picture's border: if the background was encoded "
                 "instead of the subject, switch invert_mask."
@@ -72,7 +71,7 @@ def prepare_views(
     elif alpha is not None:
         subject = alpha
     else:
-        subject, note = _guess_mask(rgb)
+        subject, note = guess_mask(rgb)
         notes.append(note)
     crops = [_crop_square(rgb[v], subject[v], v) for v in range(rgb.shape[0])]
     return views_of(crops, config, tuple(notes))
@@ -100,7 +99,7 @@ def cut_out(picture: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     :func:`prepare_views`: picture (1,3,s,s) and mask (1,1,s,s)."""
     rgb, alpha = _split_channels(picture[None])
     given = alpha if mask is None else _check_mask(mask, rgb)
-    subject = _guess_mask(rgb)[0] if given is None else given
+    subject = guess_mask(rgb)[0] if given is None else given
     return _crop_square(rgb[0], subject[0], 0)
 
 
@@ -155,27 +154,6 @@ def _check_mask(mask: Tensor, rgb: Tensor) -> Tensor:
             mask[:, None], size=rgb.shape[1:3], mode="bilinear", align_corners=False
         )[:, 0]
     return mask.expand(rgb.shape[0], -1, -1)
-
-
-def _border(x: Tensor) -> Tensor:
-    """(V,H,W,...) -> (V, border pixels, ...), corners twice."""
-    return torch.cat((x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]), dim=1)
-
-
-def _border_share(mask: Tensor) -> float:
-    return float((_border(mask) > 0.5).float().mean())
-
-
-def _guess_mask(rgb: Tensor) -> tuple[Tensor, str]:
-    """Without a mask: all that differs from a plain background, else the whole picture."""
-    border = _border(rgb)  # (V,P,3)
-    colour = border.median(dim=1).values  # (V,3)
-    plain = (border - colour[:, None]).abs().amax(-1).quantile(0.95, dim=1) < _PLAIN_SPREAD
-    distance = (rgb - colour[:, None, None]).abs().amax(-1)
-    mask = (distance > _BACKGROUND_TOLERANCE).float()
-    if bool(plain.all()) and bool(mask.flatten(1).any(dim=1).all()):
-        return mask, "No mask: the plain background was cut away by its colour."
-    return torch.ones_like(mask), "No mask: the whole picture is taken as the subject."
 
 
 def mask_box(inside: Tensor) -> tuple[int, int, int, int]:

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from anystory_core.bases.sdxl.config import AnyStoryConfig, ReferenceConfig, UNetConfig
 from anystory_core.config import ClipVisionConfig, QFormerConfig
 from anystory_core.errors import AnyStoryError, ModelMismatchError, SubjectError
+from anystory_core.file_names import check_name
 from anystory_core.subject.encoder import PictureStates, encode_subject
 from anystory_core.subject.files import (
     check_clip,
-    check_name,
     load_subject,
     save_subject,
     subject_path,

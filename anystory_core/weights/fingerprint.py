@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,12 +28,15 @@ def file_fingerprint(path: Path) -> str:
     return digest.hexdigest()[:_DIGITS]
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of the whole file."""
+def file_sha256(path: Path, read: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of the whole file. ``read`` is told how many bytes were read, every few MiB; what it
+    raises ends the reading, so a user can cancel it."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
+            if read is not None:
+                read(len(block))
     return digest.hexdigest()
 
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from .bases.sdxl.config import AnyStoryConfig
 from .errors import AnyStoryError
-from .weights.convert.plan import DTYPES, REFERENCE_NETS, convert
+from .weights.convert.conversion import REFERENCE_NETS, convert
+from .weights.convert.target import DTYPES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

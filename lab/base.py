@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from anystory_core.mini.config import CONFIG, PICTURE_SIZE
 from anystory_core.subject.preprocess import mask_box
-from anystory_core.training.hosts.names import diffusers_unet_config
+from anystory_core.training.hosts.sizes import diffusers_unet_config
 from anystory_core.training.hosts.unet import attention_kernels, predict, time_ids
 from anystory_core.training.losses import error_weights
 from anystory_core.training.schedule import alphas_cumprod

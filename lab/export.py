@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from anystory_core.bases.sdxl.names import ldm_to_diffusers
 from anystory_core.mini.config import CONFIG
 from anystory_core.mini.weights import PARTS, pack_text, path
 from anystory_core.tensor_files import save_tensors
-from anystory_core.training.hosts.names import ldm_to_diffusers
 from anystory_core.weights.checkpoint import load_model, save_model
 
 from . import finder, identity, measuring

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anystory_core.bases.sdxl.names import LDM_PREFIX, adapter_names
+from anystory_core.bases.sdxl.names import LDM_PREFIX, ldm_to_diffusers
 from anystory_core.errors import CheckpointError
 from anystory_core.mini.config import CONFIG
-from anystory_core.training.hosts.names import ldm_to_diffusers
 from anystory_core.weights.checkpoint import load_model
-from anystory_core.weights.convert.plan import REFERENCE_NETS, convert
+from anystory_core.weights.convert.adapters import adapter_names
+from anystory_core.weights.convert.conversion import REFERENCE_NETS, convert
 from anystory_core.weights.model import AnyStoryModel
 
 
@@ -45,8 +45,7 @@ def adapter_state(model: AnyStoryModel) -> dict[str, Tensor]:
 
 
 def converted(unet: Any, model: AnyStoryModel) -> dict[str, AnyStoryModel]:
-    """A converted model for each kind of reference net
-    (:data:`~anystory_core.weights.convert.plan.REFERENCE_NETS`), float32 and frozen, from the base
+    """A converted model for each of :data:`REFERENCE_NETS`, float32 and frozen, from the base
     ``unet`` (diffusers) and the CLIP branch of ``model``."""
     found: dict[str, AnyStoryModel] = {}
     with tempfile.TemporaryDirectory() as folder:

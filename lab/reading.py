@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from anystory_core.bases.sdxl.config import AnyStoryConfig
+from anystory_core.bases.sdxl.names import ldm_to_diffusers
 from anystory_core.bases.sdxl.reference_net import ReferenceNet
 from anystory_core.bases.sdxl.sites import build_sites
 from anystory_core.injection.call import Shown
@@ -28,7 +29,6 @@ from anystory_core.injection.rows import Rows
 from anystory_core.routing.sources import RouteSource
 from anystory_core.training.call import TrainingCall
 from anystory_core.training.hosts import unet as diffusers_unet
-from anystory_core.training.hosts.names import ldm_to_diffusers
 
 
 class Reader:

@@ -13,9 +13,9 @@ from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from anystory_core.bases.sdxl.names import ldm_to_diffusers
 from anystory_core.mini.config import CONFIG, VISION
 from anystory_core.mini.weights import FOLDER
-from anystory_core.training.hosts.names import ldm_to_diffusers
 from anystory_core.training.initial import ROUTER_PARTS
 from anystory_core.weights.checkpoint import load_model, save_model
 from anystory_core.weights.model import PARTS

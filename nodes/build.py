@@ -13,7 +13,8 @@ from comfy_api.latest import io
 
 from ..anystory_core.errors import AnyStoryError, CheckpointError
 from ..anystory_core.file_names import EXTENSION, check_name
-from ..anystory_core.weights.convert.plan import DTYPES, REFERENCE_NETS, convert
+from ..anystory_core.weights.convert.conversion import REFERENCE_NETS, convert
+from ..anystory_core.weights.convert.target import DTYPES
 from .host import ids
 from .host.saying import say
 

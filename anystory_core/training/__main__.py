@@ -43,8 +43,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _merge(arguments: list[str]) -> int:
-    from ..weights.checkpoint import merge_files
-    from ..weights.convert.plan import DTYPES
+    from ..weights.convert.target import DTYPES
+    from ..weights.merge import merge_files
 
     parser = argparse.ArgumentParser(prog="python -m anystory_core.training merge")
     parser.add_argument("files", nargs="+", help="files that hold different parts of one model")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..bases.sdxl.config import AnyStoryConfig
+from ..bases.sdxl.names import ldm_to_diffusers
 from ..errors import ConfigError
 from ..weights.checkpoint import load_model, read_header
-from ..weights.convert.plan import load_ip_adapter, with_ip_adapter_sizes
+from ..weights.convert.adapters import open_adapter
+from ..weights.convert.plan import plan_tensors
 from ..weights.model import AnyStoryModel, build_model
 from .config import RouterSettings, SubjectSettings, TrainingConfig
 from .hosts.base import Base
-from .hosts.names import init_from_unet
 
 ROUTER_PARTS = ("routing_encoder", "routers")
 
@@ -65,6 +68,54 @@ def copy_parts(model: AnyStoryModel, file: str, field: str) -> None:
     found = {f"{part}.{k}": t for part, m in source.modules() for k, t in m.state_dict().items()}
     for part, module in model.modules():
         module.load_state_dict({k: found[f"{part}.{k}"] for k in module.state_dict()})
+
+
+def init_from_unet(model: AnyStoryModel, unet: dict[str, Tensor]) -> None:
+    """Start the trained parts from the U-Net's weights (diffusers names), as in the paper.
+
+    ReferenceNet: key by key, mask channel zero. K and V for references: the block's own attn1 maps.
+    K and V for CLIP tokens: its attn2 maps."""
+    with torch.no_grad():
+        if model.reference_net is not None:
+            table = ldm_to_diffusers(model.config)
+            for name, target in model.reference_net.state_dict().items():
+                source = unet[table[name]]
+                if target.shape != source.shape:  # the first convolution: one more input channel
+                    target.zero_()
+                    target[:, : source.shape[1]].copy_(source)
+                else:
+                    target.copy_(source)
+        for site in model.sites:
+            if model.projections.clip is not None:
+                _copy(model.projections.clip.at(site.index), unet, f"{site.diffusers}.attn2")
+            if model.projections.reference is not None and site.index > 1:
+                _copy(model.projections.reference.at(site.index), unet, f"{site.diffusers}.attn1")
+
+
+def _copy(projection: Any, unet: dict[str, Tensor], path: str) -> None:
+    projection.to_k.weight.copy_(unet[f"{path}.to_k.weight"])
+    projection.to_v.weight.copy_(unet[f"{path}.to_v.weight"])
+
+
+def with_ip_adapter_sizes(base: AnyStoryConfig, path: str | Path) -> AnyStoryConfig:
+    """``base`` with an IP-Adapter Plus file's QFormer. CheckpointError names another file."""
+    adapter = open_adapter(Path(path), base)
+    with adapter.source:
+        qformer = adapter.qformer(base.subject_qformer.head_dim)
+    return dataclasses.replace(base, subject_qformer=qformer)
+
+
+def load_ip_adapter(model: AnyStoryModel, path: str | Path) -> None:
+    """Start a model of an IP-Adapter Plus file's sizes from its QFormer and K and V maps.
+    CheckpointError names another file; the model is then unchanged."""
+    adapter = open_adapter(Path(path), model.config)
+    with adapter.source:
+        pieces = plan_tensors(model.config, ("subject_encoder", "clip_projections"), adapter, None)
+        ready = {name: piece.make() for name, piece in pieces.items()}
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in ready.items():
+            state[name].copy_(tensor)
 
 
 def build_trained_model(config: TrainingConfig, base: Base) -> AnyStoryModel:

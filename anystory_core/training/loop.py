@@ -19,7 +19,8 @@ from ..data.index import DataError, Index
 from ..data.schema import BadSamples
 from ..errors import ConfigError
 from ..tensor_files import open_tensors, save_tensors
-from ..weights.checkpoint import merge_files, save_model
+from ..weights.checkpoint import save_model
+from ..weights.merge import merge_files
 from ..weights.model import PARTS
 from . import checkpoints
 from .batches import Batch, SampleDataset, load_batches

@@ -7,9 +7,8 @@ unknown or misshapen tensor is named with what was expected. Nothing is ever unp
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -139,45 +138,6 @@ def save_model(
             f"{Path(path).name}: cannot be written in {Path(path).parent} "
             f"({error.strerror or error}); free some space there, or choose another folder"
         ) from error
-
-
-def merge_files(
-    paths: Iterable[str | os.PathLike[str]],
-    out: str | os.PathLike[str],
-    *,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Join files of one configuration that hold different parts (stage 1 and stage 2). What the
-    configuration says of routers counts where a file holds them. ``dtype`` None keeps each
-    tensor's own."""
-    merged: dict[str, Tensor] = {}
-    metadata: dict[str, str] = {}
-    owner: dict[str, str] = {}
-    config: AnyStoryConfig | None = None
-    for path in map(Path, paths):
-        header = read_header(path)
-        given = header.config
-        if config is not None:
-            if "routers" in header.parts:
-                config = dataclasses.replace(config, router=given.router)
-            else:
-                given = dataclasses.replace(given, router=config.router)
-            if given != config:
-                raise CheckpointError(
-                    f"{path.name}: its configuration differs from the first file's; only files of "
-                    "one model can be merged"
-                )
-        config = given
-        for part in header.parts:
-            if part in owner:
-                raise CheckpointError(f"{path.name}: {part} is also in {owner[part]}")
-            owner[part] = path.name
-        metadata.update(header.metadata)
-        with open_tensors(path) as file:
-            merged.update({name: file.get_tensor(name) for name in header.shapes})
-    if config is None:
-        raise CheckpointError("merge: got no files, expected at least one")
-    save_model(out, merged, config, metadata=metadata, dtype=dtype)
 
 
 def _check_tensors(name: str, header: Header, expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -30,8 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from anystory_core.bases.sdxl.config import AnyStoryConfig  # noqa: E402
-from anystory_core.bases.sdxl.names import LDM_PREFIX, adapter_names  # noqa: E402
+from anystory_core.bases.sdxl.names import LDM_PREFIX  # noqa: E402
 from anystory_core.bases.sdxl.reference_net import ReferenceNet  # noqa: E402
+from anystory_core.weights.convert.adapters import adapter_names  # noqa: E402
 from anystory_core.weights.convert.write import write_streaming  # noqa: E402
 from anystory_core.weights.model import build_model  # noqa: E402
 
@@ -130,7 +131,7 @@ def one_step(folder: Path) -> dict[str, Any]:
     from anystory_core.routing.modes import build_source
     from anystory_core.subject.subject import Subject
     from anystory_core.tensor_files import open_tensors
-    from anystory_core.training.hosts.names import diffusers_unet_config
+    from anystory_core.training.hosts.sizes import diffusers_unet_config
     from anystory_core.training.hosts.unet import dense_attention, install
     from anystory_core.weights.checkpoint import load_model
 

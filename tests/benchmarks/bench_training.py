@@ -34,7 +34,7 @@ from anystory_core.training.config import (
     TrainingConfig,
 )
 from anystory_core.training.hosts.base import Base
-from anystory_core.training.hosts.names import diffusers_unet_config
+from anystory_core.training.hosts.sizes import diffusers_unet_config
 from anystory_core.training.hosts.unet import time_ids
 from anystory_core.training.schedule import alphas_cumprod
 from anystory_core.training.stages import Noised, add_noise, build_stage

@@ -26,10 +26,10 @@ ROWS = 2  # one conditional, one unconditional
 
 def twin_of(patcher: Any, config: Any) -> Any:
     """diffusers' U-Net around the tensors of the host's."""
-    names = core("training.hosts.names")
+    sizes = core("training.hosts.sizes")
     with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel(**names.diffusers_unet_config(config.unet))
-    table = names.ldm_to_diffusers(config)
+        unet = diffusers.UNet2DConditionModel(**sizes.diffusers_unet_config(config.unet))
+    table = core("bases.sdxl.names").ldm_to_diffusers(config)
     state = patcher.model.diffusion_model.state_dict()
     renamed = {table[name]: tensor for name, tensor in state.items()}
     unet.load_state_dict(renamed, strict=True, assign=True)

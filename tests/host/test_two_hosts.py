@@ -12,10 +12,11 @@ from scene import module
 @pytest.fixture(scope="module")
 def twin(mini: Any) -> Any:
     """The mini U-Net in diffusers, and the slot of our processors."""
-    names = module("anystory_pack.anystory_core.training.hosts.names")
+    names = module("anystory_pack.anystory_core.bases.sdxl.names")
+    sizes = module("anystory_pack.anystory_core.training.hosts.sizes")
     hosts = module("anystory_pack.anystory_core.training.hosts.unet")
     config = mini.anystory.model.config
-    unet = module("diffusers").UNet2DConditionModel(**names.diffusers_unet_config(config.unet))
+    unet = module("diffusers").UNet2DConditionModel(**sizes.diffusers_unet_config(config.unet))
     table = names.ldm_to_diffusers(config)
     state = mini.model.model.diffusion_model.state_dict()
     unet.load_state_dict({table[name]: x.float() for name, x in state.items()}, strict=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anystory_core.bases.sdxl.config import AnyStoryConfig
-from anystory_core.training.hosts.names import ldm_to_diffusers
+from anystory_core.bases.sdxl.names import ldm_to_diffusers
 
 
 def file_tensors(

@@ -16,13 +16,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.errors import ModelMismatchError
 from anystory_core.training.hosts.base import text_encoder
-from anystory_core.training.hosts.names import diffusers_unet_config
 from anystory_core.training.hosts.single_file import (
     FileSizes,
     TextSizes,
     load_single_file,
     networks_of,
 )
+from anystory_core.training.hosts.sizes import diffusers_unet_config
 
 SMALL = FileSizes(
     small=TextSizes(width=16, layers=3, heads=2, activation="quick_gelu"),

@@ -20,7 +20,7 @@ from anystory_core.bases.sdxl.config import AnyStoryConfig, ReferenceConfig, UNe
 from anystory_core.config import ClipVisionConfig, QFormerConfig, RouterConfig
 from anystory_core.data import shards
 from anystory_core.training.hosts.base import text_encoder
-from anystory_core.training.hosts.names import diffusers_unet_config
+from anystory_core.training.hosts.sizes import diffusers_unet_config
 from anystory_core.training.hosts.unet import time_ids
 from anystory_core.training.schedule import alphas_cumprod
 

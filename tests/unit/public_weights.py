@@ -15,7 +15,7 @@ from torch import Tensor
 from anystory_core.bases.sdxl.config import AnyStoryConfig, ReferenceConfig, UNetConfig
 from anystory_core.bases.sdxl.reference_net import ReferenceNet
 from anystory_core.config import ClipVisionConfig, QFormerConfig
-from anystory_core.weights.convert.plan import convert
+from anystory_core.weights.convert.conversion import convert
 
 
 def small_config(depths: tuple[int, int, int] = (0, 1, 2), middle: int = 2) -> AnyStoryConfig:

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from anystory_core.bases.sdxl.config import AnyStoryConfig, UNetConfig
 from anystory_core.config import ClipVisionConfig, QFormerConfig
 from anystory_core.errors import CheckpointError
-from anystory_core.weights.checkpoint import load_model, merge_files, read_header, save_model
+from anystory_core.weights.checkpoint import load_model, read_header, save_model
+from anystory_core.weights.merge import merge_files
 from anystory_core.weights.model import PARTS, AnyStoryModel, build_model
 
 CONFIG = AnyStoryConfig(

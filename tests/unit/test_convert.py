@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import resource
 import subprocess
@@ -15,34 +14,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anystory_core.bases.sdxl.config import AnyStoryConfig
-from anystory_core.bases.sdxl.names import diffusers_modules, diffusers_name
-from anystory_core.bases.sdxl.reference_net import ReferenceNet
+from anystory_core.bases.sdxl.names import ldm_to_diffusers
 from anystory_core.bases.sdxl.sites import build_sites
 from anystory_core.errors import CheckpointError
+from anystory_core.training import initial
 from anystory_core.weights.checkpoint import load_model, read_header
-from anystory_core.weights.convert import plan as conversion
 from anystory_core.weights.convert import write as convert_write
-from anystory_core.weights.convert.plan import convert
+from anystory_core.weights.convert.conversion import convert
 from anystory_core.weights.fingerprint import file_sha256
 from anystory_core.weights.model import build_model
 
 from .public_weights import adapter_state, diffusers_unet, ldm_state, run, save, small_config
 
 CONFIG = small_config()
-
-
-def test_names_equal_diffusers() -> None:
-    """The table reaches every tensor of diffusers' own U-Net, once, with its shape."""
-    config = dataclasses.replace(
-        CONFIG, reference=dataclasses.replace(CONFIG.reference, cross_attention=True)
-    )
-    ours = ReferenceNet(config, full=True).state_dict()
-    modules = diffusers_modules(config.unet)
-    named = {diffusers_name(modules, k): tuple(v.shape) for k, v in ours.items()}
-    theirs = {k: tuple(v.shape) for k, v in diffusers_unet(config).state_dict().items()}
-    theirs["conv_in.weight"] = named["conv_in.weight"]  # ours has the mask's channel
-    assert named == theirs
-    assert len(named) == len(ours)
 
 
 @pytest.mark.parametrize("kind", ["simplified", "original", "none"])
@@ -124,12 +108,8 @@ def test_diffusers_layouts_give_the_same_file(tmp_path, adapter) -> None:
     base = diffusers_unet(CONFIG)
     theirs = base.state_dict()
     back = {}
-    full = dataclasses.replace(
-        CONFIG, reference=dataclasses.replace(CONFIG.reference, cross_attention=True)
-    )
-    modules = diffusers_modules(CONFIG.unet)
-    for name in ReferenceNet(full, full=True).state_dict():
-        back[f"model.diffusion_model.{name}"] = theirs[diffusers_name(modules, name)]
+    for name, named in ldm_to_diffusers(CONFIG).items():
+        back[f"model.diffusion_model.{name}"] = theirs[named]
     _, single = run(tmp_path / "single", back, adapter)
 
     base.save_pretrained(tmp_path / "whole" / "unet")
@@ -309,10 +289,10 @@ def test_training_may_start_from_an_adapter(tmp_path, unet, adapter) -> None:
     touched."""
     _, converted = run(tmp_path, unet, adapter)
     torch.manual_seed(0)
-    sizes = conversion.with_ip_adapter_sizes(CONFIG, tmp_path / "plus.safetensors")
+    sizes = initial.with_ip_adapter_sizes(CONFIG, tmp_path / "plus.safetensors")
     model = build_model(sizes)
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    conversion.load_ip_adapter(model, tmp_path / "plus.safetensors")
+    initial.load_ip_adapter(model, tmp_path / "plus.safetensors")
     for name, tensor in model.state_dict().items():
         taken = name.startswith(("projections.clip.", "encoder.subject."))
         wanted = converted if taken else before
@@ -320,7 +300,7 @@ def test_training_may_start_from_an_adapter(tmp_path, unet, adapter) -> None:
     broken = save(tmp_path / "broken.safetensors", dict(list(adapter.items())[:-1]))
     after = {name: x.clone() for name, x in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=r"broken\.safetensors"):
-        conversion.load_ip_adapter(model, broken)
+        initial.load_ip_adapter(model, broken)
     assert all(torch.equal(x, after[name]) for name, x in model.state_dict().items())
 
 

@@ -24,7 +24,7 @@ from anystory_core.routing.modes import build_source
 from anystory_core.subject.subject import Subject
 from anystory_core.training.hosts.unet import dense_attention, install
 from anystory_core.weights.checkpoint import load_model
-from anystory_core.weights.convert.plan import convert
+from anystory_core.weights.convert.conversion import convert
 from anystory_core.weights.model import AnyStoryModel
 
 from .public_weights import adapter_state, diffusers_unet, save, small_config

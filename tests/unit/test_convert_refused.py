@@ -14,10 +14,10 @@ from torch import Tensor
 
 from anystory_core.errors import CheckpointError
 from anystory_core.weights.checkpoint import read_header, save_model
-from anystory_core.weights.convert import plan as conversion
-from anystory_core.weights.convert import sources as convert_sources
+from anystory_core.weights.convert import adapters as convert_adapters
 from anystory_core.weights.convert import write as convert_write
-from anystory_core.weights.convert.plan import convert
+from anystory_core.weights.convert.conversion import convert
+from anystory_core.weights.convert.plan import Piece
 from anystory_core.weights.fingerprint import file_sha256
 
 from .public_weights import diffusers_unet, ldm_state, run, save, small_config
@@ -173,7 +173,7 @@ def test_plus_face_by_name_and_by_hash(tmp_path, unet, adapter, monkeypatch) -> 
     refuse(tmp_path, checkpoint, face, "'plus-face'")
     renamed = save(tmp_path / "renamed.safetensors", adapter)
     digest = file_sha256(renamed)
-    monkeypatch.setattr(convert_sources, "_FACE_FILES", {digest})
+    monkeypatch.setattr(convert_adapters, "_FACE_FILES", {digest})
     refuse(tmp_path, checkpoint, renamed, "renamed.safetensors", "'plus-face'")
 
 
@@ -225,7 +225,7 @@ def test_full_disk_leaves_the_old_file(tmp_path, unet, adapter, monkeypatch) -> 
         with pytest.raises(CheckpointError, match=r"needs 0\.\d+ GB .* make room"):
             convert(checkpoint, ip, out, config=CONFIG)
 
-    made = conversion._Piece.make
+    made = Piece.make
     count = 0
 
     def full(piece):
@@ -235,7 +235,7 @@ def test_full_disk_leaves_the_old_file(tmp_path, unet, adapter, monkeypatch) -> 
             raise OSError(errno.ENOSPC, "No space left on device")
         return made(piece)
 
-    monkeypatch.setattr(conversion._Piece, "make", full)
+    monkeypatch.setattr(Piece, "make", full)
     with pytest.raises(CheckpointError, match="the disk became full"):
         convert(checkpoint, ip, out, config=CONFIG)
     assert [p.name for p in out.parent.iterdir()] == ["a.safetensors"]

@@ -18,7 +18,7 @@ from anystory_core.injection.rows import Rows
 from anystory_core.mini.config import CONFIG
 from anystory_core.routing.sources import SingleRoute
 from anystory_core.training.hosts import unet as diffusers_unet
-from anystory_core.training.hosts.names import init_from_unet
+from anystory_core.training.initial import init_from_unet
 from anystory_core.weights.model import build_model
 from lab.base import build_unet, size_ids
 from lab.reading import Reader

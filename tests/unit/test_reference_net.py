@@ -11,10 +11,11 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from anystory_core.bases.sdxl.config import AnyStoryConfig, ReferenceConfig, UNetConfig
+from anystory_core.bases.sdxl.names import ldm_to_diffusers
 from anystory_core.bases.sdxl.reference_net import ReferenceNet
 from anystory_core.bases.sdxl.sites import build_sites
 from anystory_core.config import QFormerConfig
-from anystory_core.training.hosts.names import diffusers_unet_config, ldm_to_diffusers
+from anystory_core.training.hosts.sizes import diffusers_unet_config
 
 SMALL = AnyStoryConfig(
     name="small",

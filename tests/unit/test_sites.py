@@ -9,8 +9,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from anystory_core.bases.sdxl.config import AnyStoryConfig
+from anystory_core.bases.sdxl.names import ldm_to_diffusers
 from anystory_core.bases.sdxl.sites import build_sites
-from anystory_core.training.hosts.names import diffusers_unet_config, ldm_to_diffusers
+from anystory_core.training.hosts.sizes import diffusers_unet_config
 
 CONFIGS = {"sdxl": AnyStoryConfig.sdxl(), "mini": AnyStoryConfig.mini()}
 

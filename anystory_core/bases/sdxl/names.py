@@ -1,22 +1,17 @@
-"""Where each of our tensors comes from: names in public files, from the one table of sites.
+"""Names of the U-Net's tensors: the one table between the two ways in which public files have them.
 
-Three ways of naming occur in public files:
-
-- *ldm*: single-file checkpoints, ``model.diffusion_model.input_blocks.4.1...``; our ReferenceNet
-  has the same names.
+- *ldm*: the host's, and those of single-file checkpoints behind ``model.diffusion_model.``:
+  ``input_blocks.4.1...``; our ReferenceNet has the same names.
 - *diffusers*: ``down_blocks.1.attentions.0...``, a U-Net folder or one file of it.
-- *IP-Adapter*: ``image_proj.*`` and ``ip_adapter.N.to_k_ip.weight``; diffusers, which stores an
-  adapter inside its U-Net, says ``encoder_hid_proj.image_projection_layers.0.*`` and
-  ``down_blocks...attn2.processor.to_k_ip.0.weight``.
 """
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from collections.abc import Mapping
 
-from .config import UNetConfig
-from .sites import UNetSite
+from .config import AnyStoryConfig, UNetConfig
+from .reference_net import ReferenceNet
 
 _RESNET = {
     "in_layers.0": "norm1",
@@ -83,42 +78,9 @@ def diffusers_name(modules: Mapping[str, str], ldm: str) -> str:
     raise KeyError(ldm)
 
 
-_LAYER = re.compile(r"layers\.(\d+)\.(0|1)\.(.+)")
-_LAYER_MEMBERS = {
-    "0.norm1": "ln0",
-    "0.norm2": "ln1",
-    "0.to_q": "attn.to_q",
-    "0.to_out": "attn.to_out.0",
-    "1.0": "ff.0",
-    "1.1": "ff.1.net.0.proj",
-    "1.3": "ff.1.net.2",
-}
-
-
-def adapter_names(ours: str, site: UNetSite | None) -> tuple[str, ...]:
-    """Name in an IP-Adapter file of one of our tensors: of the QFormer (``latents``,
-    ``layers.0.0.to_q.weight`` ...), or of a block's ``to_k.weight``."""
-    if site is None:
-        return (f"image_proj.{ours}",)
-    return (f"ip_adapter.{site.ip_adapter}.{_ip(ours, '')}",)
-
-
-def diffusers_adapter_names(ours: str, site: UNetSite | None) -> tuple[str, ...]:
-    """As :func:`adapter_names` in a diffusers U-Net. Two names: their rows follow one another."""
-    if site is not None:
-        return (f"{site.diffusers}.attn2.processor.{_ip(ours, '.0')}",)
-    prefix = "encoder_hid_proj.image_projection_layers.0."
-    match = _LAYER.fullmatch(ours)
-    if match is None:
-        return (prefix + ours,)
-    layer, half, rest = match.groups()
-    member, _, leaf = f"{half}.{rest}".rpartition(".")
-    if member == "0.to_kv":
-        return tuple(f"{prefix}layers.{layer}.attn.{m}.{leaf}" for m in ("to_k", "to_v"))
-    return (f"{prefix}layers.{layer}.{_LAYER_MEMBERS[member]}.{leaf}",)
-
-
-def _ip(ours: str, index: str) -> str:
-    """``to_k.weight`` -> ``to_k_ip.weight``, with diffusers' adapter number in between."""
-    member, leaf = ours.split(".")
-    return f"{member}_ip{index}.{leaf}"
+def ldm_to_diffusers(config: AnyStoryConfig) -> dict[str, str]:
+    """ldm name -> diffusers name of every tensor of the U-Net."""
+    reference = dataclasses.replace(config.reference, cross_attention=True)
+    whole = ReferenceNet(dataclasses.replace(config, reference=reference), full=True, device="meta")
+    modules = diffusers_modules(config.unet)
+    return {name: diffusers_name(modules, name) for name in whole.state_dict()}

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from .config import AnyStoryConfig
 from .sites import build_sites
@@ -25,6 +24,7 @@ from .unet_blocks import (
     ResBlock,
     SpatialTransformer,
     Upsample,
+    recomputed,
     timestep_embedding,
 )
 
@@ -146,10 +146,7 @@ class ReferenceNet(nn.Module):
     ) -> Tensor:
         for layer in block.children():
             if isinstance(layer, ResBlock):
-                if self.recompute:
-                    x = cast(Tensor, checkpoint(layer, x, emb, use_reentrant=False))
-                else:
-                    x = layer(x, emb)
+                x = cast(Tensor, recomputed(layer, x, emb)) if self.recompute else layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
                 x = layer(x, context, features, self.recompute)
             elif isinstance(layer, Upsample):

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
+from torch.utils import checkpoint as recomputation
 
 
 def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
@@ -22,6 +22,11 @@ def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
     )
     angles = timesteps[:, None].float() * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def recomputed(layer: nn.Module, *inputs: Tensor | None) -> Any:
+    """``layer(*inputs)``, run again in the backward pass instead of kept for it."""
+    return cast(Any, recomputation).checkpoint(layer, *inputs, use_reentrant=False)
 
 
 class Layers:
@@ -177,7 +182,7 @@ class SpatialTransformer(nn.Module):
         tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (V,hw,d)
         for block in self.transformer_blocks:
             if recompute:
-                out = checkpoint(block, tokens, context, use_reentrant=False)
+                out = recomputed(block, tokens, context)
                 tokens, feature = cast("tuple[Tensor, Tensor]", out)
             else:
                 tokens, feature = block(tokens, context)

@@ -25,8 +25,8 @@ from ...bases.sdxl.config import AnyStoryConfig
 from ...errors import ConfigError, ModelMismatchError
 from ...weights.fingerprint import weights_fingerprint
 from ..config import BaseSettings
-from .names import diffusers_unet_config
 from .single_file import load_single_file
+from .sizes import diffusers_unet_config
 
 TextEncoder = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 

@@ -13,8 +13,9 @@ from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor
 
 from ...bases.sdxl.config import AnyStoryConfig
+from ...bases.sdxl.names import ldm_to_diffusers
 from ...errors import ModelMismatchError
-from .names import diffusers_unet_config, ldm_to_diffusers
+from .sizes import diffusers_unet_config
 
 _UNET = "model.diffusion_model."
 # Tensors by which files say that their U-Net does not predict the noise.

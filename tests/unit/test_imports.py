@@ -99,4 +99,4 @@ def test_nodes_import_downwards(path: Path) -> None:
 def test_the_packs_requirements_are_the_hosts() -> None:
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     wanted = {line.split("#")[0].strip() for line in lines} - {""}
-    assert wanted <= {"safetensors", "Pillow", "kornia", "numpy"}
+    assert wanted <= {"safetensors", "Pillow", "kornia", "numpy", "scipy"}

@@ -15,10 +15,8 @@ from anystory_core.errors import SubjectError
 from anystory_core.subject.preprocess import (
     CLIP_MEAN,
     CLIP_STD,
-    cut_out,
     latent_mask,
     prepare_views,
-    views_of,
     zero_clip,
 )
 
@@ -82,40 +80,6 @@ def test_channels() -> None:
     assert torch.equal(from_alpha.vae, given.vae) and torch.equal(from_alpha.clip, given.clip)
 
 
-def test_alpha_that_hides_nothing_says_nothing() -> None:
-    """An opaque RGBA picture is cut as an RGB one, by the nodes and in training."""
-    on_white = torch.ones(40, 60, 3)
-    on_white[10:26, 20:36] = torch.tensor([0.8, 0.1, 0.2])
-    opaque = torch.cat((on_white, torch.ones(40, 60, 1)), dim=-1)
-    cut = prepare_views(on_white[None], None, CONFIG)
-    assert torch.equal(prepare_views(opaque[None], None, CONFIG).vae, cut.vae)
-    for one in (on_white, opaque):
-        assert torch.equal(views_of([cut_out(one, None)], CONFIG).vae, cut.vae)
-
-
-def test_load_image_wiring() -> None:
-    """LoadImage: MASK = 1 - alpha; all zeros of 64 x 64 when the picture has no alpha."""
-    inverted = prepare_views(picture(), 1 - box(), CONFIG, invert_mask=True)
-    assert torch.equal(inverted.vae, prepare_views(picture(), box(), CONFIG).vae)
-    none = prepare_views(picture(), torch.zeros(1, 64, 64), CONFIG, invert_mask=True)
-    assert torch.equal(none.vae, prepare_views(picture(), None, CONFIG).vae)
-
-
-def test_a_mask_that_covers_the_border_is_pointed_out() -> None:
-    assert any("invert_mask" in n for n in prepare_views(picture(), 1 - box(), CONFIG).notes)
-    assert prepare_views(picture(), box(), CONFIG).notes == ()
-
-
-def test_without_a_mask() -> None:
-    whole = prepare_views(picture(), None, CONFIG)
-    assert "whole picture" in whole.notes[0]
-    on_white = torch.ones(1, 40, 60, 3)
-    on_white[:, 10:26, 20:36] = torch.tensor([0.8, 0.1, 0.2])
-    cut = prepare_views(on_white, None, CONFIG)
-    assert "plain background" in cut.notes[0]
-    assert torch.equal(cut.mask, prepare_views(on_white, box(), CONFIG).mask)
-
-
 def test_several_views_are_cut_each_by_its_own_mask() -> None:
     masks = torch.cat((box(), box(top=2, left=3, side=9)))
     both = prepare_views(picture(count=2), masks, CONFIG)
@@ -130,8 +94,6 @@ BAD = {
     "two channels": (picture(channels=2), None, "1, 3 or 4 channels"),
     "no batch": (picture()[0], None, "expected (pictures, height"),
     "NaN": (picture() * float("nan"), None, "NaN"),
-    "empty mask": (picture(), torch.zeros(1, 40, 60), "invert_mask"),
-    "faint mask": (picture(), torch.full((1, 40, 60), 0.3), "empty"),
     "mask of another shape": (picture(), torch.ones(1, 50, 50), "same shape"),
     "two masks for one picture": (picture(), torch.ones(2, 40, 60), "one mask"),
     "mask with NaN": (picture(), torch.full((1, 40, 60), float("nan")), "NaN"),

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..anystory_core.bases.sdxl.config import AnyStoryConfig
 from ..anystory_core.errors import ModelMismatchError, SubjectError
 from ..anystory_core.subject.encoder import PictureStates, encode_subject, reference_latents
+from ..anystory_core.subject.masks import MASK_SHOWS
 from ..anystory_core.subject.preprocess import prepare_views, zero_clip
 from ..anystory_core.subject.subject import UNNAMED, Subject, SubjectOptions
 from ..anystory_core.weights.fingerprint import weights_fingerprint
@@ -72,14 +73,14 @@ class EncodeSubject(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where the subject is. Without it a plain background is cut away, or "
-                    "the whole picture is taken.",
+                    tooltip="Where the subject is, as mask_shows says. Without it a plain "
+                    "background is cut away, or the whole picture is taken.",
                 ),
                 io.Boolean.Input(
                     "invert_mask",
                     default=False,
-                    tooltip="On for masks from Load Image, which gives 1 - alpha. Off when the "
-                    "mask is 1 on the subject.",
+                    tooltip="Turns the mask over before mask_shows is read; auto does without. In "
+                    "older graphs on for Load Image, which gives 1 - alpha.",
                 ),
                 io.String.Input(
                     "label",
@@ -92,6 +93,14 @@ class EncodeSubject(io.ComfyNode):
                     optional=True,
                     tooltip="Only for weights whose ReferenceNet reads text (converted with the "
                     "original ReferenceNet): the clip of the model that will sample.",
+                ),
+                io.Combo.Input(
+                    "mask_shows",
+                    options=list(MASK_SHOWS),
+                    default="subject",
+                    optional=True,
+                    tooltip="What is white in the mask. auto: the side with most of the border is "
+                    "the background, so both Load Image's alpha and a painted mask are right.",
                 ),
             ],
             outputs=[ids.Subject.Output(display_name="subject")],
@@ -109,10 +118,11 @@ class EncodeSubject(io.ComfyNode):
         invert_mask: bool = False,
         label: str = "",
         clip: Any = None,
+        mask_shows: str = "subject",
     ) -> io.NodeOutput:
         model, config = anystory.model, anystory.model.config
         progress = comfy.utils.ProgressBar(3)
-        views = prepare_views(image, mask, config, invert_mask=invert_mask)
+        views = prepare_views(image, mask, config, invert_mask=invert_mask, mask_shows=mask_shows)
         device = mm.get_torch_device()
         dtype = compute_dtype(device)
         with torch.inference_mode():

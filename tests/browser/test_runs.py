@@ -5,7 +5,7 @@ from __future__ import annotations
 from editor import NODE, Editor
 from viewer import PREVIEW, VIEWER, drawn, element, run_two_subjects
 
-HINT = "switch invert_mask"  # what Encode Subject says of a mask that covers the background
+HINT = "set mask_shows to auto"  # what Encode Subject says of a mask that covers the background
 NO_ROUTES = "No subject acted in this run"
 # Whether the page shows a text.
 SHOWN = (
@@ -19,10 +19,10 @@ def test_a_note_goes_when_there_is_nothing_to_say(editor: Editor) -> None:
     run_two_subjects(editor)
     editor.look_at("EncodeSubject")
     assert not editor.js(SHOWN, HINT)
-    editor.set("EncodeSubject", "invert_mask", False)
+    editor.set("EncodeSubject", "mask_shows", "subject")
     editor.queue()
     editor.wait(SHOWN, HINT)
-    editor.set("EncodeSubject", "invert_mask", True)
+    editor.set("EncodeSubject", "mask_shows", "background")
     editor.queue()
     editor.wait(SHOWN.replace("return", "return !"), HINT)
     names = editor.js(NODE + "return node.widgets.map((widget) => widget.name)", "EncodeSubject")

@@ -13,7 +13,10 @@ GOLDEN: dict[str, tuple[list[str], list[str]]] = {
     "LoadAnyStoryMini": ([], ["MODEL", "CLIP", "VAE", "CLIP_VISION", "ANYSTORY"]),
     "LoadAnyStory": (["anystory_name"], ["ANYSTORY"]),
     "EncodeSubject": (
-        ["anystory", "clip_vision", "vae", "image", "mask", "invert_mask", "label", "clip"],
+        [
+            "anystory", "clip_vision", "vae", "image", "mask", "invert_mask", "label", "clip",
+            "mask_shows",
+        ],
         ["ANYSTORY_SUBJECT"],
     ),
     "AnyStorySubjectOptions": (["subject", *OPTIONS], ["ANYSTORY_SUBJECT"]),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from scene import Scene, halves, module, picture
+from torch import Tensor
 
 
 def test_subjects_are_pure_and_live_on_the_offload_device(scene: Scene) -> None:
@@ -66,12 +67,88 @@ def test_transparent_png_through_load_image(scene: Scene) -> None:
     assert (inverted.tokens - by_hand.tokens).norm() > (loaded[0].tokens - by_hand.tokens).norm()
 
 
-def test_opaque_picture_through_load_image(scene: Scene) -> None:
-    """Without alpha LoadImage gives 64x64 zeros, which count as no mask."""
+@pytest.mark.parametrize("reading", [{"invert_mask": True}, {"mask_shows": "auto"}], ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_opaque_picture_through_load_image(scene: Scene, mode: str, reading: Any) -> None:
+    """Its mask is zeros, of 64x64 without an alpha channel and of the picture's size with one: both
+    count as no mask."""
+    loaded, mask = load_image(picture(0)[0], mode)
+    assert not mask.any() and (tuple(mask.shape[1:]) == (64, 64)) == (mode == "RGB")
+    guessed = scene.encode_picture(loaded, mask=mask, **reading)
+    assert torch.equal(guessed.tokens, scene.encode_picture(loaded).tokens)
+
+
+def load_image(image: Tensor, mode: str = "RGB", painted: Tensor | None = None) -> Any:
+    """(picture, mask) of the host's LoadImage for a file; ``painted`` (H,W) is what its mask editor
+    was painted with, which it saves as holes in the alpha."""
+    from PIL import Image
+
+    folder = Path(module("folder_paths").get_input_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    alpha = torch.ones(image.shape[1:3]) if painted is None else 1 - painted
+    pixels = (torch.cat((image[0], alpha[..., None]), dim=-1) * 255).byte().numpy()
+    file = Image.fromarray(pixels, "RGBA")
+    file.convert("RGBA" if painted is not None else mode).save(folder / "loaded.png")
+    return load_image_file(folder / "loaded.png")
+
+
+def load_image_file(path: Path) -> Any:
+    return module("nodes").LoadImage().load_image(path.name)[:2]
+
+
+def test_auto_reads_alpha_and_the_mask_editor(scene: Scene) -> None:
+    """Alpha marks the outside, a painted mask the subject; both give the same subject."""
     image, mask = picture(0)
-    zeros = torch.zeros(1, 64, 64)
-    guessed = scene.encode_picture(image, mask=zeros, invert_mask=True)
-    assert torch.equal(guessed.tokens, scene.encode_picture(image).tokens)
+    image = (image * 255).byte() / 255  # as a file has it
+    wanted = scene.encode_picture(image, mask=mask)
+    said = []
+    for white in (mask, 1 - mask):
+        pixels, given = load_image(image, painted=white[0])
+        assert torch.equal(given, white)
+        out = encode_as("auto", scene, pixels, given)
+        assert torch.equal(out.args[0].cutout, wanted.cutout)
+        said += out.ui["text"]
+    assert said == [
+        "The mask shows the subject, for most of the border is outside it.",
+        "The mask shows the background, for it covers most of the border.",
+    ]
+
+
+def encode_as(shows: str, scene: Scene, image: Tensor, mask: Tensor, **inputs: Any) -> Any:
+    mini = scene.mini
+    return scene.pack.EncodeSubject.execute(
+        anystory=mini.anystory, clip_vision=mini.clip_vision, vae=mini.vae, image=image, mask=mask,
+        mask_shows=shows, **inputs,
+    )  # fmt: skip
+
+
+def test_what_the_mask_shows_by_hand(scene: Scene) -> None:
+    """And graphs from before that input keep their meaning."""
+    image, mask = picture(0)
+    wanted = scene.encode_picture(image, mask=mask)
+    for shows, invert, given in (
+        ("subject", False, mask), ("subject", True, 1 - mask),
+        ("background", False, 1 - mask), ("background", True, mask),
+        ("auto", False, mask), ("auto", True, mask),
+    ):  # fmt: skip
+        out = encode_as(shows, scene, image, given, invert_mask=invert)
+        assert torch.equal(out.args[0].tokens, wanted.tokens), (shows, invert)
+    old = scene.encode_picture(image, mask=1 - mask, invert_mask=True)
+    assert torch.equal(old.tokens, wanted.tokens)
+
+
+def test_a_picture_of_16_bits_is_said_to_be_blank(scene: Scene) -> None:
+    """This host reads its values beyond 255 of 65535 as white."""
+    import numpy as np
+    from PIL import Image
+
+    folder = Path(module("folder_paths").get_input_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    values = np.linspace(0, 65535, 96 * 96).reshape(96, 96).astype(np.uint16)
+    Image.fromarray(values).save(folder / "grey16.png")
+    pixels, mask = load_image_file(folder / "grey16.png")
+    text = " ".join(encode_as("auto", scene, pixels, mask).ui["text"])
+    assert "There is one colour all over, #FFFFFF" in text and "16 bits" in text
 
 
 def test_encode_shows_its_cut_out_and_says_what_it_assumed(scene: Scene) -> None:

@@ -123,7 +123,7 @@ def test_a_bad_prompt_says_why_and_the_next_one_works(client: Client) -> None:
         client.queue(bad)
     bad = copy.deepcopy(good)
     for inputs in inputs_of(bad, "EncodeSubject"):
-        inputs["invert_mask"] = False
+        inputs["mask_shows"] = "subject"
         inputs["mask"] = ["nothing", 0]
     bad["nothing"] = {
         "class_type": "SolidMask", "inputs": {"value": 0.0, "width": 256, "height": 256},

@@ -3,6 +3,7 @@
 
 import { readAtlas, shares } from "./atlas.js";
 import { fit, paint } from "./paint.js";
+import { isMiddle } from "./widget.js";
 
 const STEP_KEYS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const MAP_HEIGHT = 250; // pixels of the map, at least
@@ -24,11 +25,6 @@ function make(tag, properties = {}, ...children) {
 function percent(share) {
   const value = 100 * share;
   return `${value >= 10 || value === 0 ? value.toFixed(0) : value.toFixed(1)} %`;
-}
-
-/** The middle button moves the editor's canvas, wherever it is pressed. */
-export function isMiddle({ type, button, buttons }) {
-  return type === "pointermove" ? (buttons & 4) !== 0 : button === 1;
 }
 
 export class RouteViewer {

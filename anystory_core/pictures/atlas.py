@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..errors import RoutingError
 from ..routing.record import RoutingRecord, StepRecord
-from .figure import BACKGROUND_COLOUR, palette
+from .palette import BACKGROUND_COLOUR, palette
 
 LEVEL = (
     28  # grey distance of neighbouring ids: 9 regions fit, and one grey level of noise is harmless

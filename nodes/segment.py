@@ -58,7 +58,7 @@ def soft_maps(
         latent.repeat(noise.shape[0], 1, 1, 1),
         disable_pbar=True,
     )
-    (record,) = maps.runs.values()
+    record = maps.runs[-1].record
     if record.idle:
         raise RoutingError(
             "routing: no subject acts (strength 0, or a time window that is empty); raise its "
@@ -68,12 +68,12 @@ def soft_maps(
         raise RoutingError(
             "model: another node draws its pictures in tiles; connect the model from before it"
         )
-    if not record.steps:
+    if not record.levels:
         raise RoutingError(
             f"positive: none of its prompts is used at noise {level}; raise or lower noise, or "
             "connect a prompt without a time range"
         )
-    return segment.mean_maps(record.steps[0], (latent.shape[-2], latent.shape[-1]))
+    return segment.mean_maps(record.levels[0], (latent.shape[-2], latent.shape[-1]))
 
 
 class AnyStorySegment(io.ComfyNode):

@@ -210,7 +210,7 @@ export class RouteViewer {
     const map = this.map;
     const size = map ? `${map.width}×${map.height}` : "";
     const name = this.block ? `${layout.blocks[this.block]}, ${size}` : this.texts.all;
-    this.say(step, `${this.texts.of(number + 1, layout.recorded)}, σ ${sigma}`);
+    this.say(step, `${this.texts.of(number + 1, layout.count)}, σ ${sigma}`);
     this.say(block, name);
     const parts = map ? shares(map, layout.labels.length) : [];
     this.rows.forEach(({ share }, i) => {

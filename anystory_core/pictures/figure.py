@@ -1,6 +1,6 @@
 """Pictures of a :class:`~..routing.record.RoutingRecord`: the grid of Fig. 5 and the overlay.
 
-Fig. 5 as the paper prints it: a row per subject, a column per sampling step, and in each cell one
+Fig. 5 as the paper prints it: a row per subject, a column per noise level, and in each cell one
 tile per transformer block in forward order. Here each tile is named, each subject has a colour of
 its own, and each row tells the subject's share of the picture.
 
@@ -19,9 +19,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..errors import RoutingError
-from ..routing.record import RoutingRecord
+from ..routing.record import LevelRecord, RoutingRecord
 from .palette import BACKGROUND_COLOUR, Colour, palette, plain_label, share_text
+
+MOST_PIXELS = 2**23  # of a figure: 100 MB in float32; 9 noise levels of SDXL with 4 subjects
 
 _PAGE: Colour = (24, 24, 28)
 _EMPTY: Colour = (46, 46, 54)
@@ -30,6 +31,7 @@ _TEXT: Colour = (225, 225, 230)
 _DIM: Colour = (150, 150, 160)
 _MARGIN = 8
 _LABEL_WIDTH = 132
+_HEADER, _SPACE = 20, 14
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,12 @@ class _Layout:
         return column * (self.tile[1] + self.gap), row * (self.tile[0] + self.gap + self.caption)
 
 
-def _layout(record: RoutingRecord, tile: int) -> _Layout:
+def _layout(levels: Sequence[LevelRecord], blocks: int, tile: int) -> _Layout:
     height, width = max(
-        (grid for step in record.steps for grid in step.grids.values()), key=lambda g: g[0] * g[1]
+        (grid for level in levels for grid in level.grids.values()), key=lambda g: g[0] * g[1]
     )
     longest = max(height, width)
     size = max(8, round(tile * height / longest)), max(8, round(tile * width / longest))
-    blocks = len(record.blocks)
     # A cell somewhat wider than high, with as few free places in its last line as possible.
     ideal = math.sqrt(blocks * size[0] / size[1])
     choices = range(max(1, math.floor(1.1 * ideal)), max(1, math.ceil(1.5 * ideal)) + 1)
@@ -75,48 +76,65 @@ def figure(
     record: RoutingRecord,
     *,
     row: int = 0,
-    steps: Sequence[int],
+    levels: Sequence[LevelRecord],
     background: bool = False,
     tile: int = 44,
 ) -> Tensor:
-    """The grid of Fig. 5 for one batch row: (H,W,3).
+    """The grid of Fig. 5 for one batch row: (H,W,3), of at most MOST_PIXELS.
 
-    ``steps``: numbers from 0, a column each. A cell stays blank where its subject was outside its
-    window. ``background`` adds a row for region N+1. ``tile``: longest side of a tile in pixels.
-    RoutingError: nothing recorded, an unknown step or row.
+    ``levels``: noise levels of the record, a column each; where they do not all fit, those of
+    :func:`fitting` are drawn. A cell stays blank where its subject was outside its window.
+    ``background`` adds a row for region N+1. ``tile``: longest side of a tile in pixels.
+    RoutingError: nothing recorded, or an unknown row.
     """
-    if not record.blocks:
-        raise RoutingError(
-            "maps: no routes were recorded; the subjects may have been inactive (strength 0, or "
-            "outside start and end)"
-        )
-    layout = _layout(record, tile)
+    layout = _layout(record.levels_of(row), len(record.blocks), tile)
+    levels = fitting(record, row=row, levels=levels, background=background, tile=tile)
     shares = record.shares(row)
     colours = (*palette(record.subjects), BACKGROUND_COLOUR)
     names = [plain_label(label, i + 1) for i, label in enumerate(record.labels)]
     names.append("background")
     regions = range(record.subjects + (1 if background else 0))
 
-    header, space = 20, 14
-    width = _LABEL_WIDTH + len(steps) * (layout.width + space) + _MARGIN
-    height = header + len(regions) * (layout.height + space) + _MARGIN
-    page = Image.new("RGB", (width, height), _PAGE)
+    page = Image.new("RGB", _size(layout, len(levels), len(regions)), _PAGE)
     draw = ImageDraw.Draw(page)
-    for column, step in enumerate(steps):
-        record.block_map(step, record.blocks[0], row)  # checks step and row
-        x = _LABEL_WIDTH + column * (layout.width + space)
-        text = f"step {step + 1} of {len(record.steps)}   sigma {record.steps[step].sigma:.3g}"
+    for column, level in enumerate(levels):
+        x = _LABEL_WIDTH + column * (layout.width + _SPACE)
+        text = f"step {level.step + 1} of {record.steps}   sigma {level.sigma:.3g}"
         draw.text((x, 4), text, fill=_TEXT, font=_font(11))
     for place, region in enumerate(regions):
-        y = header + place * (layout.height + space)
+        y = _HEADER + place * (layout.height + _SPACE)
         draw.rectangle((_MARGIN, y, _MARGIN + 10, y + 10), fill=colours[region])
         draw.text((_MARGIN + 16, y - 2), names[region], fill=_TEXT, font=_font(12))
         text = f"{share_text(shares[region])} of the picture"
         draw.text((_MARGIN, y + 16), text, fill=_DIM, font=_font(11))
-        for column, step in enumerate(steps):
-            x = _LABEL_WIDTH + column * (layout.width + space)
-            _cell(page, (x, y), layout, record, row, step, region, colours[region])
+        for column, level in enumerate(levels):
+            x = _LABEL_WIDTH + column * (layout.width + _SPACE)
+            _cell(page, (x, y), layout, record, row, level, region, colours[region])
     return _to_tensor(page)
+
+
+def fitting(
+    record: RoutingRecord,
+    *,
+    row: int = 0,
+    levels: Sequence[LevelRecord],
+    background: bool = False,
+    tile: int = 44,
+) -> list[LevelRecord]:
+    """Those of ``levels`` that :func:`figure` draws: all, or as many as MOST_PIXELS hold, evenly
+    from the first to the last."""
+    layout = _layout(record.levels_of(row), len(record.blocks), tile)
+    regions = record.subjects + (1 if background else 0)
+    most = len(levels)
+    while most > 1 and math.prod(_size(layout, most, regions)) > MOST_PIXELS:
+        most -= 1
+    return [levels[round(i * (len(levels) - 1) / max(1, most - 1))] for i in range(most)]
+
+
+def _size(layout: _Layout, columns: int, rows: int) -> tuple[int, int]:
+    """Width and height of a figure."""
+    width = _LABEL_WIDTH + columns * (layout.width + _SPACE) + _MARGIN
+    return width, _HEADER + rows * (layout.height + _SPACE) + _MARGIN
 
 
 def _cell(
@@ -125,19 +143,19 @@ def _cell(
     layout: _Layout,
     record: RoutingRecord,
     row: int,
-    step: int,
+    level: LevelRecord,
     region: int,
     colour: Colour,
 ) -> None:
-    """All blocks of one region at one step."""
+    """All blocks of one region at one noise level."""
     draw = ImageDraw.Draw(page)
-    active = (*record.steps[step].active, True)[region]
+    active = (*level.active, True)[region]
     height, width = layout.tile
     for number, index in enumerate(record.blocks):
         site = record.sites[index - 1]
         x, y = layout.place(number)
         x, y = corner[0] + x, corner[1] + y
-        ids = record.block_map(step, index, row) if active else None
+        ids = level.map(index, row) if active else None
         if ids is not None:
             inside = (ids == region).numpy()[..., None]
             pixels = np.where(inside, np.array(colour, np.uint8), np.array(_EMPTY, np.uint8))

@@ -2,7 +2,7 @@
 
 The picture is encoded, noised, and seen once by the U-Net with the subjects routed; the mean of the
 soft maps over blocks (and over several noises) says where each subject is. The one pass is an
-ordinary recorded sampling step, so this module only reads :class:`~.record.StepRecord`.
+ordinary recorded call, so this module only reads :class:`~.record.LevelRecord`.
 """
 
 from __future__ import annotations
@@ -12,24 +12,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import RoutingError
 from .grids import SoftMaps, mean_over_blocks
-from .record import StepRecord
+from .record import LevelRecord, require_routes
 
 
-def mean_maps(step: StepRecord, size: tuple[int, int]) -> Tensor:
+def mean_maps(level: LevelRecord, size: tuple[int, int]) -> Tensor:
     """Mean soft map of all blocks and all recorded rows: (N+1,h,w) float32 in [0,1], summing to 1.
 
-    ``size`` is usually the latent's grid.
+    ``size`` is usually the latent's grid. RoutingError: nothing was recorded.
     """
-    if not step.soft:
-        raise RoutingError(
-            "routing: no map was recorded; the subjects are inactive (strength 0, or outside start "
-            "and end)"
-        )
+    require_routes(level.soft)
     blocks = [
-        SoftMaps(soft.float().mean(dim=0, keepdim=True), step.grids[index])
-        for index, soft in step.soft.items()
+        SoftMaps(soft.float().mean(dim=0, keepdim=True), level.grids[index])
+        for index, soft in level.soft.items()
     ]
     return mean_over_blocks(blocks, size).reshape(-1, *size)
 

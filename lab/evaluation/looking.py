@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anystory_core.injection.prepare import PreparedSubjects
-from anystory_core.routing.record import StepRecord
+from anystory_core.routing.record import LevelRecord
 from anystory_core.training.call import TrainingCall
 from anystory_core.training.hosts import unet as diffusers_unet
 from anystory_core.training.schedule import alphas_cumprod
@@ -68,10 +68,10 @@ def look(
     return call
 
 
-def record_of(call: TrainingCall, row: int) -> StepRecord:
+def record_of(call: TrainingCall, row: int) -> LevelRecord:
     """The maps of one row as the pack's nodes record them."""
     soft = call.soft_maps.items()
-    return StepRecord(
+    return LevelRecord(
         sigma=0.0,
         active=(),
         grids={index: maps.grid for index, maps in soft},

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from ...anystory_core.routing.grids import Crop
+
+COMPARED = 256  # values of a row that tell it from the others
 
 Entries = Sequence[Mapping[str, Any]]  # one list of conds
 
@@ -95,11 +97,17 @@ class Evaluation:
     areas: Areas | None = None
     masked: frozenset[Any] = frozenset()  # uuids of conds that act inside a mask
     latent: tuple[int, int, int] | None = None  # batch size, height and width; None: unknown
+    rows: tuple[int, ...] = ()  # of the run's batch, those that the latent shows; none: unknown
     shown: set[Any] = field(default_factory=set, compare=False)  # kinds of the calls so far
 
     @classmethod
     def of(
-        cls, roles: Roles, conds: Sequence[Entries | None], x: Tensor, timestep: Tensor
+        cls,
+        roles: Roles,
+        conds: Sequence[Entries | None],
+        x: Tensor,
+        timestep: Tensor,
+        rows: Sequence[int] = (),
     ) -> Evaluation:
         number = roles.recorded(conds)
         entries = (conds[number] if number >= 0 else None) or ()
@@ -111,6 +119,7 @@ class Evaluation:
                 entry.get("uuid") for each in conds for entry in each or () if "mask" in entry
             ),
             (x.shape[0], x.shape[-2], x.shape[-1]),
+            tuple(rows),
         )
 
     def is_cond(self, number: int) -> bool:
@@ -150,3 +159,21 @@ class Evaluation:
             return None
         self.shown.add(kind)
         return kind
+
+
+def rows_of(x: Tensor, batch: Tensor, seen: Collection[int]) -> tuple[int, ...]:
+    """Which rows of ``batch`` (B,C,h,w) a part of it (b,C,h,w) holds: the host's context windows
+    and other packs show the model some rows at a time. Among equal rows those not in ``seen`` come
+    first. Empty when a row is none of the batch's."""
+    if x.shape == batch.shape:
+        return tuple(range(batch.shape[0]))
+    if x.shape[1:] != batch.shape[1:]:
+        return ()
+    equal = (x.flatten(1)[:, None, :COMPARED] == batch.to(x).flatten(1)[None, :, :COMPARED]).all(-1)
+    rows: list[int] = []
+    for found in equal.tolist():
+        free = [row for row, is_equal in enumerate(found) if is_equal and row not in rows]
+        if not free:
+            return ()
+        rows.append(min(free, key=lambda row: (row in seen, row)))
+    return tuple(rows)

@@ -58,16 +58,20 @@ class SamplingWrapper:
                 noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs
             )
             labels = tuple(subject.label for subject in self.routing.subjects)
-            self.maps.file(latent, RoutingRecord(labels, (), idle=True))
+            record = RoutingRecord(labels, (), rows=latent.shape[0], idle=True)
+            self.maps.file([latent], record)
             return latent
         with contextlib.nullcontext() if self.node is None else named(self.node):
-            passes = self._prepare(guider, windows, sigmas.shape[-1] - 1)
+            passes = self._prepare(guider, windows, sigmas, noise.shape[0])
         options = guider.model_options
         before = options["transformer_options"]
 
-        def reported(*step: Any) -> Any:
-            passes.record.commit_step()
-            return None if callback is None else callback(*step)
+        denoised: list[Tensor] = []
+
+        def reported(step: int, x0: Tensor, *rest: Any) -> Any:
+            passes.record.sampled(step)
+            denoised[:] = [x0]
+            return None if callback is None else callback(step, x0, *rest)
 
         try:
             options["transformer_options"] = passes.installed(before)
@@ -77,7 +81,9 @@ class SamplingWrapper:
         finally:
             options["transformer_options"] = before
         passes.record.finish()
-        self.maps.file(latent, passes.record)
+        # As the host's samplers with two results give the denoised one, to the bit.
+        last = [guider.model_patcher.model.process_latent_out(x0.cpu()) for x0 in denoised]
+        self.maps.file([latent, *last], passes.record)
         return latent
 
     def _windows(self, model: Any) -> tuple[Window, ...]:
@@ -103,12 +109,16 @@ class SamplingWrapper:
             for subject, window in zip(self.routing.subjects, windows, strict=True)
         )
 
-    def _prepare(self, guider: Any, windows: tuple[Window, ...], steps: int) -> Passes:
-        advance = self._progress(steps)
+    def _prepare(
+        self, guider: Any, windows: tuple[Window, ...], sigmas: Tensor, rows: int
+    ) -> Passes:
+        advance = self._progress(sigmas.shape[-1] - 1)
         record = RoutingRecord(
             tuple(subject.label for subject in self.routing.subjects),
             self.routing.anystory.model.sites,
-            self.maps.keep_soft,
+            tuple(sigmas.tolist()),
+            rows,
+            keep_soft=self.maps.keep_soft,
         )
         return self.base.prepare(
             RunRequest(guider, self.routing, self.settings, windows, record, advance)

@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def run(scene: Scene, routing: Any, **options: Any) -> tuple[Tensor, Any]:
-    """The latent, and the recorded region ids by step and block."""
+    """The latent, and the recorded region ids by noise level and block."""
     model, maps = scene.apply_with_maps(routing=routing)
     latent = scene.sample(model, **options)
-    return latent, maps.find(latent)
+    return latent, maps.find(latent).record
 
 
 def regions(record: Any) -> Tensor:
-    ids = [ids.flatten() for step in record.steps for ids in step.ids.values()]
+    ids = [ids.flatten() for level in record.levels for ids in level.ids.values()]
     return torch.cat(ids)
 
 

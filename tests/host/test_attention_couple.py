@@ -28,7 +28,7 @@ def test_a_couple_of_one_prompt_changes_nothing(
     assert not [r for r in caplog.records if "goes without" in r.getMessage()]
     scale = alone.abs().max()
     torch.testing.assert_close(both / scale, alone / scale, **CLOSE)
-    assert maps.find(both).blocks == maps.find(alone).blocks
+    assert maps.find(both).record.blocks == maps.find(alone).record.blocks
 
 
 def test_what_cannot_be_done_is_said(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:

@@ -151,7 +151,7 @@ def test_hires_fix(scene: Scene) -> None:
     assert second.shape == (1, 4, 24, 20)
     assert scene.preview(maps, first).args[1].shape == (2, 128, 128)
     assert scene.preview(maps, second).args[1].shape == (2, 192, 160)
-    assert len(maps.find(second).steps) == 4 and len(maps.find(first).steps) == 2
+    assert len(maps.find(second).record.levels) == 4 and len(maps.find(first).record.levels) == 2
 
 
 MODES = pytest.mark.parametrize("mode", ["learned", "masks", "learned within masks"])
@@ -167,13 +167,13 @@ def two_areas(scene: Scene) -> Any:
 
 def assert_left_half_recorded(record: Any, mode: str, steps: int = 2) -> None:
     """Every block of every step shows the first positive's area, once."""
-    assert len(record.steps) == steps
-    for step in record.steps:
-        assert list(step.ids) == [site.index for site in record.sites]
+    assert len(record.levels) == steps
+    for level in record.levels:
+        assert list(level.ids) == [site.index for site in record.sites]
         # 8 columns of latent pixels, at strides 2 and 4; its masks are subject 1's alone.
-        assert {step.grids[site.index][1] * site.stride for site in record.sites} == {8}
+        assert {level.grids[site.index][1] * site.stride for site in record.sites} == {8}
         if mode == "masks":
-            assert all(bool((ids == 0).all()) for ids in step.ids.values())
+            assert all(bool((ids == 0).all()) for ids in level.ids.values())
 
 
 @MODES
@@ -182,7 +182,7 @@ def test_area_conditioning(scene: Scene, mode: str) -> None:
     model, maps = scene.apply_with_maps(routing=scene.route(mode=mode, masks=halves()))
     out = scene.sample(model, positive=positive)
     assert differs(out, scene.sample(scene.mini.model, positive=positive))
-    assert_left_half_recorded(maps.find(out), mode)
+    assert_left_half_recorded(maps.find(out).record, mode)
 
 
 @MODES
@@ -190,7 +190,7 @@ def test_area_conditioning_in_split_calls(scene: Scene, mode: str, split: None) 
     """The host gives the negative list a copy of each positive area, its uuid included."""
     model, maps = scene.apply_with_maps(routing=scene.route(mode=mode, masks=halves()))
     out = scene.sample(model, positive=two_areas(scene))
-    assert_left_half_recorded(maps.find(out), mode)
+    assert_left_half_recorded(maps.find(out).record, mode)
 
 
 @MODES
@@ -207,7 +207,7 @@ def test_area_conditioning_with_two_guidances(
     guider = node.execute(
         model, two_areas(scene), scene.text("a kite"), scene.negative, 4.0, 3.0, style
     ).args[0]
-    assert_left_half_recorded(maps.find(scene.guide(guider)), mode)
+    assert_left_half_recorded(maps.find(scene.guide(guider)).record, mode)
 
 
 @MODES
@@ -223,13 +223,13 @@ def test_masked_prompts(scene: Scene, mode: str, bounds: str) -> None:
     model, maps = scene.apply_with_maps(routing=scene.route(mode=mode, masks=halves()))
     out = scene.sample(model, positive=positive)
     assert differs(out, scene.sample(scene.mini.model, positive=positive))
-    record = maps.find(out)
+    record = maps.find(out).record
     if bounds == "mask bounds":
         assert_left_half_recorded(record, mode)
         return
-    assert len(record.steps) == 2
-    for step in record.steps:
-        assert {step.grids[site.index][1] * site.stride for site in record.sites} == {16}
+    assert len(record.levels) == 2
+    for level in record.levels:
+        assert {level.grids[site.index][1] * site.stride for site in record.sites} == {16}
 
 
 def test_prompts_that_take_turns(scene: Scene) -> None:
@@ -239,10 +239,10 @@ def test_prompts_that_take_turns(scene: Scene) -> None:
     late = turn.set_range(scene.text("a box"), 0.5, 1.0)[0]
     positive = scene.comfy.ConditioningCombine().combine(early, late)[0]
     model, maps = scene.apply_with_maps(routing=scene.route(mode="masks", masks=halves()))
-    record = maps.find(scene.sample(model, positive=positive, steps=6))
-    assert len(record.steps) == 6
-    for step in record.steps:
-        assert list(step.ids) == [site.index for site in record.sites]
+    record = maps.find(scene.sample(model, positive=positive, steps=6)).record
+    assert len(record.levels) == 6
+    for level in record.levels:
+        assert list(level.ids) == [site.index for site in record.sites]
 
 
 def test_masks_are_followed(scene: Scene) -> None:
@@ -258,10 +258,10 @@ def test_learned_within_masks_never_leaves_them(scene: Scene) -> None:
     model, maps = scene.apply_with_maps(
         routing=scene.route(mode="learned within masks", masks=halves())
     )
-    record = maps.find(scene.sample(model))
-    for step in record.steps:
-        for block, ids in step.ids.items():
-            height, width = step.grids[block]
+    record = maps.find(scene.sample(model)).record
+    for level in record.levels:
+        for block, ids in level.ids.items():
+            height, width = level.grids[block]
             grid = ids.reshape(-1, height, width)
             assert not bool((grid[:, :, : width // 2] == 1).any())
             assert not bool((grid[:, :, width // 2 :] == 0).any())
@@ -271,11 +271,11 @@ def test_batch_of_three(scene: Scene) -> None:
     model, maps = scene.apply_with_maps()
     out = scene.sample(model, latent_image=scene.latent(batch=3))
     assert out.shape[0] == 3 and differs(out[0], out[1])
-    record = maps.find(out)
+    record = maps.find(out).record
     assert record.rows == 3
     for index in range(3):
         assert scene.preview(maps, out, batch_index=index).args[1].shape == (2, 128, 128)
-    routes = [torch.cat([i[row] for i in record.steps[0].ids.values()]) for row in range(3)]
+    routes = [torch.cat([i[row] for i in record.levels[0].ids.values()]) for row in range(3)]
     assert any(not torch.equal(routes[0], r) for r in routes[1:])
 
 
@@ -284,7 +284,7 @@ def test_sizes(scene: Scene, size: tuple[int, int]) -> None:
     model, maps = scene.apply_with_maps()
     out = scene.sample(model, latent_image=scene.latent(*size))
     assert torch.isfinite(out).all()
-    record = maps.find(out)
+    record = maps.find(out).record
     assert record.blocks == tuple(range(1, len(sites(scene)) + 1))
     assert scene.preview(maps, out).args[1].shape == (2, size[1], size[0])
 
@@ -294,7 +294,7 @@ def test_cfg_one_at_few_steps(scene: Scene) -> None:
     model, maps = scene.apply_with_maps()
     out = scene.sample(model, cfg=1.0, steps=1)
     assert differs(out, scene.sample(scene.mini.model, cfg=1.0, steps=1))
-    assert len(maps.find(out).steps) == 1
+    assert len(maps.find(out).record.levels) == 1
 
 
 @pytest.mark.parametrize(
@@ -303,10 +303,13 @@ def test_cfg_one_at_few_steps(scene: Scene) -> None:
 def test_samplers_record_every_step_once(scene: Scene, sampler: str) -> None:
     model, maps = scene.apply_with_maps()
     out = scene.sample(model, sampler_name=sampler, steps=3)
-    record = maps.find(out)
-    assert len(record.steps) == 3
-    sigmas = [step.sigma for step in record.steps]
-    assert sigmas == sorted(sigmas, reverse=True) and len(set(sigmas)) == 3
+    record = maps.find(out).record
+    assert record.steps == 3
+    sigmas = [level.sigma for level in record.levels]
+    assert sigmas == sorted(sigmas, reverse=True) and len(set(sigmas)) == len(sigmas)
+    assert {level.step for level in record.levels} == {0, 1, 2}
+    # The second calls of dpm_2 are between the steps' levels; those of heun are on the next one's.
+    assert len(sigmas) == (5 if sampler == "dpm_2" else 3)
 
 
 def test_several_pictures_of_one_subject(scene: Scene) -> None:

@@ -135,7 +135,7 @@ def test_cancel_then_run_again(scene: Scene, stop: int) -> None:
         if step == stop:
             raise interrupted
 
-    runs = dict(maps.runs)
+    runs = list(maps.runs)
     with pytest.raises(interrupted):
         run(scene, model, cancel)
     assert trace(model) == before
@@ -161,56 +161,7 @@ def test_maps_of_a_latent_that_the_host_rounded(scene: Scene) -> None:
     """With --fp16-intermediates the sampler samples in float32 and returns float16."""
     model, maps = scene.apply_with_maps()
     latent = scene.sample(model, steps=1)
-    assert maps.find(latent.half()) is maps.find(latent)
-
-
-def test_maps_of_a_forgotten_run_are_refused(scene: Scene) -> None:
-    model, maps = scene.apply_with_maps(start=0.0, end=0.9)
-    first = scene.sample(model, seed=1, steps=1)
-    for seed in range(2, 6):
-        scene.sample(model, seed=seed, steps=1)
-    with pytest.raises(scene.errors.RoutingError, match="change the seed, or clear"):
-        scene.preview(maps, first)
-
-
-def test_all_runs_of_a_prompt_are_kept(scene: Scene) -> None:
-    """The host samples a whole list before the first preview; the next prompt makes room again."""
-    context = module("comfy_execution.utils").CurrentNodeContext
-    model, maps = scene.apply_with_maps()
-    with context("a list", "sampler"):
-        latents = [scene.sample(model, seed=seed, steps=1) for seed in range(6)]
-    for latent in latents:
-        scene.preview(maps, latent)
-    with context("the next", "sampler"):
-        latent = scene.sample(model, seed=6, steps=1)
-    assert len(maps.runs) == 4
-    scene.preview(maps, latent)
-    with pytest.raises(scene.errors.RoutingError, match="came from the cache"):
-        scene.preview(maps, latents[0])
-
-
-def test_runs_of_a_prompt_keep_to_their_memory(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    context = module("comfy_execution.utils").CurrentNodeContext
-    model, maps = scene.apply_with_maps()
-    latents = [scene.sample(model, seed=0, steps=1)]
-    size = maps.find(latents[0]).size
-    limit = 3 * size + size // 2
-    monkeypatch.setattr(module("anystory_pack.nodes.host.sockets"), "MOST_BYTES", limit)
-    with context("a list", "sampler"):
-        latents += [scene.sample(model, seed=seed, steps=1) for seed in range(1, 6)]
-    assert len(maps.runs) == 3 and sum(run.size for run in maps.runs.values()) <= limit
-    for latent in latents[3:]:
-        scene.preview(maps, latent)
-    for latent in latents[1:3]:
-        with pytest.raises(scene.errors.RoutingError, match="queue fewer pictures at once"):
-            scene.preview(maps, latent)
-    with context("the next", "sampler"):
-        large = scene.sample(model, seed=6, steps=1, latent_image=scene.latent(batch=4))
-    assert maps.find(large).size > limit and len(maps.runs) == 1
-    with pytest.raises(scene.errors.RoutingError, match="came from the cache"):
-        scene.preview(maps, latents[1])
+    assert maps.find(latent.half()).record is maps.find(latent).record
 
 
 # Exchanging the subjects exchanges the order of candidates in sums and softmaxes, and a by-region
@@ -226,7 +177,7 @@ def test_exchanging_subjects_exchanges_their_regions(scene: Scene) -> None:
     one, two = scene.sample(model), scene.sample(swapped)
     scale = one.abs().max()
     torch.testing.assert_close(one / scale, two / scale, **ROUNDING)
-    ids, other = (m.find(x).steps[0].ids for m, x in ((maps, one), (swapped_maps, two)))
+    ids, other = (m.find(x).record.levels[0].ids for m, x in ((maps, one), (swapped_maps, two)))
     exchanged = torch.tensor([1, 0, 2], dtype=torch.uint8)
     for block, route in ids.items():
         different = (exchanged[route.long()] != other[block]).float().mean()

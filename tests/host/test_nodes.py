@@ -258,8 +258,8 @@ def test_a_run_without_routes_is_no_error(
 def test_preview_is_blank_outside_the_window(scene: Scene) -> None:
     model, maps = scene.apply_with_maps(start=0.4)
     out = scene.sample(model, steps=4)
-    record = maps.find(out)
-    assert not record.steps[0].ids and record.steps[-1].ids
+    record = maps.find(out).record
+    assert not record.levels[0].ids and record.levels[-1].ids
     scene.preview(maps, out, steps="all")
 
 

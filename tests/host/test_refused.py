@@ -253,23 +253,6 @@ def test_the_host_goes_on_after_every_refusal(scene: Scene) -> None:
     assert torch.equal(scene.sample(scene.apply()), before)
 
 
-def test_preview_refusals(scene: Scene) -> None:
-    model, maps = scene.apply_with_maps()
-    out = scene.sample(model)
-    refused = scene.errors.RoutingError
-    with pytest.raises(refused, match="RoutingMapPreview: steps: got '9', but the run has 2 steps"):
-        scene.preview(maps, out, steps="9")
-    for text in ("0", "first", "-1", "1.5"):
-        with pytest.raises(refused, match=f"RoutingMapPreview: steps: got '{text}', expected"):
-            scene.preview(maps, out, steps=text)
-    both = scene.preview(maps, out, steps="1, last").args[0]
-    assert torch.equal(scene.preview(maps, out, steps="1, 2, 25, last").args[0], both)
-    with pytest.raises(refused, match="RoutingMapPreview: .*batch_index: got 3"):
-        scene.preview(maps, out, batch_index=3)
-    with pytest.raises(refused, match="RoutingMapPreview: latent: no recorded run"):
-        scene.preview(maps, out + 1)
-
-
 def other_widths(scene: Scene, **unet: Any) -> Any:
     """Weights and subjects of a model family with another U-Net."""
     build = module("anystory_pack.anystory_core.weights.model")

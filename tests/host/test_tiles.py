@@ -34,12 +34,12 @@ def test_words_find_their_place_in_each_tile_alone(scene: Scene) -> None:
 def test_a_tile_is_not_shown_as_the_picture(scene: Scene, wrapper: Patch) -> None:
     model, maps = scene.apply_with_maps()
     out = scene.sample(wrapper(scene, model))
-    record = maps.find(out)
-    assert record.tiled and not record.steps
+    record = maps.find(out).record
+    assert record.tiled and not record.levels
     shown = scene.preview(maps, out)
     assert not shown.args[1].any() and "in tiles" in shown.ui["text"][0]
-    whole = maps.find(scene.sample(model))
-    assert not whole.tiled and len(whole.steps) == 2
+    whole = maps.find(scene.sample(model)).record
+    assert not whole.tiled and len(whole.levels) == 2
 
 
 def test_segmentation_refuses_a_model_that_draws_in_tiles(scene: Scene) -> None:

@@ -46,7 +46,7 @@ def test_the_atlas_holds_the_recorded_routes(scene: Scene) -> None:
     routing = scene.route(*scene.subjects)
     model, maps = scene.apply_with_maps(routing=routing)
     out = scene.sample(model, steps=3, latent_image=scene.latent(192, 128, batch=2))
-    record = maps.find(out)
+    record = maps.find(out).record
     for row in (0, 1):
         (entry,) = scene.preview(maps, out, batch_index=row).ui["anystory_routes"]
         assert entry["layout"]["labels"] == ["ball", "box", "kite", "background"]
@@ -56,7 +56,7 @@ def test_the_atlas_holds_the_recorded_routes(scene: Scene) -> None:
         for number, blocks in enumerate(steps):
             assert tuple(blocks) == record.blocks
             for index, ids in blocks.items():
-                assert torch.equal(ids, record.block_map(number, index, row))
+                assert torch.equal(ids, record.levels[number].map(index, row))
 
 
 def test_the_picture_comes_without_the_overlay(scene: Scene) -> None:
@@ -91,10 +91,10 @@ def test_sdxl_stays_below_two_megabytes(scene: Scene, size: tuple[int, int]) -> 
     )
     latent = torch.zeros(1, 4, size[0] // 8, size[1] // 8)
     maps = module("anystory_pack.nodes.host.sockets").RoutingMaps()
-    maps.file(latent, record)
+    maps.file([latent], record)
     (entry,) = scene.preview(maps, latent, steps="last").ui["anystory_routes"]
     layout = entry["layout"]
-    assert len(layout["steps"]) == layout["recorded"] == 25 and len(layout["blocks"]) == 70
+    assert len(layout["steps"]) == layout["count"] == 25 and len(layout["blocks"]) == 70
     assert path_of(entry["file"]).stat().st_size + len(json.dumps(layout)) <= LIMIT
     last = read(entry)[-1]
-    assert all(torch.equal(ids, record.block_map(24, index, 0)) for index, ids in last.items())
+    assert all(torch.equal(ids, record.levels[24].map(index, 0)) for index, ids in last.items())

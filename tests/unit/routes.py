@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.bases.sdxl.sites import build_sites
-from anystory_core.routing.record import RoutingRecord, StepRecord
+from anystory_core.routing.record import LevelRecord, RoutingRecord
 
 Regions = Callable[[Tensor, Tensor], Tensor]  # y, x in [0,1) of each token -> region ids
 
@@ -29,16 +29,17 @@ def record_of(
 ) -> RoutingRecord:
     """The same regions at every block and step of a picture of ``size``, one batch row."""
     sites = build_sites(config.unet)
-    record = RoutingRecord(labels, sites)
+    schedule = (*(14.6 / (number + 1) for number in range(steps)), 0.0)
+    record = RoutingRecord(labels, sites, schedule)
     for number in range(steps):
-        step = StepRecord(14.6 / (number + 1), tuple(True for _ in labels))
+        level = LevelRecord(schedule[number], tuple(True for _ in labels), number)
         for site in sites:
             h, w = (-(-n // (8 * site.stride)) for n in size)
             y = (torch.arange(h)[:, None].expand(h, w) + 0.5) / h
             x = (torch.arange(w)[None].expand(h, w) + 0.5) / w
-            step.ids[site.index] = regions(y, x).flatten()[None].to(torch.uint8)
-            step.grids[site.index] = (h, w)
-        record.steps.append(step)
+            level.ids[site.index] = regions(y, x).flatten()[None].to(torch.uint8)
+            level.grids[site.index] = (h, w)
+        record.levels.append(level)
     return record
 
 

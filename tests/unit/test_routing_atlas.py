@@ -41,7 +41,7 @@ def test_every_region_id_comes_back(size: tuple[int, int]) -> None:
     for number, blocks in enumerate(steps):
         assert sorted(blocks) == list(record.blocks)
         for index, ids in blocks.items():
-            expected = record.block_map(number, index, 0)
+            expected = record.levels[number].map(index, 0)
             assert expected is not None and torch.equal(ids, expected)
 
 
@@ -58,15 +58,15 @@ def test_steps_are_left_out_evenly_above_the_limit() -> None:
     whole = build_atlas(record, 0)
     half = build_atlas(record, 0, limit=len(whole.png) * 2 // 3)
     numbers = [step["number"] for step in half.layout["steps"]]
-    assert numbers == list(range(0, 12, 2)) and half.layout["recorded"] == 12
+    assert numbers == list(range(0, 12, 2)) and half.layout["count"] == 12
     assert torch.equal(unpack(half)[1][5], unpack(whole)[2][5])
 
 
 def test_steps_of_different_shape_and_steps_without_routes() -> None:
     """Another pack may change the grid at some steps; outside all windows nothing is recorded."""
     record = record_of(AnyStoryConfig.mini(), halves(2), steps=2)
-    record.steps += record_of(AnyStoryConfig.mini(), halves(2), steps=1, size=(128, 128)).steps
-    record.steps.append(type(record.steps[0])(0.1, (False, False)))
+    record.levels += record_of(AnyStoryConfig.mini(), halves(2), steps=1, size=(128, 128)).levels
+    record.levels.append(type(record.levels[0])(0.1, (False, False)))
     layout = build_atlas(record, 0).layout
     assert [step["grid"] for step in layout["steps"]] == [0, 0, 1, 2]
     assert layout["grids"][2] == []

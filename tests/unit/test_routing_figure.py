@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from routes import halves, record_of
 
 from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.errors import RoutingError
-from anystory_core.pictures.figure import figure, overlay
+from anystory_core.pictures.figure import MOST_PIXELS, figure, fitting, overlay
 from anystory_core.pictures.palette import BACKGROUND_COLOUR, palette
 
 
@@ -19,9 +21,9 @@ def _has(picture: torch.Tensor, colour: tuple[int, int, int]) -> torch.Tensor:
 
 def test_rows_are_subjects_and_columns_are_steps() -> None:
     record = record_of(AnyStoryConfig.mini(), halves(2), steps=4)
-    one = figure(record, steps=[0])
-    two = figure(record, steps=[0, 3])
-    more = figure(record, steps=[0], background=True)
+    one = figure(record, levels=[record.levels[0]])
+    two = figure(record, levels=[record.levels[0], record.levels[3]])
+    more = figure(record, levels=[record.levels[0]], background=True)
     assert two.shape[1] > one.shape[1] and two.shape[0] == one.shape[0]
     assert more.shape[0] > one.shape[0] and more.shape[1] == one.shape[1]
     first, second = (_has(one, colour) for colour in palette(2))
@@ -33,7 +35,7 @@ def test_a_tile_shows_the_blocks_own_region() -> None:
     """Subject 1 has the left half of every block: half of each tile's pixels, all 16 tiles."""
     record = record_of(AnyStoryConfig.mini(), halves(2), steps=1)
     tile = 40
-    picture = figure(record, steps=[0], tile=tile)
+    picture = figure(record, levels=[record.levels[0]], tile=tile)
     pixels = int(_has(picture, palette(2)[0]).sum())
     swatch = 11 * 11
     assert pixels == 16 * tile * tile // 2 + swatch
@@ -41,28 +43,43 @@ def test_a_tile_shows_the_blocks_own_region() -> None:
 
 def test_a_subject_outside_its_window_is_blank() -> None:
     record = record_of(AnyStoryConfig.mini(), halves(2), steps=2)
-    record.steps[1].active = (True, False)
-    before = int(_has(figure(record, steps=[0]), palette(2)[1]).sum())
-    after = int(_has(figure(record, steps=[1]), palette(2)[1]).sum())
+    record.levels[1].active = (True, False)
+    before = int(_has(figure(record, levels=[record.levels[0]]), palette(2)[1]).sum())
+    after = int(_has(figure(record, levels=[record.levels[1]]), palette(2)[1]).sum())
     assert after == 11 * 11 < before
 
 
 @pytest.mark.parametrize("size", [(1024, 1024), (832, 1216), (1016, 1016), (256, 1024)])
 def test_every_shape_of_picture(size: tuple[int, int]) -> None:
     record = record_of(AnyStoryConfig.sdxl(), halves(2), steps=1, size=size)
-    picture = figure(record, steps=[0], background=True)
+    picture = figure(record, levels=[record.levels[0]], background=True)
     assert picture.ndim == 3 and picture.shape[2] == 3
     assert float(picture.min()) >= 0 and float(picture.max()) <= 1
 
 
-def test_unknown_steps_and_rows_are_refused() -> None:
+def test_unknown_rows_and_records_without_routes_are_refused() -> None:
     record = record_of(AnyStoryConfig.mini(), halves(2), steps=2)
-    with pytest.raises(RoutingError, match="expected 0 to 1"):
-        figure(record, steps=[2])
-    with pytest.raises(RoutingError, match="batch_index: got 1"):
-        figure(record, steps=[0], row=1)
+    with pytest.raises(RoutingError, match="batch_index: got 1, expected 0 to 0"):
+        figure(record, levels=record.levels, row=1)
     with pytest.raises(RoutingError, match="no routes were recorded"):
-        figure(record_of(AnyStoryConfig.mini(), halves(2), steps=0), steps=[0])
+        figure(record_of(AnyStoryConfig.mini(), halves(2), steps=0), levels=record.levels)
+
+
+def test_many_steps_of_a_large_model_are_bounded() -> None:
+    """SDXL at 1024 squared with four subjects: all 50 would be 25,340 x 1,792 pixels."""
+    labels = ("fox", "owl", "bear", "elk")
+    record = record_of(AnyStoryConfig.sdxl(), halves(4), labels=labels, steps=50, size=(1024, 1024))
+    drawn = fitting(record, levels=record.levels)
+    steps = [level.step for level in drawn]
+    assert steps[0] == 0 and steps[-1] == 49 and 5 < len(steps) < 50
+    gaps = {after - before for before, after in itertools.pairwise(steps)}
+    assert max(gaps) - min(gaps) <= 1
+    picture = figure(record, levels=record.levels)
+    assert picture.shape[0] * picture.shape[1] <= MOST_PIXELS
+    assert torch.equal(picture, figure(record, levels=drawn))
+    # One more would not fit.
+    wide = picture.shape[1] + (picture.shape[1] - 140) // len(drawn)
+    assert picture.shape[0] * wide > MOST_PIXELS
 
 
 def test_overlay_tints_each_subjects_own_part() -> None:

@@ -7,12 +7,12 @@ import torch
 
 from anystory_core.errors import RoutingError
 from anystory_core.routing import segment
-from anystory_core.routing.record import StepRecord
+from anystory_core.routing.record import LevelRecord
 
 
-def step(grids: list[tuple[int, int]], rows: int, candidates: int, seed: int = 0) -> StepRecord:
+def step(grids: list[tuple[int, int]], rows: int, candidates: int, seed: int = 0) -> LevelRecord:
     generator = torch.Generator().manual_seed(seed)
-    record = StepRecord(1.0, (True,) * (candidates - 1))
+    record = LevelRecord(1.0, (True,) * (candidates - 1))
     for index, grid in enumerate(grids, 1):
         logits = torch.randn(rows, candidates, grid[0] * grid[1], generator=generator)
         record.soft[index], record.grids[index] = logits.softmax(dim=1), grid
@@ -37,8 +37,8 @@ def test_the_mean_over_blocks_rows_and_sizes() -> None:
 
 
 def test_nothing_recorded() -> None:
-    with pytest.raises(RoutingError, match="no map was recorded"):
-        segment.mean_maps(StepRecord(1.0, (False,)), (4, 4))
+    with pytest.raises(RoutingError, match="no routes were recorded"):
+        segment.mean_maps(LevelRecord(1.0, (False,)), (4, 4))
 
 
 def test_masks_are_disjoint_and_follow_the_largest() -> None:

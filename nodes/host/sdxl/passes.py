@@ -4,7 +4,7 @@ that give each forward pass its :class:`~....anystory_core.injection.call.Call`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.patcher_extension
@@ -19,7 +19,7 @@ from ....anystory_core.routing.grids import Crop
 from ....anystory_core.routing.modes import build_source
 from ....anystory_core.routing.record import RoutingRecord
 from ..base import RunRequest
-from ..conds import Evaluation, Roles
+from ..conds import Evaluation, Roles, rows_of
 from ..ids import CALL_KEY, EVALUATION_KEY, WRAPPER_KEY
 from ..managed import load, release
 from ..texts import route_texts
@@ -37,7 +37,8 @@ class UNetPasses:
     roles: Roles
     precision: Any  # of attention, where the user forces one
     unet: Any
-    fresh: bool = True  # the next call is the first of a model evaluation
+    batch: Tensor | None = None  # (B,C,h,w) that this evaluation of the model is about
+    seen: set[int] = field(default_factory=set[int])  # its rows that were recorded
 
     def active(self, sigma: float) -> tuple[bool, ...]:
         return tuple(window.holds(sigma) for window in self.windows)
@@ -57,8 +58,8 @@ class UNetPasses:
     # The inner wrappers, outermost first.
 
     def predict_noise(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """One evaluation of the guided model; its first call is the one that may be recorded."""
-        self.fresh = True
+        """One evaluation of the guided model; each row is recorded from its first call."""
+        self.batch, self.seen = args[0] if args else kwargs["x"], set()
         return executor(*args, **kwargs)
 
     def calc_cond_batch(
@@ -73,7 +74,8 @@ class UNetPasses:
         """Tells the calls inside which ``conds`` index is conditional. ``cond_or_uncond`` alone
         does not: SAG runs the negative as number 0, DualCFG has two positives."""
         options = dict(model_options.get("transformer_options", {}))
-        options[EVALUATION_KEY] = Evaluation.of(self.roles, conds, x, timestep)
+        rows = range(x.shape[0]) if self.batch is None else rows_of(x, self.batch, self.seen)
+        options[EVALUATION_KEY] = Evaluation.of(self.roles, conds, x, timestep, rows)
         return executor(
             model, conds, x, timestep, {**model_options, "transformer_options": options}
         )
@@ -95,19 +97,22 @@ class UNetPasses:
         sigma = float(options["sigmas"][0])
         active = self.active(sigma)
         if self.prepared.is_idle(active):
-            self.record.begin_step(sigma, active)
+            self.record.call(sigma, active)
             return None
         chunks: list[int] = options["cond_or_uncond"]
         uuids: list[Any] = options.get("uuids", [None] * len(chunks))
         evaluation: Evaluation = options.get(
-            EVALUATION_KEY, Evaluation(recorded=(0, self.roles.first_positive))
+            EVALUATION_KEY,
+            Evaluation(
+                recorded=(0, self.roles.first_positive), rows=tuple(range(self.record.rows))
+            ),
         )
         size, times = evaluation.layout(len(chunks), x)
         cond: list[int] = []
         uncond: list[int] = []
         crops: list[Crop | None] = [None] * x.shape[0]
         apart: list[int] = []
-        record: tuple[int, ...] = ()
+        recorded: dict[int, int] = {}  # row of the batch -> row of this call
         routed: list[tuple[int, Any, Crop | None]] = []
         for place, (index, uuid) in enumerate(zip(chunks, uuids, strict=True)):
             firsts = range(place * size, times * size * len(chunks), size * len(chunks))
@@ -120,14 +125,17 @@ class UNetPasses:
                 crops[row] = crop
             if crop is not None or uuid in evaluation.masked:
                 apart.extend(rows)
-            if self.fresh and uuid is not None and (index, uuid) == evaluation.recorded:
+            if uuid is not None and (index, uuid) == evaluation.recorded:
                 if evaluation.is_tile(crop, x):
                     self.record.tiled = True  # its routes are not the picture's
-                else:
-                    record = tuple(rows[:size])
-        if record:
-            self.fresh = False
-            self.record.begin_step(sigma, active)
+                elif len(evaluation.rows) == size:
+                    shown = zip(evaluation.rows, rows[:size], strict=True)
+                    recorded = {row: place for row, place in shown if row not in self.seen}
+        recording = None
+        if recorded:
+            self.seen.update(recorded)
+            recorder = self.record.call(sigma, active, tuple(recorded))
+            recording = Recording(recorder, tuple(recorded.values()))
         return Call(
             self.prepared,
             Rows(tuple(cond), tuple(uncond)),
@@ -139,7 +147,7 @@ class UNetPasses:
                 apart=tuple(apart),
                 kind=evaluation.kind(routed, size * times, x),
             ),
-            Recording(self.record, record) if record else None,
+            recording,
         )
 
 

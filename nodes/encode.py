@@ -13,9 +13,10 @@ from torch import Tensor
 from ..anystory_core.bases.sdxl.config import AnyStoryConfig
 from ..anystory_core.errors import ModelMismatchError, SubjectError
 from ..anystory_core.subject.encoder import PictureStates, encode_subject, reference_latents
+from ..anystory_core.subject.label import clean_label
 from ..anystory_core.subject.masks import MASK_SHOWS
 from ..anystory_core.subject.preprocess import prepare_views, zero_clip
-from ..anystory_core.subject.subject import UNNAMED, Subject, SubjectOptions
+from ..anystory_core.subject.subject import Subject, SubjectOptions
 from ..anystory_core.weights.fingerprint import weights_fingerprint
 from .host import ids, tensors
 from .host.managed import ManagedAnyStory, compute_dtype, load, release
@@ -166,12 +167,6 @@ def label_context(clip: Any, label: str, config: AnyStoryConfig) -> Tensor:
             "clip of the model that will sample"
         )
     return encode_label(clip, label, config)[0][None]
-
-
-def clean_label(label: str) -> str:
-    """Printable, one line, at most 60 characters; ``UNNAMED`` when nothing is left."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in label).split())
-    return text[:60] or UNNAMED
 
 
 class AnyStorySubjectOptions(io.ComfyNode):

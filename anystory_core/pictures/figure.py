@@ -20,7 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..routing.record import LevelRecord, RoutingRecord
-from .palette import BACKGROUND_COLOUR, Colour, palette, plain_label, share_text
+from . import lettering
+from .palette import BACKGROUND_COLOUR, Colour, palette, share_text
 
 MOST_PIXELS = 2**23  # of a figure: 100 MB in float32; 9 noise levels of SDXL with 4 subjects
 
@@ -91,7 +92,7 @@ def figure(
     levels = fitting(record, row=row, levels=levels, background=background, tile=tile)
     shares = record.shares(row)
     colours = (*palette(record.subjects), BACKGROUND_COLOUR)
-    names = [plain_label(label, i + 1) for i, label in enumerate(record.labels)]
+    names = [lettering.short_label(label, i + 1) for i, label in enumerate(record.labels)]
     names.append("background")
     regions = range(record.subjects + (1 if background else 0))
 
@@ -104,7 +105,7 @@ def figure(
     for place, region in enumerate(regions):
         y = _HEADER + place * (layout.height + _SPACE)
         draw.rectangle((_MARGIN, y, _MARGIN + 10, y + 10), fill=colours[region])
-        draw.text((_MARGIN + 16, y - 2), names[region], fill=_TEXT, font=_font(12))
+        lettering.draw(page, (_MARGIN + 16, y - 2), names[region], 12, _TEXT)
         text = f"{share_text(shares[region])} of the picture"
         draw.text((_MARGIN, y + 16), text, fill=_DIM, font=_font(11))
         for column, level in enumerate(levels):
@@ -193,22 +194,23 @@ def _legend(
     labels: Sequence[str], shares: Sequence[float], colours: Sequence[Colour], width: int
 ) -> Tensor:
     """Swatch, label and share of each subject, as many to a line as fit: (h,width,3)."""
-    font = _font(12)
-    names = [plain_label(label, i + 1) for i, label in enumerate(labels)]
-    texts = [f"{name}  {share_text(s)}" for name, s in zip(names, shares, strict=False)]
-    places: list[tuple[int, int]] = []
+    names = [lettering.short_label(label, i + 1) for i, label in enumerate(labels)]
+    places: list[tuple[int, int, int]] = []  # of swatch, line, and share
     x, y = _MARGIN, 5
-    for text in texts:
-        needed = 18 + math.ceil(font.getlength(text)) + 14
+    for name, share in zip(names, shares, strict=False):
+        # Apart, or a name from right to left would turn the share with it.
+        beside = 18 + lettering.width(name, 12) + 7
+        needed = beside + lettering.width(share_text(share), 12) + 14
         if x > _MARGIN and x + needed > width:
             x, y = _MARGIN, y + 18
-        places.append((x, y))
+        places.append((x, y, x + beside))
         x += needed
     page = Image.new("RGB", (width, y + 20), _PAGE)
     draw = ImageDraw.Draw(page)
-    for (x, y), text, colour in zip(places, texts, colours, strict=True):
+    for (x, y, beside), name, share, colour in zip(places, names, shares, colours, strict=False):
         draw.rectangle((x, y + 1, x + 11, y + 12), fill=colour)
-        draw.text((x + 18, y), text, fill=_TEXT, font=font)
+        lettering.draw(page, (x + 18, y), name, 12, _TEXT)
+        lettering.draw(page, (beside, y), share_text(share), 12, _TEXT)
     return _to_tensor(page)
 
 

@@ -1,4 +1,4 @@
-"""How the pictures of routes name things: a colour, a label and a share for each subject."""
+"""Colours and shares in the pictures of routes."""
 
 from __future__ import annotations
 
@@ -41,10 +41,3 @@ def share_text(share: float) -> str:
     """``0.234`` -> ``23 %``; small shares keep a digit, so that 0.4 % is not shown as 0."""
     percent = 100 * share
     return f"{percent:.0f} %" if percent >= 10 or percent == 0 else f"{percent:.1f} %"
-
-
-def plain_label(label: str, number: int) -> str:
-    """The label in letters that Pillow's own font can draw, at most 18 of them."""
-    drawn = " ".join("".join(c if c.isprintable() and ord(c) < 256 else " " for c in label).split())
-    drawn = drawn or f"subject {number}"
-    return drawn if len(drawn) <= 18 else drawn[:17] + "~"

@@ -26,6 +26,7 @@ from ..errors import AnyStoryError, ModelMismatchError, SubjectError
 from ..file_names import EXTENSION, check_name
 from ..tensor_files import open_tensors, save_tensors
 from .encoder import Encoders
+from .label import clean_label
 from .subject import Subject, SubjectOptions
 
 FORMAT = "1"
@@ -183,7 +184,7 @@ def _check_header(name: str, header: Mapping[str, str]) -> SubjectOptions:
     if missing:
         raise SubjectError(f"{name}: its header lacks {missing}; save the subject again")
     label = header["label"]
-    if not label or len(label) > 60 or not label.isprintable():
+    if label != clean_label(label):
         raise SubjectError(f"{name}: its label is damaged; save the subject again")
     try:
         return SubjectOptions(**json.loads(header["options"]))

@@ -1,4 +1,4 @@
-"""Colours that can be told apart, and labels that can be drawn."""
+"""Colours that can be told apart."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 
-from anystory_core.pictures.palette import palette, plain_label
+from anystory_core.pictures.palette import palette
 
 # Machado, Oliveira, Fernandes 2009, severity 1: linear RGB as seen with each kind of sight.
 SIGHTS = {
@@ -47,10 +47,3 @@ def test_colours_can_be_told_apart(sight: str, subjects: int, least: float) -> N
 
 def test_a_ninth_subject_has_a_colour() -> None:
     assert palette(9)[8] == palette(1)[0]
-
-
-def test_odd_labels_are_drawn() -> None:
-    assert plain_label("red fox", 1) == "red fox"
-    assert plain_label("日本", 2) == "subject 2"
-    assert plain_label("x" * 99, 1) == "x" * 17 + "~"
-    assert plain_label("\n\t", 3) == "subject 3"

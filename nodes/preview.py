@@ -12,6 +12,7 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..anystory_core.errors import RoutingError
 from ..anystory_core.pictures import figure as routing_figure
 from ..anystory_core.pictures.atlas import build_atlas
 from ..anystory_core.routing.record import LevelRecord, RoutingRecord
@@ -204,7 +205,7 @@ class RoutingMapPreview(io.ComfyNode):
         plain = None
         if image is not None:
             if picture < image.shape[0]:
-                plain = image[picture, ..., :3].cpu().float()
+                plain = image[picture, ..., :3].cpu().float().expand(-1, -1, 3)  # grey ones, too
                 height, width = plain.shape[:2]
             else:
                 notes.append(f"image: got a batch of {image.shape[0]}, without picture {picture}.")
@@ -244,13 +245,17 @@ def show(
             "model was not called there with the positive prompt; a cache, the sampler or a time "
             "range left it out."
         )
-    viewer = viewer_data(record, row)
+    viewer: dict[str, Any] = {}
+    try:
+        viewer = viewer_data(record, row)
+    except RoutingError as error:
+        notes.append(f"No viewer. {error}.")
     if plain is not None:
         over = routing_figure.overlay(record, plain, row=row)
         shown["images"] += ui.PreviewImage(over[None], cls=cls).as_dict()["images"]
         viewer["picture"] = ui.PreviewImage(plain[None], cls=cls).as_dict()["images"][0]
     # Every key every time: the host joins the outputs of a list by the keys of the first.
-    shown["anystory_routes"] = [viewer]
+    shown["anystory_routes"] = [viewer] if "file" in viewer else []
     shown["text"] = say([*notes, *warnings_for(record, row)])
     masks = record.masks(row, size)
     return io.NodeOutput(figure[None], masks.to(torch.float32), ui=shown)

@@ -68,9 +68,9 @@ class SamplingWrapper:
 
         denoised: list[Tensor] = []
 
-        def reported(step: int, x0: Tensor, *rest: Any) -> Any:
+        def reported(step: int, x0: Tensor | None, *rest: Any) -> Any:
             passes.record.sampled(step)
-            denoised[:] = [x0]
+            denoised[:] = [x0] if isinstance(x0, Tensor) else []
             return None if callback is None else callback(step, x0, *rest)
 
         try:
@@ -82,7 +82,8 @@ class SamplingWrapper:
             options["transformer_options"] = before
         passes.record.finish()
         # As the host's samplers with two results give the denoised one, to the bit.
-        last = [guider.model_patcher.model.process_latent_out(x0.cpu()) for x0 in denoised]
+        out = guider.model_patcher.model.process_latent_out
+        last = [out(x0.cpu()) for x0 in denoised if x0.shape == latent.shape]
         self.maps.file([latent, *last], passes.record)
         return latent
 

@@ -115,6 +115,23 @@ def test_a_wide_picture_whose_subjects_act_in_between(editor: Editor) -> None:
     assert (width, height) == (512, 341)  # 3:2
 
 
+def test_a_sampler_that_calls_the_model_between_the_steps(editor: Editor) -> None:
+    """The viewer has all noise levels, and tells of which step each is."""
+    editor.template("two_subjects")
+    editor.set("KSampler", "sampler_name", "dpm_2")
+    outputs = editor.queue()
+    (shown,) = [out for out in outputs.values() if "anystory_routes" in out]
+    steps = shown["anystory_routes"][0]["layout"]["steps"]
+    assert [step["number"] for step in steps] == [0, 0, 1, 1, 2]
+    editor.look_at(PREVIEW)
+    editor.wait("return document.querySelector(arguments[0])", f"{VIEWER} fieldset input")
+    slider = element(editor, "input[name=step]")
+    for place, step in enumerate(steps):
+        slider.send_keys(Keys.HOME, *[Keys.ARROW_RIGHT] * place)
+        text = slider.get_attribute("aria-valuetext")
+        assert text == f"{step['number'] + 1} of 3, σ {step['sigma']}"
+
+
 def test_pointer_and_switches(editor: Editor) -> None:
     shown = run_two_subjects(editor)
     (entry,) = shown["anystory_routes"]

@@ -100,6 +100,20 @@ def test_a_composed_latent_of_a_run_that_was_not_ours(scene: Scene) -> None:
     assert same(shown, scene.preview(maps, ours)) and "14 % of it" in said(shown)
 
 
+def test_another_sampler_that_goes_on_outside_of_a_mask(scene: Scene) -> None:
+    """As TwoSamplersForMask, the sampler without subjects last."""
+    model, maps = scene.apply_with_maps()
+    ours = scene.sample(model, seed=4)
+    outside = torch.ones(1, 128, 128)
+    outside[:, :, 64:] = 0
+    last = scene.sample(
+        scene.mini.model, seed=5, steps=3, latent_image={"samples": ours, "noise_mask": outside}
+    )
+    for latent in (last, last * 1.0005):  # its own scaling there and back rounds
+        shown = scene.preview(maps, latent)
+        assert same(shown, scene.preview(maps, ours)) and "50 % of it" in said(shown)
+
+
 def test_a_latent_that_another_node_changed(scene: Scene) -> None:
     """No value is that of a run; the last run of the same prompt is shown, and this is said."""
     model, maps = scene.apply_with_maps()
@@ -140,6 +154,17 @@ def test_what_does_not_fit_is_said(scene: Scene, what: str) -> None:
     assert words[what] in said(shown)
     assert shown.ui.keys() == scene.preview(maps, out).ui.keys()
     assert shows(shown) == (what not in latents)
+
+
+def test_a_run_too_large_for_the_viewer_has_its_figure(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, maps = scene.apply_with_maps()
+    out = scene.sample(model)
+    monkeypatch.setattr(module("anystory_pack.anystory_core.pictures.atlas"), "_MAX_PIXELS", 99)
+    shown = scene.preview(maps, out, image=torch.rand(1, 128, 128, 1))
+    assert "too many for the viewer" in said(shown) and not shows(shown)
+    assert len(shown.ui["images"]) == 2 and shown.args[0].any()
 
 
 def test_steps_as_text(scene: Scene) -> None:

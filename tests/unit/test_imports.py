@@ -55,8 +55,8 @@ def test_the_core_imports_with_hosts_and_trainers_blocked() -> None:
 CLOSED = {("anystory_core", "training"), ("anystory_core", "data")}  # to nodes
 # Folders and files of the core, each of which imports only what stands before it.
 ORDER = (
-    "errors", "story", "file_names", "tensor_files", "config", "bases", "subject", "routing", "pictures",
-    "injection", "weights", "convert", "mini", "data", "training",
+    "errors", "story", "file_names", "tensor_files", "config", "bases", "subject", "routing",
+    "pictures", "injection", "weights", "convert", "mini", "data", "training",
 )  # fmt: skip
 
 

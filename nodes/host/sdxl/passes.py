@@ -133,7 +133,8 @@ class UNetPasses:
                     recorded = {row: place for row, place in shown if row not in self.seen}
         recording = None
         if recorded:
-            self.seen.update(recorded)
+            if self.batch is not None:
+                self.seen.update(recorded)
             recorder = self.record.call(sigma, active, tuple(recorded))
             recording = Recording(recorder, tuple(recorded.values()))
         return Call(

@@ -19,6 +19,10 @@ class SubjectError(AnyStoryError):
     """A picture, mask or encoded subject cannot be used."""
 
 
+class DataError(AnyStoryError):
+    """Training data, or what it is made from, cannot be used as it is."""
+
+
 class RoutingError(AnyStoryError):
     """The subjects, masks and router at hand do not give a route."""
 

@@ -1,29 +1,21 @@
-"""Where the samples of a run lie: folders and WebDataset shards, scanned once, held as arrays.
-
-Millions of samples must not cost every process gigabytes, and reader processes share what they are
-forked with only as long as it is not counted by reference, so nothing here is an object a sample.
-"""
+"""Where the samples of a run lie: folders and WebDataset shards, by position."""
 
 from __future__ import annotations
 
-import os
-import tarfile
-from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
-from ..errors import AnyStoryError
+from ..errors import DataError
+from . import paths
+from .parts import Kind, kind_of
+from .scan import Scan, scan_folder, scan_shards
 
-PARTS = ("reference", "target", "reference_mask", "target_mask", "image", "masks", "caption")
-Kind = Literal["pair", "scene"]
-
-
-class DataError(AnyStoryError):
-    """Training data cannot be used as it is."""
+_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 
 
 @dataclass(frozen=True)
@@ -35,17 +27,17 @@ class Place:
     size: int = -1
 
     def read(self) -> bytes:
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
+        return paths.read(self.path, self.offset, self.size)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One sample, not read yet. ``key`` names it in messages and caches."""
+    """One sample, not read yet. ``key`` names it in messages; ``name`` in its own source."""
 
     key: str
-    files: Mapping[str, Place]  # suffix after the key, e.g. "reference.png"
+    files: Mapping[str, Place]  # suffix after the key in lower case, e.g. "reference.png"
+    source: str = ""  # the shard or folder
+    name: str = ""
 
     @property
     def kind(self) -> Kind | None:
@@ -53,82 +45,34 @@ class Entry:
         return kind_of(self.files)
 
 
-def kind_of(names: Iterable[str]) -> Kind | None:
-    """What files with these suffixes make of a sample; None when some are missing."""
-    stems = {name.rsplit(".", 1)[0] for name in names}
-    if {"reference", "target", "caption"} <= stems:
-        return "pair"
-    return "scene" if {"image", "masks", "caption"} <= stems else None
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A folder or a shard; ``name`` of what the run was given begins its samples' keys."""
-
-    name: str
-    path: Path
-    shard: bool
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A file in a source: its sample's key, its suffix as written, and its slice of a shard."""
-
-    key: str
-    suffix: str
-    offset: int = 0
-    size: int = -1
-
-
 class Index:
     """All samples of a run, by position."""
 
-    def __init__(self) -> None:
-        self._sources: list[_Source] = []
-        self._suffixes: list[tuple[str, ...]] = []  # all that samples have, as written
-        self._number: dict[tuple[str, ...], int] = {}  # of each of these
-        self._keys = bytearray()
-        # For each sample: source, which suffixes, end of its key, first of its files.
-        self._source, self._which = array("i"), array("i")
-        self._key_end, self._file = array("q"), array("q")
-        self._offset, self._size = array("q"), array("q")  # for each file
+    def __init__(self, scans: Sequence[tuple[str, Scan]]) -> None:
+        """``scans`` with the name of what was given, which begins its samples' keys."""
+        self.scans = tuple(scans)
+        self._ends = list(accumulate(len(scan) for _, scan in scans))
 
     @classmethod
-    def of(cls, paths: tuple[str, ...]) -> Index:
+    def of(cls, given: Sequence[str]) -> Index:
         """Scan folders and shards in the given order. DataError names a path without samples."""
-        index = cls()
-        for path in map(Path, paths):
-            if path.is_dir():
-                shards = [_Source(path.name, shard, True) for shard in sorted(path.glob("*.tar"))]
-                sources = shards or [_Source(path.name, path, False)]
-            elif path.suffix == ".tar" and path.exists():
-                sources = [_Source(path.name, path, True)]
-            else:
-                raise DataError(
-                    f"data: {path} is neither a folder nor a .tar shard; see docs/data.md"
-                )
-            for source in sources:
-                if not index._add(source):
-                    raise DataError(
-                        f"data: {source.path} holds no samples (files named KEY.caption.txt, "
-                        "KEY.target.png, ...); see docs/data.md"
-                    )
-        return index
+        return cls([(paths.name_of(path), _scan(path)) for path in given])
 
     def __len__(self) -> int:
-        return len(self._source)
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, position: int) -> Entry:
         if not 0 <= position < len(self):
             raise IndexError(f"sample {position} of {len(self)}")
-        source = self._sources[self._source[position]]
-        start = self._key_end[position - 1] if position else 0
-        key = os.fsdecode(bytes(self._keys[start : self._key_end[position]]))
-        files: dict[str, Place] = {}
-        for i, suffix in enumerate(self._suffixes[self._which[position]], self._file[position]):
-            path = source.path if source.shard else source.path / f"{key}.{suffix}"
-            files[suffix.lower()] = Place(str(path), self._offset[i], self._size[i])
-        return Entry(f"{source.name}/{key}", files)
+        which = bisect_right(self._ends, position)
+        name, scan = self.scans[which]
+        inside = position - (self._ends[which - 1] if which else 0)
+        source, key, files = scan.sample(inside)
+        places: dict[str, Place] = {}
+        for suffix, offset, size in files:
+            path = source if scan.shards else paths.join(source, f"{key}.{suffix}")
+            places[suffix.lower()] = Place(path, offset, size)
+        return Entry(f"{name}/{key}", places, source, key)
 
     def __iter__(self) -> Iterator[Entry]:
         return (self[position] for position in range(len(self)))
@@ -139,48 +83,55 @@ class Index:
         """Positions of the samples of these kinds; unless ``whole``, also of those that are of none
         because a file is missing."""
         wanted = kinds if whole else (*kinds, None)
-        fits = np.array([kind_of(map(str.lower, names)) in wanted for names in self._suffixes])
-        return np.flatnonzero(fits[np.frombuffer(self._which, np.int32)])
-
-    def _add(self, source: _Source) -> int:
-        """Scan one folder or shard; how many samples it holds."""
-        samples: dict[str, dict[str, _Found]] = {}
-        for file in _shard(source.path) if source.shard else _folder(source.path):
-            if file.suffix.lower().partition(".")[0] in PARTS:
-                samples.setdefault(file.key, {})[file.suffix.lower()] = file
-        self._sources.append(source)
-        for key, files in sorted(samples.items()):
-            found = [file for _, file in sorted(files.items())]
-            suffixes = tuple(file.suffix for file in found)
-            if suffixes not in self._number:
-                self._number[suffixes] = len(self._suffixes)
-                self._suffixes.append(suffixes)
-            self._which.append(self._number[suffixes])
-            self._source.append(len(self._sources) - 1)
-            self._keys += os.fsencode(key)
-            self._key_end.append(len(self._keys))
-            self._file.append(len(self._offset))
-            self._offset.extend(file.offset for file in found)
-            self._size.extend(file.size for file in found)
-        return len(samples)
+        found: list[np.ndarray[Any, np.dtype[np.bool_]]] = [np.zeros(0, np.bool_)]
+        for _, scan in self.scans:
+            fits = np.array([kind_of(names) in wanted for names in scan.suffixes], np.bool_)
+            found.append(fits[scan.arrays["which"]])
+        return np.flatnonzero(np.concatenate(found))
 
 
-def _folder(path: Path) -> Iterator[_Found]:
-    for root, _, files in os.walk(path):
-        inside = os.path.relpath(root, path)
-        for file in files:
-            key, _, suffix = file.partition(".")
-            yield _Found(key if inside == "." else f"{inside}/{key}", suffix)
+def _scan(path: str) -> Scan:
+    if path.lower().endswith(_PACKED) and not paths.is_folder(path):
+        raise DataError(_packed(path))
+    if path.endswith(".tar") and paths.exists(path) and not paths.is_folder(path):
+        scan = scan_shards([path], None)
+    elif paths.is_folder(path):
+        shards = paths.list_files(path, (".tar",))
+        packed = paths.list_files(path, _PACKED)
+        if packed:
+            raise DataError(_packed(packed[0]))
+        scan = scan_shards(shards, path) if shards else scan_folder(path)
+        if not shards:
+            _refuse_nested(path)
+    else:
+        raise DataError(f"data: {path} is neither a folder nor a .tar shard; see docs/data.md")
+    empty = _without_samples(scan)
+    if empty is not None:
+        raise DataError(
+            f"data: {empty} holds no samples (files named KEY.caption.txt, "
+            "KEY.target.png, ...); see docs/data.md"
+        )
+    return scan
 
 
-def _shard(path: Path) -> Iterator[_Found]:
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    folder, slash, file = member.name.rpartition("/")
-                    key, _, suffix = file.partition(".")
-                    yield _Found(f"{folder}{slash}{key}", suffix, member.offset_data, member.size)
-                cast(Any, tar).members.clear()  # it keeps every header otherwise
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"data: shard {path} cannot be read ({error}); make it again") from error
+def _without_samples(scan: Scan) -> str | None:
+    """A source that holds none; None when all do."""
+    held = np.bincount(scan.arrays["source"], minlength=len(scan.sources))
+    return None if held.all() else scan.sources[int(np.argmin(held))]
+
+
+def _packed(path: str) -> str:
+    return (
+        f"data: {path} is compressed, so that no sample in it can be read by itself; unpack it "
+        "(gunzip makes a .tar of a .tar.gz)"
+    )
+
+
+def _refuse_nested(path: str) -> None:
+    for folder in paths.list_folders(path):
+        shards = paths.list_files(folder, (".tar", *_PACKED))
+        if shards:
+            raise DataError(
+                f"data: {shards[0]} lies in a subfolder of {path}; name the folders of shards "
+                f"themselves, such as {folder}"
+            )

@@ -1,24 +1,50 @@
-"""Write samples as WebDataset shards or plain folders, in the schema of :mod:`.schema`."""
+"""The files of a sample, and where they are written: shards, whole or not at all, or folders."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Mapping
+import json
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+
+from ..errors import DataError
+from . import paths
+from .parts import WORDS
+from .pictures import png
 
 Files = Mapping[str, bytes]  # suffix after the key -> content
 
+_MOST_SUBJECTS = 2**16 - 1  # what a 16-bit picture can number
 
-def png(picture: NDArray[np.uint8]) -> bytes:
-    """(H,W), (H,W,3) or (H,W,4) uint8 as PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+
+def mask_png(mask: NDArray[np.bool_]) -> bytes:
+    """(H,W) as black and white."""
+    return png(mask.astype(np.uint8) * 255)
+
+
+def labels_png(masks: Iterable[NDArray[np.bool_]], size: tuple[int, int]) -> bytes:
+    """Masks (H,W), one per subject, as the numbers of ``masks.png``; where they overlap the later
+    one counts. 16 bit above 255 subjects. DataError for another size than (H,W) ``size``."""
+    labels = np.zeros(size, np.uint16)
+    number = 0
+    for number, mask in enumerate(masks, 1):
+        if number > _MOST_SUBJECTS:
+            raise DataError(
+                f"masks: more than {_MOST_SUBJECTS}, which is what masks.png can number"
+            )
+        if mask.shape != size:
+            raise DataError(
+                f"masks: mask {number} is {mask.shape}, expected (height, width) {size} as the "
+                "picture is"
+            )
+        labels[mask] = number
+    return png(labels if number > 255 else labels.astype(np.uint8))
 
 
 def pair_files(
@@ -36,20 +62,24 @@ def pair_files(
         "target.png": png(target),
     }
     if reference_mask is not None:
-        files["reference_mask.png"] = png(reference_mask.astype(np.uint8) * 255)
+        files["reference_mask.png"] = mask_png(reference_mask)
     if target_mask is not None:
-        files["target_mask.png"] = png(target_mask.astype(np.uint8) * 255)
+        files["target_mask.png"] = mask_png(target_mask)
     return files
 
 
 def scene_files(
     *, image: NDArray[np.uint8], masks: Iterable[NDArray[np.bool_]], caption: str
 ) -> Files:
-    """The files of a scene sample; ``masks`` are the visible parts, one per subject."""
-    labels = np.zeros(image.shape[:2], np.uint8)
-    for number, mask in enumerate(masks, 1):
-        labels[mask] = number
-    return {"caption.txt": caption.encode(), "image.png": png(image), "masks.png": png(labels)}
+    """The files of a scene sample; ``masks`` are the visible parts, one per subject. DataError
+    for a mask of another size than the picture's, and for more than 65,535 of them."""
+    labels = labels_png(masks, (image.shape[0], image.shape[1]))
+    return {"caption.txt": caption.encode(), "image.png": png(image), "masks.png": labels}
+
+
+def words_json(words: Sequence[str]) -> Files:
+    """What the subjects are called, in the order of their masks."""
+    return {WORDS: json.dumps(list(words), ensure_ascii=False).encode()}
 
 
 def write_folder(samples: Iterable[tuple[str, Files]], folder: Path) -> None:
@@ -63,11 +93,71 @@ def write_folder(samples: Iterable[tuple[str, Files]], folder: Path) -> None:
 def write_shards(
     samples: Iterable[tuple[str, Files]], folder: Path, *, per_shard: int = 1000
 ) -> None:
-    """``shard-000000.tar`` and so on, with webdataset's own writer."""
-    from webdataset.writer import ShardWriter
-
+    """``shard-000000.tar`` and so on, each whole or not there."""
     folder.mkdir(parents=True, exist_ok=True)
-    pattern = str(folder / "shard-%06d.tar")
-    with cast(Any, ShardWriter)(pattern, maxcount=per_shard, verbose=0) as sink:
+    waiting: list[tuple[str, Files]] = []
+    number = 0
+    for sample in samples:
+        waiting.append(sample)
+        if len(waiting) == per_shard:
+            write_shard(str(folder / shard_name(number)), waiting)
+            number, waiting = number + 1, []
+    if waiting:
+        write_shard(str(folder / shard_name(number)), waiting)
+
+
+def shard_name(number: int) -> str:
+    """``shard-000000.tar`` of 0."""
+    return f"shard-{number:06d}.tar"
+
+
+def write_shard(path: str, samples: Iterable[tuple[str, Files]]) -> None:
+    """One shard of these samples, local or remote."""
+    with open_shard(path) as shard:
         for key, files in samples:
-            sink.write({"__key__": key, **files})
+            shard.add(key, files)
+
+
+class Shard:
+    """A tar file that is being written, as WebDataset reads it; the same samples make the same
+    bytes."""
+
+    def __init__(self, tar: tarfile.TarFile) -> None:
+        self._tar = tar
+        self._keys: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def add(self, key: str, files: Files) -> None:
+        """Write one sample. DataError when its key is there already."""
+        if key in self._keys:
+            raise DataError(f"{key}: a key twice in a shard; every sample needs one of its own")
+        self._keys.add(key)
+        for suffix, content in sorted(files.items()):
+            entry = tarfile.TarInfo(f"{key}.{suffix}")
+            entry.size = len(content)
+            self._tar.addfile(entry, BytesIO(content))
+            members: list[Any] = self._tar.members  # all headers otherwise stay in memory
+            members.clear()
+
+
+class _Empty(Exception):
+    """A shard without samples is not kept."""
+
+
+@contextmanager
+def open_shard(path: str) -> Iterator[Shard]:
+    """A shard to add samples to; it lies at ``path`` when the block ends well and there are any."""
+    try:
+        with paths.writing(path) as file:
+            try:
+                with tarfile.open(file, "w") as tar:
+                    shard = Shard(tar)
+                    yield shard
+            except OSError as error:
+                raise DataError(f"{path} cannot be written ({error})") from error
+            if not len(shard):
+                raise _Empty
+    except _Empty:
+        pass

@@ -77,7 +77,7 @@ def test_the_checker_cuts_references_out(tmp_path: Path) -> None:
     assert "  0: 1" in report and "stage 'subject' counts them as corrupt" in report
 
 
-def test_an_index_is_small(tmp_path: Path) -> None:
+def test_an_index_is_small_when_first_made(tmp_path: Path) -> None:
     """The paper's stage 1 has 6.5 million pairs, and every process of a run holds all of them."""
     count = 2000
     names = [f"set/pair{i:07d}" for i in range(count)]

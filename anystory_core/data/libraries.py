@@ -1,0 +1,17 @@
+"""Libraries that only some commands need."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ..errors import DataError
+
+
+def library(module: str, package: str = "") -> Any:
+    """An imported module; DataError with the line that installs ``package`` when it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = package or module.partition(".")[0]
+        raise DataError(f"this needs {name} ({error}): pip install {name}") from error

@@ -92,7 +92,7 @@ def finish(out: str, step: Step, shards: Mapping[str, Report]) -> Report:
         **step.described(),
         "finished": True,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        **asdict(total),
+        **vars(total),
         "shards": {name: numbers for name, numbers in listed.items() if numbers["samples"]},
     }
     _write(out, [done if s["command"] == step.command else s for s in read_steps(out)])
@@ -141,7 +141,7 @@ _COUNTERS = ("kinds", "left_out")
 def write_report(out: str, shard: str, command: str, report: Report) -> None:
     """Say that a shard is done."""
     path = paths.join(out, f"{shard}.{command}.json")
-    paths.write(path, json.dumps(asdict(report), ensure_ascii=False).encode())
+    paths.write(path, json.dumps(vars(report), ensure_ascii=False).encode())
 
 
 def _write(out: str, steps: Sequence[Mapping[str, Any]]) -> None:

@@ -129,8 +129,9 @@ def _pair(entry: Entry, reference: str, target: str, caption: str) -> Raw:
     mask = _mask(entry, f"{target}_mask")
     if mask is not None:
         if mask.shape != picture.shape[:2]:
+            file = _file(entry, f"{target}_mask")
             raise DataError(
-                f"{entry.key}: {_file(entry, f'{target}_mask')} is {tuple(mask.shape)}, the picture "
+                f"{entry.key}: {file} is {tuple(mask.shape)}, the picture "
                 f"{tuple(picture.shape[:2])}"
             )
         masks = mask[None]

@@ -1,18 +1,28 @@
-"""Helpers of the tests of data, which take the training tests' toy base and world along."""
+"""Helpers of the tests of data, which take the training tests' toy base along."""
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(Path(__file__).parent), str(ROOT / "tests" / "training")]
+sys.path.append(str(Path(__file__).parent))
+sys.path.append(str(ROOT / "tests" / "training"))
+
+import tiny
 
 from anystory_core.data.__main__ import main
+from anystory_core.training.config import load_config
+from anystory_core.training.loop import Trainer
+from anystory_core.weights.checkpoint import save_model
+from anystory_core.weights.model import build_model
 
 
 class Commands:
@@ -28,8 +38,8 @@ class Commands:
         return out
 
     def ended(self, *arguments: object) -> tuple[int, str, str]:
-        """(exit code, standard output, standard error)."""
-        code = main([str(a) for a in arguments])
+        """(exit code, standard output, standard error) of a command in one process."""
+        code = main([*map(str, arguments), "--workers", "1"])
         said = self.capsys.readouterr()
         return code, said.out, said.err
 
@@ -47,3 +57,34 @@ class Commands:
 @pytest.fixture
 def data(capsys: pytest.CaptureFixture[str]) -> Commands:
     return Commands(capsys)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An untrained base, and a file of stage 1 for the router to be trained on."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny.write_base(folder / "base")
+    parts = ("subject_encoder", "clip_projections", "reference_net", "reference_projections")
+    model = build_model(tiny.config(), parts)
+    save_model(folder / "subject.safetensors", model, tiny.config())
+    return {"base": folder / "base", "subject": folder / "subject.safetensors"}
+
+
+@pytest.fixture
+def train(world: dict[str, Path], tmp_path: Path) -> Callable[..., Trainer]:
+    """Train two steps on a folder of samples: a loss that is a number, nothing corrupt."""
+
+    def two_steps(samples: Path, stage: str, **changes: dict[str, Any]) -> Trainer:
+        folder = tmp_path / f"run-{samples.name}-{stage}"
+        if stage == "router":
+            changes = {**changes, "router": {"subject_file": str(world["subject"])}}
+        path = tiny.run_toml(folder, world["base"], samples, stage, steps=2, **changes)
+        trainer = Trainer(load_config(path))
+        losses: list[float] = []
+        trainer._log = lambda found: losses.append(float(found["loss"]))  # type: ignore[method-assign]
+        trainer.run()
+        assert losses and all(math.isfinite(loss) for loss in losses)
+        assert not trainer.bad.bad and trainer.bad.read == 8
+        return trainer
+
+    return two_steps

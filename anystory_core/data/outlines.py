@@ -1,0 +1,88 @@
+"""Masks as annotations have them: polygons and run lengths -> (H,W) bool, by pycocotools.
+
+Its C code trusts what it is given, so everything is checked here first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import DataError
+from .libraries import library
+
+Mask = NDArray[np.bool_]
+
+
+def mask_of(segmentation: Any, size: tuple[int, int]) -> Mask:
+    """A COCO ``segmentation`` for a picture of (height, width): polygons [[x0,y0,x1,...],...], or a
+    table of ``size`` and ``counts``, a list of run lengths or their compressed text. DataError."""
+    if isinstance(segmentation, Mapping):
+        return _of_runs(cast("Mapping[str, Any]", segmentation), size)
+    if isinstance(segmentation, list):
+        return _of_polygons(cast("list[Any]", segmentation), size)
+    raise DataError(f"a segmentation is {segmentation!r:.60}, expected polygons or run lengths")
+
+
+def _of_polygons(polygons: Sequence[Any], size: tuple[int, int]) -> Mask:
+    height, width = size
+    whole: list[list[float]] = []
+    for polygon in polygons:
+        try:
+            points = np.asarray(polygon, np.float64).reshape(-1, 2)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"a polygon is no list of x and y ({error})") from error
+        if len(points) < 3:
+            continue  # a line has no area; COCO has some
+        if not np.isfinite(points).all() or (np.abs(points) > 2 * max(size)).any():
+            raise DataError(f"a polygon leaves the picture of {width}x{height} by far")
+        whole.append(points.clip((0, 0), (width, height)).ravel().tolist())
+    if not whole:
+        raise DataError("a segmentation without a polygon of three points")
+    coco = library("pycocotools.mask", "pycocotools")
+    return coco.decode(coco.merge(coco.frPyObjects(whole, height, width))).astype(bool)
+
+
+def _of_runs(table: Mapping[str, Any], size: tuple[int, int]) -> Mask:
+    counts = table.get("counts")
+    if list(table.get("size") or size) != list(size):
+        raise DataError(f"run lengths for a picture of {table.get('size')}, this one is {size}")
+    runs = _decompress(counts) if isinstance(counts, (str, bytes)) else counts
+    try:
+        lengths = np.asarray(runs, np.int64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"run lengths are no whole numbers ({error})") from error
+    pixels = size[0] * size[1]
+    if lengths.ndim != 1 or (lengths < 0).any() or (lengths > pixels).any():
+        raise DataError("run lengths are no list of numbers within the picture")
+    if lengths.sum() != pixels:
+        raise DataError(f"run lengths cover {lengths.sum()} pixels of {pixels}")
+    values = np.arange(len(lengths)) % 2 == 1  # they begin with zeros and run down the columns
+    return np.repeat(values, lengths).reshape(size[::-1]).T
+
+
+def _decompress(text: str | bytes) -> list[int]:
+    """COCO's compressed run lengths: numbers of 5 bits a letter, the low ones first, each letter's
+    sixth bit saying that more follow; from the third number on, as differences to the last but
+    one."""
+    letters = text.encode("latin-1", "replace") if isinstance(text, str) else text
+    counts: list[int] = []
+    number = shift = 0
+    for letter in letters:
+        bits = letter - 48
+        if not 0 <= bits < 64:
+            raise DataError("compressed run lengths have letters that do not belong there")
+        number |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            number -= 1 << shift
+        counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+        number = shift = 0
+    if shift:
+        raise DataError("compressed run lengths end in the middle of a number")
+    return counts

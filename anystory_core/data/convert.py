@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from ..errors import DataError
 from . import manifest, paths
+from .libraries import MissingLibraryError
 from .manifest import Report, Step
 from .parts import kind_of
 from .pictures import DAMAGE
@@ -91,6 +92,8 @@ def each(
     for item in items:
         try:
             made = list(convert(item))
+        except MissingLibraryError:
+            raise
         except Filtered as error:
             yield LeftOut(item.name, str(error))
         except DataError as error:

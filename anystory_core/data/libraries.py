@@ -8,10 +8,14 @@ from typing import Any
 from ..errors import DataError
 
 
+class MissingLibraryError(DataError):
+    """No item is to blame for it, and the next would fail as well."""
+
+
 def library(module: str, package: str = "") -> Any:
-    """An imported module; DataError with the line that installs ``package`` when it is missing."""
+    """An imported module; MissingLibraryError with the line that installs ``package`` when it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         name = package or module.partition(".")[0]
-        raise DataError(f"this needs {name} ({error}): pip install {name}") from error
+        raise MissingLibraryError(f"this needs {name} ({error}): pip install {name}") from error

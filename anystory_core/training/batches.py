@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..bases.sdxl.config import AnyStoryConfig
-from ..data.index import DataError, Entry, Index, Kind
-from ..data.schema import Raw, decode
-from ..errors import AnyStoryError
+from ..data.index import Entry, Index
+from ..data.parts import Kind
+from ..data.schema import Raw, decode, draw_views
+from ..errors import AnyStoryError, DataError
 from ..subject.preprocess import Views, cut_out, views_of
 from .config import AugmentSettings, TrainingConfig
 
@@ -137,7 +138,8 @@ class SampleDataset(Dataset[Sample]):
     """Entry number -> :class:`Sample`. Indexed by the global sample number, without an end."""
 
     def __init__(self, index: Index, config: TrainingConfig, model: AnyStoryConfig) -> None:
-        kinds: tuple[Kind, ...] = ("pair", "scene") if config.stage == "subject" else ("scene",)
+        subject = config.stage == "subject"
+        kinds: tuple[Kind, ...] = ("pair", "group", "scene") if subject else ("scene",)
         if not len(index.of_kinds(kinds, whole=True)):
             raise DataError(
                 f"data: stage {config.stage!r} needs samples of kind {' or '.join(kinds)}, found "
@@ -164,11 +166,18 @@ class SampleDataset(Dataset[Sample]):
             self._order, self._epoch = self._positions[order.numpy()], epoch
         return self.index[int(self._order[place])]
 
+    def _drawn(self, number: int) -> tuple[Entry, tuple[str, str] | None]:
+        """The entry of a sample, and of a group which two views it shows."""
+        entry = self.entry(number)
+        if entry.kind != "group":
+            return entry, None
+        return entry, draw_views(entry, random.Random(sample_seed(self.config.run.seed, ~number)))
+
     def __getitem__(self, number: int) -> Sample:
         bad: list[str] = []
         for offset in range(_MOST_RETRIES):
             try:
-                raw = decode(self.entry(number + offset))
+                raw = decode(*self._drawn(number + offset))
                 return self._prepare(raw, number, tuple(bad))
             except AnyStoryError as error:
                 bad.append(str(error))

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from ..errors import DataError
 from . import manifest, paths
-from .libraries import MissingLibraryError
+from .libraries import SetupError
 from .manifest import Report, Step
 from .parts import kind_of
 from .pictures import DAMAGE
@@ -92,7 +92,7 @@ def each(
     for item in items:
         try:
             made = list(convert(item))
-        except MissingLibraryError:
+        except SetupError:
             raise
         except Filtered as error:
             yield LeftOut(item.name, str(error))

@@ -8,14 +8,14 @@ from typing import Any
 from ..errors import DataError
 
 
-class MissingLibraryError(DataError):
-    """No item is to blame for it, and the next would fail as well."""
+class SetupError(DataError):
+    """A library or a model is missing: no item is to blame, and the next would fail as well."""
 
 
 def library(module: str, package: str = "") -> Any:
-    """An imported module; MissingLibraryError with the line that installs ``package`` when it is missing."""
+    """An imported module; SetupError with the line that installs ``package`` when it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         name = package or module.partition(".")[0]
-        raise MissingLibraryError(f"this needs {name} ({error}): pip install {name}") from error
+        raise SetupError(f"this needs {name} ({error}): pip install {name}") from error

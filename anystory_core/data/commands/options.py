@@ -9,7 +9,8 @@ from typing import Any
 
 from .. import paths
 from ..convert import Converter, Item, Machines, run, units_of
-from ..manifest import Step
+from ..index import Index
+from ..manifest import MANIFEST, Report, Step
 
 
 def cores() -> int:
@@ -65,6 +66,15 @@ def convert(
     )
     machines = Machines(options.workers, options.ray)
     total = run(step, converter, units_of(items, options.per_shard), options.out, machines)
+    return say(total, options.out)
+
+
+def say(total: Report, out: str) -> int:
+    """Print what became of the items, and index the shards; the exit code."""
     print("\n".join(total.lines()))
-    print(f"wrote {paths.join(options.out, 'manifest.json')}")
-    return 0 if total.samples else 1
+    if not total.samples:
+        return 1
+    if not paths.is_remote(out):
+        Index.of([out])  # so that no run has to read all headers when it starts
+    print(f"wrote {paths.join(out, MANIFEST)}")
+    return 0

@@ -32,6 +32,17 @@ def name_of(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2] if is_remote(path) else Path(path).name
 
 
+@contextmanager
+def _store() -> Iterator[None]:
+    """Each store has exceptions of its own, none of them the operating system's."""
+    try:
+        yield
+    except (OSError, DataError):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
 def filesystem(path: str) -> tuple[Any, str]:
     """fsspec's file system of a remote path, and the path as that file system calls it."""
     try:
@@ -56,9 +67,10 @@ def explain(path: str, error: Exception) -> DataError:
 def read(path: str, offset: int = 0, size: int = -1) -> bytes:
     """``size`` bytes from ``offset`` on; -1 reads to the end. OSError as the store gives it."""
     if is_remote(path):
-        system, inside = filesystem(path)
         end = None if size < 0 else offset + size
-        return bytes(system.cat_file(inside, start=offset or None, end=end))
+        with _store():
+            system, inside = filesystem(path)
+            return bytes(system.cat_file(inside, start=offset or None, end=end))
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(size)
@@ -67,32 +79,36 @@ def read(path: str, offset: int = 0, size: int = -1) -> bytes:
 def open_file(path: str) -> IO[bytes]:
     """A seekable file to read."""
     if is_remote(path):
-        system, inside = filesystem(path)
-        return cast("IO[bytes]", system.open(inside, "rb"))
+        with _store():
+            system, inside = filesystem(path)
+            return cast("IO[bytes]", system.open(inside, "rb"))
     return open(path, "rb")
 
 
 def is_folder(path: str) -> bool:
     """Whether a folder lies there. A store without folders has one where names begin so."""
     if is_remote(path):
-        system, inside = filesystem(path)
-        return bool(system.isdir(inside))
+        with _store():
+            system, inside = filesystem(path)
+            return bool(system.isdir(inside))
     return os.path.isdir(path)
 
 
 def exists(path: str) -> bool:
     """Whether a file or folder lies there."""
     if is_remote(path):
-        system, inside = filesystem(path)
-        return bool(system.exists(inside))
+        with _store():
+            system, inside = filesystem(path)
+            return bool(system.exists(inside))
     return os.path.exists(path)
 
 
 def stamp(path: str) -> tuple[int, str]:
     """(bytes, a word that changes when the file does)."""
     if is_remote(path):
-        system, inside = filesystem(path)
-        info: dict[str, Any] = system.info(inside)
+        with _store():
+            system, inside = filesystem(path)
+            info: dict[str, Any] = system.info(inside)
         changed = info.get("ETag") or info.get("mtime") or info.get("LastModified") or ""
         return int(info.get("size") or 0), str(changed)
     status = os.stat(path)
@@ -102,9 +118,7 @@ def stamp(path: str) -> tuple[int, str]:
 def list_files(folder: str, suffixes: tuple[str, ...] = ()) -> list[str]:
     """Paths of the files right in a folder, sorted; ``suffixes`` in lower case choose."""
     if is_remote(folder):
-        system, inside = filesystem(folder)
-        entries: list[dict[str, Any]] = system.ls(inside, detail=True)
-        names = [name_of(str(e["name"])) for e in entries if e["type"] == "file"]
+        names = _remote_names(folder, "file")
     else:
         names = [entry.name for entry in os.scandir(folder) if entry.is_file()]
     return [join(folder, name) for name in sorted(names) if name.lower().endswith(suffixes or "")]
@@ -113,20 +127,26 @@ def list_files(folder: str, suffixes: tuple[str, ...] = ()) -> list[str]:
 def list_folders(folder: str) -> list[str]:
     """Paths of the folders right in a folder, sorted."""
     if is_remote(folder):
-        system, inside = filesystem(folder)
-        entries: list[dict[str, Any]] = system.ls(inside, detail=True)
-        names = [name_of(str(e["name"])) for e in entries if e["type"] == "directory"]
+        names = _remote_names(folder, "directory")
     else:
         names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
     return [join(folder, name) for name in sorted(names)]
+
+
+def _remote_names(folder: str, kind: str) -> list[str]:
+    with _store():
+        system, inside = filesystem(folder)
+        entries: list[dict[str, Any]] = system.ls(inside, detail=True)
+        return [name_of(str(entry["name"])) for entry in entries if entry["type"] == kind]
 
 
 def make_folder(path: str) -> None:
     """With its parents, where there are such things. DataError when it cannot be."""
     try:
         if is_remote(path):
-            system, inside = filesystem(path)
-            system.makedirs(inside, exist_ok=True)
+            with _store():
+                system, inside = filesystem(path)
+                system.makedirs(inside, exist_ok=True)
         else:
             Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -154,7 +174,8 @@ def writing(path: str) -> Iterator[Path]:
 
 def _keep(path: str, action: Callable[[], object]) -> None:
     try:
-        action()
+        with _store():
+            action()
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error})") from error
 

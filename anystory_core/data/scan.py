@@ -96,7 +96,7 @@ def scan_shards(shards: Sequence[str], folder: str | None) -> Scan:
         if kept is not None and shard not in scans:
             scans[shard] = _part(kept[0], known[tuple(named)], shard)
     whole = _join([scans[shard] for shard in shards])
-    if index is not None:
+    if index is not None and not index.startswith(("http://", "https://")):
         with contextlib.suppress(DataError, OSError):  # read-only data is read anew each time
             _write_index(index, whole, stamps)
     return whole

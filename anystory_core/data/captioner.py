@@ -61,9 +61,7 @@ def load_captioner(path: str, device: Any, settings: CaptionSettings) -> Caption
         small = [_scaled(picture, settings.longest_side) for picture in pictures]
         inputs = processor(text=texts, images=small, padding=True, return_tensors="pt").to(device)
         with torch.no_grad():
-            written = model.generate(
-                **inputs, max_new_tokens=settings.most_tokens, do_sample=False
-            )
+            written = model.generate(**inputs, max_new_tokens=settings.most_tokens, do_sample=False)
         answers: list[str] = processor.batch_decode(
             written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )

@@ -47,6 +47,14 @@ class LeftOut:
     detail: str = ""
 
 
+@dataclass(frozen=True)
+class Unread:
+    """An item that could not even be listed, so that it is counted among the others."""
+
+    name: str
+    why: str
+
+
 Made = tuple[str, Files] | LeftOut
 AnyItem = TypeVar("AnyItem", bound=Item)
 
@@ -86,10 +94,13 @@ def units_of(items: Sequence[Item], per_shard: int) -> list[Unit]:
 
 
 def each(
-    items: Iterable[AnyItem], convert: Callable[[AnyItem], Iterable[tuple[str, Files]]]
+    items: Iterable[AnyItem | Unread], convert: Callable[[AnyItem], Iterable[tuple[str, Files]]]
 ) -> Iterator[Made]:
     """All samples of each item, or why it has none: its damage makes no other item fail."""
     for item in items:
+        if isinstance(item, Unread):
+            yield LeftOut(item.name, DAMAGED, item.why)
+            continue
         try:
             made = list(convert(item))
         except SetupError:

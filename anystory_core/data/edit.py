@@ -47,8 +47,8 @@ def edit(
         entries, shards = list(index), scan.shards
         if scan.stray_count and not out:
             raise DataError(
-                f"{data} has {scan.stray_count} files of no sample, such as {scan.strays[0]}, which "
-                "would be lost in place; name another folder with --out"
+                f"{data} has {scan.stray_count} files of no sample, such as {scan.strays[0]}, "
+                "which would be lost in place; name another folder with --out"
             )
     if not shards and not out:
         raise DataError(f"{data} holds no shards that could be changed in place; name --out")
@@ -90,9 +90,7 @@ def in_batches(
                 yield LeftOut(entry.name, "damaged", f"{entry.name}: {error}")
 
 
-def _alone(
-    entry: Entry, change: Callable[[Sequence[Entry]], Sequence[Files]]
-) -> Files | Exception:
+def _alone(entry: Entry, change: Callable[[Sequence[Entry]], Sequence[Files]]) -> Files | Exception:
     try:
         (files,) = change([entry])
     except SetupError:

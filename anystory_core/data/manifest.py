@@ -43,6 +43,17 @@ class Report:
         self.left_out += other.left_out
         self.bad = [*self.bad, *other.bad][:SHOWN]
 
+    def table(self) -> dict[str, Any]:
+        """For a JSON file."""
+        return dict(vars(self))
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any]) -> Report:
+        """Of :meth:`table`. KeyError, TypeError or ValueError when it is none."""
+        kinds, left_out = Counter[str](table["kinds"]), Counter[str](table["left_out"])
+        items, samples, size = (int(table[name]) for name in ("items", "samples", "bytes"))
+        return cls(items, samples, size, kinds, left_out, [str(text) for text in table["bad"]])
+
     def lines(self) -> list[str]:
         """For a person."""
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common())
@@ -92,7 +103,7 @@ def finish(out: str, step: Step, shards: Mapping[str, Report]) -> Report:
         **step.described(),
         "finished": True,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        **vars(total),
+        **total.table(),
         "shards": {name: numbers for name, numbers in listed.items() if numbers["samples"]},
     }
     _write(out, [done if s["command"] == step.command else s for s in read_steps(out)])
@@ -127,21 +138,16 @@ def read_report(out: str, shard: str, command: str) -> Report | None:
     try:
         if not paths.exists(path):
             return None
-        table: dict[str, Any] = json.loads(paths.read(path))
-        counters = {name: Counter(cast("dict[str, int]", table.pop(name))) for name in _COUNTERS}
-        report = Report(**table, **counters)
+        report = Report.of(json.loads(paths.read(path)))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return report if not report.samples or paths.exists(paths.join(out, shard)) else None
 
 
-_COUNTERS = ("kinds", "left_out")
-
-
 def write_report(out: str, shard: str, command: str, report: Report) -> None:
     """Say that a shard is done."""
     path = paths.join(out, f"{shard}.{command}.json")
-    paths.write(path, json.dumps(vars(report), ensure_ascii=False).encode())
+    paths.write(path, json.dumps(report.table(), ensure_ascii=False).encode())
 
 
 def _write(out: str, steps: Sequence[Mapping[str, Any]]) -> None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 from ..errors import DataError
 from .convert import Converter, Unit, convert_unit
 from .libraries import library
 from .manifest import Report
-
-_COUNTERS = ("kinds", "left_out")
 
 
 def convert_on_ray(
@@ -48,9 +45,7 @@ def convert_on_ray(
             num_gpus=gpus,
         )
         for row in done.iter_rows():
-            table: dict[str, Any] = json.loads(row["report"])
-            counts = {n: Counter(cast("dict[str, int]", table.pop(n))) for n in _COUNTERS}
-            yield str(row["shard"]), Report(**table, **counts)
+            yield str(row["shard"]), Report.of(json.loads(row["report"]))
     finally:
         ray.shutdown()
 
@@ -66,4 +61,4 @@ class _Work:
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         unit: Unit = self._pickle.loads(row["unit"])
         report = convert_unit(self._converter, unit, self._out, self._command)
-        return {"shard": unit.shard, "report": json.dumps(vars(report))}
+        return {"shard": unit.shard, "report": json.dumps(report.table())}

@@ -54,7 +54,10 @@ def render(path: str, look: Look) -> list[NDArray[np.uint8]]:
     bounds = np.array(renderer.ComputeVisiblePropBounds())
     if not renderer.GetActors().GetNumberOfItems() or not np.isfinite(bounds).all():
         raise DataError(f"{Path(path).name} holds nothing to see")
-    centre, radius = (bounds[::2] + bounds[1::2]) / 2, np.linalg.norm(bounds[1::2] - bounds[::2]) / 2
+    centre, radius = (
+        (bounds[::2] + bounds[1::2]) / 2,
+        np.linalg.norm(bounds[1::2] - bounds[::2]) / 2,
+    )
     if not 0 < radius < 1e30:
         raise DataError(f"{Path(path).name} holds nothing to see")
     camera = core.vtkCamera()

@@ -267,7 +267,7 @@ def _read_index(index: str) -> tuple[Scan, list[list[Any]]] | None:
         else:
             if not Path(index).stat().st_size:
                 return None
-            content = memoryview(np.memmap(index, np.uint8, "r"))  # all processes share its pages
+            content = np.memmap(index, np.uint8, "r").data  # all processes share its pages
         (length,) = struct.unpack("<Q", content[:8])
         header: dict[str, Any] = json.loads(bytes(content[8 : 8 + length]))
         notes: dict[str, str] = header["__metadata__"]

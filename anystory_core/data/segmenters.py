@@ -79,7 +79,9 @@ def _torchvision(path: str, device: Any, least_score: float) -> Segmenter:
         return [
             [
                 Found((mask[0] > 0.5).cpu().numpy(), words[int(label)], float(score))
-                for mask, label, score in zip(row["masks"], row["labels"], row["scores"], strict=True)
+                for mask, label, score in zip(
+                    row["masks"], row["labels"], row["scores"], strict=True
+                )
                 if float(score) >= least_score
             ]
             for row in rows

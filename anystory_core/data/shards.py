@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,8 +138,7 @@ class Shard:
             entry = tarfile.TarInfo(f"{key}.{suffix}")
             entry.size = len(content)
             self._tar.addfile(entry, BytesIO(content))
-            members: list[Any] = self._tar.members  # all headers otherwise stay in memory
-            members.clear()
+            cast(Any, self._tar).members.clear()  # all headers otherwise stay in memory
 
 
 class _Empty(Exception):

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(Path(__file__).parent))
-sys.path.append(str(ROOT / "tests" / "training"))
+sys.path.append(str(Path(__file__).parents[1] / "training"))
 
 import tiny
 
@@ -23,6 +22,8 @@ from anystory_core.training.config import load_config
 from anystory_core.training.loop import Trainer
 from anystory_core.weights.checkpoint import save_model
 from anystory_core.weights.model import build_model
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Commands:

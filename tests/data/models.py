@@ -79,7 +79,8 @@ def write_sam2(folder: Path) -> None:
     """SAM 2 with a backbone of four small stages."""
     torch.manual_seed(0)
     backbone = {
-        "model_type": "sam2_hiera_det_model", "hidden_size": 8, "image_size": [64, 64], "blocks_per_stage": [1, 1, 1, 1],
+        "model_type": "sam2_hiera_det_model", "hidden_size": 8, "image_size": [64, 64],
+        "blocks_per_stage": [1, 1, 1, 1],
         "embed_dim_per_stage": [8, 16, 32, 64], "num_attention_heads_per_stage": [1, 1, 2, 2],
         "window_size_per_stage": [8, 4, 4, 4], "global_attention_blocks": [],
         "window_positional_embedding_background_size": [2, 2], "num_attention_heads": 1,

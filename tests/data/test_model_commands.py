@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ import torch
 import torchvision
 from PIL import Image
 from public import media
+from safetensors.torch import save_file
 
 from anystory_core.data import edit, shards
 from anystory_core.data.captioner import CaptionSettings, with_words
 from anystory_core.data.check import check
 from anystory_core.data.commands import masks as masks_command
 from anystory_core.data.index import Index
+from anystory_core.data.libraries import library
 from anystory_core.data.schema import decode, read_words
 from anystory_core.data.segmenters import Found, load_segmenter
 from anystory_core.errors import DataError
@@ -89,7 +91,9 @@ def test_masks_of_pairs_and_groups(tmp_path: Path, data: Any, by_colour: None) -
     assert "damaged, left as it was: 1" in said and "d: target.png is not a picture" in said
     a, b, c, d = Index.of([str(tmp_path / "out")])
     assert a.files["reference_mask.png"].read() == reference_mask
-    assert "target_mask.png" in a.files and {"reference_mask.png", "target_mask.png"} <= set(b.files)
+    assert "target_mask.png" in a.files and {"reference_mask.png", "target_mask.png"} <= set(
+        b.files
+    )
     assert {"view0_mask.png"} == {name for name in c.files if "mask" in name}
     assert d.files["target.png"].read() == b"none"
 
@@ -129,9 +133,7 @@ def test_what_is_kept_of_what_is_found() -> None:
 def test_torchvisions_mask_r_cnn(tmp_path: Path) -> None:
     """Its own weights file, by both of its versions' names; untrained, it finds what it finds."""
     torch.manual_seed(0)
-    model = torchvision.models.detection.maskrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None
-    )
+    model = torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     segment = load_segmenter(
         str(tmp_path / "weights.pth"), torch.device("cpu"), least_score=0.0, trust_code=False
@@ -167,7 +169,7 @@ def test_segmenters_of_transformers(tmp_path: Path, kind: str) -> None:
         assert any(rows)
 
 
-BIREFNET = '''
+BIREFNET = """
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -186,7 +188,7 @@ class Foreground(PreTrainedModel):
 
     def forward(self, pixels):
         return [None, 100 * self.scale * pixels.mean(1, keepdim=True)]
-'''
+"""
 
 
 def test_code_in_a_models_folder_runs_only_when_asked(tmp_path: Path) -> None:
@@ -197,8 +199,6 @@ def test_code_in_a_models_folder_runs_only_when_asked(tmp_path: Path) -> None:
     maps = {"AutoConfig": "toy.Config", "AutoModelForImageSegmentation": "toy.Foreground"}
     table = {"model_type": "toy", "architectures": ["Foreground"], "auto_map": maps}
     (folder / "config.json").write_text(json.dumps(table))
-    from safetensors.torch import save_file
-
     save_file({"scale": torch.ones(1)}, folder / "model.safetensors", {"format": "pt"})
     cpu = torch.device("cpu")
     with pytest.raises(DataError, match="brings Python code of its own; .* --trust-code"):
@@ -261,11 +261,7 @@ def test_words_are_kept() -> None:
 
 def test_a_missing_library_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is no sample's fault: nothing is counted as damaged, the line that installs it is said."""
-    import sys
-
-    from anystory_core.data.libraries import library
-
-    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
     with pytest.raises(DataError, match=r"pip install pycocotools"):
         library("pycocotools.mask", "pycocotools")
 
@@ -275,4 +271,3 @@ def test_a_missing_library_stops_the_run(tmp_path: Path, monkeypatch: pytest.Mon
     shards.write_shards(tiny.scenes(1), tmp_path)
     with pytest.raises(DataError, match="pip install"):
         list(edit.in_batches(list(Index.of([str(tmp_path)])), 1, change))
-    shutil.rmtree(tmp_path)

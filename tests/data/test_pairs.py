@@ -17,7 +17,7 @@ from public import media
 
 from anystory_core.data.check import check
 from anystory_core.data.index import Index
-from anystory_core.data.schema import decode, draw_views
+from anystory_core.data.schema import decode
 
 
 def picture(name: str) -> bytes:
@@ -71,7 +71,7 @@ def test_damaged_garments(fashion: Path, data: Any) -> None:
     (fashion / "image" / "000003.jpg").unlink()
     (fashion / "annos" / "000001.json").write_text("[]")
     out = data("deepfashion2", fashion, "--out", fashion.parent / "out")
-    assert "left out: 000001.json: no table" in out and "left out, damaged: 4" in out
+    assert "000001.json: no table" in out and "left out, damaged: 5" in out
     assert "000002.jpg is not a picture" in out and "1 samples" in out
     code, _, error = data.ended("deepfashion2", fashion / "image", "--out", fashion.parent / "x")
     assert code == 1 and "no folder annos/" in error
@@ -150,3 +150,6 @@ def test_parquet_files_that_are_none(tmp_path: Path, data: Any) -> None:
     file.write_bytes(file.read_bytes()[:-30])
     code, _, error = data.ended("parquet", file, "--halves", "image", *where)
     assert code == 1 and "is no parquet file" in error
+    write(tmp_path / "b.parquet", [{"image": halves(8)}])
+    said = data("parquet", file, tmp_path / "b.parquet", "--halves", "image", *where)
+    assert "1 samples (1 pair) of 2 items" in said and "is no parquet file" in said

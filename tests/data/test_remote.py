@@ -35,7 +35,9 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
         first, _, last = asked.removeprefix("bytes=").partition("-")
         part = content[int(first) : int(last) + 1 if last else None]
         self.send_response(206)
-        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}")
+        self.send_header(
+            "Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}"
+        )
         self.send_header("Content-Length", str(len(part)))
         self.end_headers()
         self.wfile.write(part)

@@ -28,7 +28,9 @@ def models(tmp_path: Path) -> Path:
 
 
 def views(entry: Any, count: int) -> list[np.ndarray]:
-    return [np.array(Image.open(io.BytesIO(entry.files[f"view{i}.png"].read()))) for i in range(count)]
+    return [
+        np.array(Image.open(io.BytesIO(entry.files[f"view{i}.png"].read()))) for i in range(count)
+    ]
 
 
 def test_from_models_to_a_trained_step(models: Path, data: Any, train: Any) -> None:
@@ -71,8 +73,8 @@ def test_light_and_background(models: Path, data: Any) -> None:
     for light in ("studio", "even", "side"):
         out = models.parent / light
         data(
-            "views", models, "--views", 2, "--size", 64, "--light", light, "--background", "#ff0000",
-            "--caption", "a toy {name}", "--out", out,
+            "views", models, "--views", 2, "--size", 64, "--light", light,
+            "--background", "#ff0000", "--caption", "a toy {name}", "--out", out,
         )  # fmt: skip
         raw = decode(Index.of([str(out)])[0])
         assert raw.caption == "a toy Duck"

@@ -95,7 +95,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder as transformers saves one")
     parser.add_argument("--config", default="", help="TOML file: prompt, words, most_tokens, ...")
     parser.add_argument("--only-empty", action="store_true", help="keep the captions there are")
-    parser.add_argument("--batch", type=int, default=8, help="pictures at once; default: %(default)s")
+    parser.add_argument(
+        "--batch", type=int, default=8, help="pictures at once; default: %(default)s"
+    )
     parser.add_argument("--per-shard", type=int, default=1000, help="where --out is not shards yet")
     add_machines(parser, workers=1)
 

@@ -141,7 +141,7 @@ def _annotated_size(
     """((height, width) of the annotations, whether their masks are to be turned with the picture).
     DataError when they are of another picture."""
     lying = (stored[1], stored[0])
-    upright = lying[::-1] if turn >= 5 else lying
+    upright = stored if turn >= 5 else lying
     if item.size is None or item.size == lying:
         return lying, turn > 1
     if item.size == upright:
@@ -155,7 +155,9 @@ def _annotated_size(
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--annotations", required=True, help="instance annotations (JSON)")
     parser.add_argument("--images", required=True, help="the folder of their pictures")
-    parser.add_argument("--captions", default="", help="COCO's captions of the same pictures (JSON)")
+    parser.add_argument(
+        "--captions", default="", help="COCO's captions of the same pictures (JSON)"
+    )
     parser.add_argument("--categories", default="", help="names, by commas; default: all")
     parser.add_argument(
         "--least-area",

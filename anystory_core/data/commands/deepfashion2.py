@@ -2,8 +2,8 @@
 
 Reads its folders ``image/`` and ``annos/`` (one JSON file a picture). Pictures of one pair_id show
 the same clothes; items of them with the same style, above 0, and category are one garment. Each
-customer's picture of a garment is the target of one pair, whose reference is a shop's picture of it;
-masks are made of the polygons.
+customer's picture of a garment is the target of one pair, whose reference is a shop's picture of
+it; masks are made of the polygons.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from ...errors import DataError
 from .. import paths
-from ..convert import Made, each
+from ..convert import Made, Unread, each
 from ..outlines import mask_of
 from ..pictures import size_of
 from ..shards import Files, mask_png, words_json
@@ -56,7 +56,7 @@ class Pairs:
     folder: str
     caption: str
 
-    def samples(self, items: Sequence[Match]) -> Iterator[Made]:
+    def samples(self, items: Sequence[Match | Unread]) -> Iterator[Made]:
         return each(items, self._pair)
 
     def _pair(self, match: Match) -> Iterable[tuple[str, Files]]:
@@ -71,7 +71,10 @@ class Pairs:
             mask = mask_of(garment.segmentation, (height, width))
             if not mask.any():
                 raise DataError(f"{name}: the outline of {garment.item} is empty")
-            files |= {**picture_files(part, content, kind, name), f"{part}_mask.png": mask_png(mask)}
+            files |= {
+                **picture_files(part, content, kind, name),
+                f"{part}_mask.png": mask_png(mask),
+            }
         yield match.name, files
 
 
@@ -86,16 +89,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    matches, unread = read_annotations(options.folder)
-    for text in unread:
-        print(f"left out: {text}")
+    items = read_annotations(options.folder)
     pairs = Pairs(options.folder, options.caption)
-    source = {"folder": options.folder, "unread": len(unread)}
-    return convert("deepfashion2", options, source, {"caption": options.caption}, matches, pairs)
+    settings = {"caption": options.caption}
+    return convert("deepfashion2", options, {"folder": options.folder}, settings, items, pairs)
 
 
-def read_annotations(folder: str) -> tuple[list[Match], list[str]]:
-    """(all matches, by pair_id; annotation files that are none, and why)."""
+def read_annotations(folder: str) -> list[Match | Unread]:
+    """All matches, by pair_id, after the annotation files that are none."""
     notes = paths.join(folder, "annos")
     if not paths.is_folder(notes):
         raise DataError(f"{folder} has no folder annos/; name DeepFashion2's train/ or validation/")
@@ -103,11 +104,11 @@ def read_annotations(folder: str) -> tuple[list[Match], list[str]]:
     with ThreadPoolExecutor(_THREADS) as pool:
         tables = list(pool.map(_table, files))
     found: dict[tuple[int, int, str], dict[str, list[Garment]]] = {}
-    unread: list[str] = []
+    items: list[Match | Unread] = []
     for path, table in zip(files, tables, strict=True):
         picture = paths.name_of(path).rpartition(".")[0]
         if isinstance(table, str):
-            unread.append(f"{paths.name_of(path)}: {table}")
+            items.append(Unread(paths.name_of(path), f"{paths.name_of(path)}: {table}"))
             continue
         for name, item in sorted(table.items()):
             if not name.startswith("item") or not isinstance(item, Mapping):
@@ -119,13 +120,13 @@ def read_annotations(folder: str) -> tuple[list[Match], list[str]]:
             garment = Garment(picture, name, str(word), row.get("segmentation"))
             sides = found.setdefault((number, style, str(word)), {})
             sides.setdefault(str(table.get("source")), []).append(garment)
-    matches = [
+    items += [
         Match(shops[number % len(shops)], user)
         for _, sides in sorted(found.items())
         if (shops := sides.get("shop"))
         for number, user in enumerate(sides.get("user", []))
     ]
-    return matches, unread
+    return items
 
 
 def _table(path: str) -> Mapping[str, Any] | str:

@@ -131,7 +131,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default=0.005,
         help="of an instance, as a share of the picture; default: %(default)s",
     )
-    parser.add_argument("--batch", type=int, default=4, help="samples at once; default: %(default)s")
+    parser.add_argument(
+        "--batch", type=int, default=4, help="samples at once; default: %(default)s"
+    )
     parser.add_argument(
         "--trust-code", action="store_true", help="run the Python code in the model's folder"
     )

@@ -1,9 +1,9 @@
 """Pairs from a Hugging Face data set of picture pairs, as parquet files on a disk.
 
 Two columns of pictures (--reference, --target), or one whose pictures show both side by side
-(--halves; Subjects200K's have 8 pixels around each: --padding 8). Columns inside of others are named
-with dots, as in description.description_1. With --both-ways each sample is a group of two views, so
-that either can be the reference.
+(--halves; Subjects200K's have 8 pixels around each: --padding 8). Columns inside of others are
+named with dots, as in description.description_1. With --both-ways each sample is a group of two
+views, so that either can be the reference.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from ...errors import DataError
 from .. import paths
-from ..convert import DAMAGED, Filtered, LeftOut, Made, each
+from ..convert import DAMAGED, Filtered, LeftOut, Made, Unread, each
 from ..libraries import library
 from ..pictures import open_picture, png, size_of
 from ..shards import Files
@@ -71,8 +71,11 @@ class Pairs:
 
     columns: Columns
 
-    def samples(self, items: Sequence[Row]) -> Iterator[Made]:
-        for (path, group), rows in groupby(items, lambda row: (row.path, row.group)):
+    def samples(self, items: Sequence[Row | Unread]) -> Iterator[Made]:
+        unread = [item for item in items if isinstance(item, Unread)]
+        yield from each(unread, lambda _: ())
+        found = [item for item in items if isinstance(item, Row)]
+        for (path, group), rows in groupby(found, lambda row: (row.path, row.group)):
             chosen = list(rows)
             try:
                 table = self._read(path, group)
@@ -122,7 +125,10 @@ def _halves(content: bytes, padding: int, name: str) -> tuple[Any, Any]:
     if whole.shape[0] <= 2 * padding or width <= 2 * padding:
         raise DataError(f"{name}: {whole.shape[1]}x{whole.shape[0]} leaves nothing in the padding")
     rows = slice(padding, whole.shape[0] - padding)
-    left, right = whole[rows, padding : width - padding], whole[rows, width + padding : -padding or None]
+    left, right = (
+        whole[rows, padding : width - padding],
+        whole[rows, width + padding : -padding or None],
+    )
     return left, right[:, : left.shape[1]]
 
 
@@ -159,26 +165,34 @@ def _parquet() -> Any:
     return library("pyarrow.parquet", "pyarrow")
 
 
-def list_rows(files: Sequence[str], columns: Columns) -> list[Row]:
-    """All rows of all files. DataError: a file is none, or lacks a column."""
-    rows: list[Row] = []
+def list_rows(files: Sequence[str], columns: Columns) -> list[Row | Unread]:
+    """All rows of all files, and the files that are none or lack a column. DataError: all are."""
+    rows: list[Row | Unread] = []
     arrow = library("pyarrow", "pyarrow")
     for path in files:
         try:
             with paths.open_file(path) as file:
                 opened = _parquet().ParquetFile(file)
                 names: list[str] = opened.schema_arrow.names
-                counts = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
+                counts = [
+                    opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)
+                ]
         except (OSError, arrow.ArrowException) as error:
-            raise DataError(f"{path} is no parquet file ({error})") from error
+            rows.append(Unread(paths.name_of(path), f"{path} is no parquet file ({error})"))
+            continue
         missing = sorted({name.partition(".")[0] for name in columns.names} - set(names))
         if missing:
-            raise DataError(f"{path} has no column {missing[0]}; it has {', '.join(names)}")
+            text = f"{path} has no column {missing[0]}; it has {', '.join(names)}"
+            rows.append(Unread(paths.name_of(path), text))
+            continue
         number = 0
         for group, count in enumerate(counts):
             for place in range(count):
                 rows.append(Row(path, group, place, number))
                 number += 1
+    unread = [row for row in rows if isinstance(row, Unread)]
+    if len(unread) == len(rows):
+        raise DataError(unread[0].why if unread else f"no parquet files in {list(files)}")
     return rows
 
 

@@ -1,8 +1,8 @@
 """Groups from films: the frames of one shot, apart in time, show one subject differently.
 
 Films are cut where a frame differs from the one before; of each shot a few frames are kept that
-differ from each other. Masks of the subject, if there are, lie in --masks as FILM/000123.png, by the
-film's name and the frame's number; without them the masks command makes some (--of-groups).
+differ from each other. Masks of the subject, if there are, lie in --masks as FILM/000123.png, by
+the film's name and the frame's number; without them the masks command makes some.
 """
 
 from __future__ import annotations

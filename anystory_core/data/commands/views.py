@@ -96,9 +96,7 @@ def list_things(folder: str) -> list[Thing]:
             stem = paths.name_of(path).rpartition(".")[0]
             things.append(Thing(f"{name}/{stem}", (path,), True))
     if not things:
-        raise DataError(
-            f"{folder} holds neither folders of pictures nor {', '.join(MODELS)} files"
-        )
+        raise DataError(f"{folder} holds neither folders of pictures nor {', '.join(MODELS)} files")
     return things
 
 

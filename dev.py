@@ -24,6 +24,7 @@ from devkit.host import running, signal_group
 
 # Placed by masks: the mini model draws both more often by them than by its router (docs/mini.md).
 DEMO = "two_subjects_masks"
+EXTRAS = ("train", "data", "ray", "test")  # of pyproject.toml, which tests and benchmarks need
 
 
 def demo(out: Path, graph: str, seed: int | None) -> None:
@@ -64,7 +65,7 @@ def _progress_line(node: str, value: int, maximum: int) -> None:
 def test(arguments: list[str]) -> int:
     """Lint, types, then all tests; the exit code of the first that fails."""
     host = environment.prepare_host()
-    interpreter = str(environment.prepare_python(host, ("train", "test")))
+    interpreter = str(environment.prepare_python(host, EXTRAS))
     variables = {**os.environ, "ANYSTORY_PYTHON": interpreter, "COMFYUI_PATH": str(host)}
     commands = [
         [interpreter, "-m", "ruff", "check", "."],
@@ -101,7 +102,7 @@ def bench(name: str, arguments: list[str]) -> int:
         known = sorted(p.stem[6:].replace("_", "-") for p in script.parent.glob("bench_*.py"))
         raise SetupError(f"bench: got {name!r}, expected one of {known}")
     host = environment.prepare_host()
-    interpreter = str(environment.prepare_python(host, ("train", "test")))
+    interpreter = str(environment.prepare_python(host, EXTRAS))
     variables = {**os.environ, "COMFYUI_PATH": str(host)}
     command = [interpreter, str(script), *arguments]
     return _run(command, variables)

@@ -1,4 +1,4 @@
-"""Captions by a vision-language model on a disk, as transformers saves Qwen2-VL and its successors."""
+"""Captions by a vision-language model on a disk, such as Qwen2-VL and its successors."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import webdataset
 
 from anystory_core.data import scan, shards
 from anystory_core.data.index import Index
@@ -47,6 +48,17 @@ def test_headers_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     kept = [s for s in first if s[0].split("/")[1] not in ("s3", "s7")]
     assert [s for s in changed if "other" not in s[0]] == kept and len(changed) == 52
     assert contents(Index.of((str(tmp_path),))) == changed and scanned == ["03.tar"]
+
+
+def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
+    """They are its format: other tools find the same samples in them."""
+    samples = tiny.scenes(4)
+    shards.write_shards(samples, tmp_path, per_shard=2)
+    pattern = str(tmp_path / "shard-{000000..000001}.tar")
+    read = list(webdataset.WebDataset(pattern, shardshuffle=False))
+    assert [(one["__key__"], one["masks.png"]) for one in read] == [
+        (key, files["masks.png"]) for key, files in samples
+    ]
 
 
 def test_an_index_that_is_no_index(tmp_path: Path) -> None:

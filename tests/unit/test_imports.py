@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE = ROOT / "anystory_core"
 HOST_MODULES = ("comfy", "comfy_api", "comfy_extras", "folder_paths", "nodes", "server")
 # What the pack needs at run time: torch and what the host ships. The rest is for training.
-TRAINING = ("diffusers", "accelerate", "webdataset", "open_clip", "tensorboard", "transformers")
+TRAINING = ("diffusers", "accelerate", "open_clip", "tensorboard", "transformers")
 
 
 def imported(path: Path) -> set[str]:

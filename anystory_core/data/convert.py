@@ -136,7 +136,7 @@ def convert_unit(
             seen.add(key)
             shard.add(key, files)
             report.samples += 1
-            report.kinds[str(kind_of(files))] += 1
+            report.kinds.update(filter(None, [kind_of(files)]))
             report.bytes += sum(map(len, files.values()))
     manifest.write_report(out, unit.shard, command, report)
     return report

@@ -20,7 +20,7 @@ WORDS = "words.json"
 _VIEW = re.compile(r"view\d{1,3}")
 _SUFFIX = re.compile(
     r"\.((?:(?:reference|target|view\d{1,3})(?:_mask)?|image|masks)\.(?:png|jpe?g|webp)"
-    r"|(?:view\d{1,3}_)?caption\.txt|words\.json)$",
+    r"|(?:view\d{1,3}_)?caption\.txt|words\.json|encoding\.safetensors)$",
     re.IGNORECASE,
 )
 

@@ -186,7 +186,7 @@ class SampleDataset(Dataset[Sample]):
     def _prepare(self, raw: Raw, number: int, bad: tuple[str, ...]) -> Sample:
         config = self.config
         rng = random.Random(sample_seed(config.run.seed, number))
-        target, masks, time_ids = _square(raw.target, raw.masks, config.data.resolution)
+        target, masks, time_ids = centre_square(raw.target, raw.masks, config.data.resolution)
         crops: list[tuple[Tensor, Tensor]] = []
         if raw.reference is not None:
             crops.append(cut_out(raw.reference, raw.reference_mask))
@@ -242,7 +242,7 @@ def _pad(x: Tensor, count: int) -> Tensor:
     return torch.cat((x, x.new_zeros(count - x.shape[0], *x.shape[1:]))) if len(x) < count else x
 
 
-def _square(picture: Tensor, masks: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def centre_square(picture: Tensor, masks: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Scale the shorter side to ``size`` and crop the centre: (H,W,3) in [0,1], (N,H,W) ->
     (3,size,size) in [-1,1], (N,size,size), time_ids (6) as :class:`Batch` has them."""
     height, width = picture.shape[:2]

@@ -3,6 +3,7 @@
 Text states by caption, target latents by their pixels; where references are not augmented, their
 latents and CLIP states too. One small safetensors file each, named by what it was made from, so
 another base, precision, caption or picture never reads a stale one. Processes may share the folder.
+What was encoded ahead of training lies in shards beside them (:mod:`.packed`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -25,6 +27,23 @@ from .batches import Batch
 from .checkpoints import writing
 from .config import TrainingConfig
 from .hosts.base import Base
+from .packed import PACKED, PackedEncodings
+
+
+def text_name(caption: str) -> str:
+    """What a caption's states are named by."""
+    return f"text|{caption}"
+
+
+def pixels_name(kind: str, pixels: Tensor) -> str:
+    """What an encoding of a picture (3,H,W) is named by; ``kind``: "latents" or "clip"."""
+    data = pixels.detach().float().cpu().numpy()
+    return f"{kind}|{hashlib.sha256(data.tobytes()).hexdigest()}"
+
+
+def digest_of(name: str) -> str:
+    """The file of an encoding."""
+    return hashlib.sha256(name.encode()).hexdigest()
 
 
 class Encodings:
@@ -40,6 +59,12 @@ class Encodings:
         self.folder = Path(folder) / name if folder else None
         self.keeps_references = self.folder is not None and not augmented
 
+    @cached_property
+    def _packed(self) -> PackedEncodings:
+        """What was encoded ahead of training."""
+        assert self.folder is not None
+        return PackedEncodings(self.folder / PACKED)
+
     def text(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
         """States (B,77,C) and pooled (B,P) of the captions."""
 
@@ -47,7 +72,7 @@ class Encodings:
             states, pooled = self.base.text([batch.captions[i] for i in missing])
             return [{"states": s, "pooled": p} for s, p in zip(states, pooled, strict=True)]
 
-        rows = self._rows([f"text|{c}" for c in batch.captions], compute)
+        rows = self._rows([text_name(c) for c in batch.captions], compute)
         return _stack(rows, "states", device), _stack(rows, "pooled", device)
 
     def latents(self, batch: Batch, device: torch.device) -> Tensor:
@@ -73,8 +98,7 @@ class Encodings:
         def compute(missing: Sequence[int]) -> list[dict[str, Tensor]]:
             return [{kind: x} for x in encode(pixels[list(missing)])]
 
-        data = pixels.detach().float().cpu().numpy()
-        names = [f"{kind}|{hashlib.sha256(row.tobytes()).hexdigest()}" for row in data]
+        names = [pixels_name(kind, row) for row in pixels]
         return _stack(self._rows(names, compute), kind, pixels.device)
 
     def _rows(
@@ -97,13 +121,16 @@ class Encodings:
     def _path(self, name: str) -> Path | None:
         if self.folder is None:
             return None
-        digest = hashlib.sha256(name.encode()).hexdigest()
+        digest = digest_of(name)
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
     def _read(self, name: str) -> dict[str, Tensor] | None:
         path = self._path(name)
         if path is None:
             return None
+        packed = self._packed.read(path.stem)
+        if packed is not None:
+            return packed
         with contextlib.suppress(OSError, SafetensorError):
             return load_file(path)
         return None

@@ -47,6 +47,11 @@ def open_tensors(path: str | os.PathLike[str]) -> Generator[TensorFile, None, No
         yield cast(TensorFile, file)
 
 
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """All tensors of a file, on the CPU. OSError or SafetensorError: it cannot be read."""
+    return cast(Any, safetensors.torch).load_file(str(path))
+
+
 def save_tensors(
     path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> None:

@@ -3,10 +3,10 @@
 Draws held-out subjects in held-out scenes, row by row, and writes ``evaluation.json``,
 ``evaluation.md`` and a sheet of pictures per row to ``--out``. The sources are fetched into the
 recipe's folder when they are missing there; the measuring networks are those of the repository
-(:mod:`.measuring`), whatever is measured. What the rows are: :mod:`.evaluation.rows`. What was
-chosen by looking at the first tasks is measured on others, from ``--first`` on. A row that is done
-with the same weights and tasks is not drawn again; a row whose weights were never trained is left
-out of the table.
+(:mod:`.measuring.networks`), whatever is measured. What the rows are: :mod:`.evaluation.rows`.
+What was chosen by looking at the first tasks is measured on others, from ``--first`` on. A row that
+is done with the same weights and tasks is not drawn again; a row whose weights were never trained
+is left out of the table.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from anystory_core.mini.weights import path as weights_path
 from anystory_core.weights.fingerprint import weights_fingerprint
 from anystory_core.weights.model import AnyStoryModel
 
-from .emoji import Emoji, download
 from .evaluation import report, rows, segmentation
 from .evaluation.judge import Judge
 from .evaluation.stack import Stack, load_anystory, stack_of_files, stack_of_work
 from .evaluation.tasks import held_out_subjects
-from .public import converted
+from .files.public import converted
 from .stages import WHOLE_FILE
+from .world.emoji import Emoji, download
 
 ROUTING_SAMPLES = 500
 CONVERTED = "converted "  # begins the names of models that are made without training

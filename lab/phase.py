@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.multiprocessing.spawn import spawn
 
 CHECKPOINT_SECONDS = 300
 
@@ -61,9 +62,7 @@ def run_shared(task: Callable[[], None], processes: int) -> None:
         task()
         return
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(  # pyright: ignore[reportPrivateImportUsage]
-            _share, (task, processes, f"file://{folder}/meet"), nprocs=processes
-        )
+        spawn(_share, (task, processes, f"file://{folder}/meet"), nprocs=processes)
 
 
 def _share(number: int, task: Callable[[], None], processes: int, meet: str) -> None:

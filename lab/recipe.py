@@ -26,20 +26,20 @@ import torch
 
 from anystory_core.training.loop import Trainer
 
-from . import emoji
-from .base import train_base
-from .cache import missing
-from .cache import write_shard as cache_shard
-from .clip import load_clip, train_clip
-from .export import export
-from .finder import train_finder
-from .folder import write_base_folder
-from .identity import train_identity
+from .files.export import export
+from .files.folder import write_base_folder
+from .files.shipped import restore
+from .measuring.finder import train_finder
+from .measuring.identity import train_identity
+from .networks.base import train_base
+from .networks.cache import missing
+from .networks.cache import write_shard as cache_shard
+from .networks.clip import load_clip, train_clip
+from .networks.vae import load_vae, train_decoder, train_vae
 from .phase import run_shared, shares
-from .scenes import write_shard
-from .shipped import restore
 from .stages import LEARNING_RATE, SUBJECT_FILE, stage1, stage2, write_data
-from .vae import load_vae, train_decoder, train_vae
+from .world import emoji
+from .world.scenes import write_shard
 
 PHASES = (
     "world",

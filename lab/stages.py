@@ -17,15 +17,15 @@ from anystory_core.training.config import (
     TrainingConfig,
 )
 
-from .emoji import Emoji
 from .phase import half_is_faster, shares
-from .samples import Kind, write_samples
+from .world.emoji import Emoji
+from .world.samples import Kind, write_samples
 
 SUBJECT_FILE = Path("stage1") / "anystory_subject.safetensors"
 WHOLE_FILE = Path("stage2") / "anystory.safetensors"
 
-# The references of a pair are already turned, flipped and relit (:mod:`.samples`). Without more of
-# it their encodings are kept on disk: the VAE was 60 % of a step's time.
+# The references of a pair are already turned, flipped and relit (:mod:`.world.samples`). Without
+# more of it their encodings are kept on disk: the VAE was 60 % of a step's time.
 _AUGMENT = AugmentSettings(rotate=0.0, crop=0.0, pad=0.0, flip=0.0)
 BATCH = 16
 # To begin with, and less to the end (cosine): a fifth of it lowered Eq. 1 on held-out pairs again.

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
+from ..tensor_files import read_tensors
 from .config import TEXT
 
 FOLDER = Path(__file__).parent / "weights"
@@ -49,7 +49,7 @@ def full_table(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_state(part: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], bool]:
     """(state dict, trained?) of a part whose module has these tensors."""
     if path(part).exists():
-        state = load_file(path(part))
+        state = read_tensors(path(part))
         return (full_table(state) if _TOKENS in state else state), True
     return {name: random_tensor(name, shape) for name, shape in shapes.items()}, False
 

@@ -28,9 +28,9 @@ from anystory_core.training.hosts import unet as diffusers_unet
 from anystory_core.training.schedule import ddim
 from anystory_core.weights.model import AnyStoryModel
 
-from ..base import size_ids
+from ..networks.base import size_ids
+from ..networks.row_sources import RowSources
 from ..phase import autocast
-from ..row_sources import RowSources
 from .stack import Stack
 from .tasks import Task
 

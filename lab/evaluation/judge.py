@@ -15,13 +15,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from ..emoji import Emoji
-from ..finder import SIZE as SEEN
-from ..finder import Finder, Found, box_of, look
-from ..identity import SIZE, Identity, gallery
-from ..measuring import read_networks
-from ..vae import to_signed
-from ..world import render_scene, solid_box
+from ..measuring.finder import SIZE as SEEN
+from ..measuring.finder import Finder, Found, box_of, look
+from ..measuring.identity import SIZE, Identity, gallery
+from ..measuring.networks import read_networks
+from ..networks.vae import to_signed
+from ..world.emoji import Emoji
+from ..world.render import render_scene, solid_box
 from . import measures
 from .tasks import Task
 
@@ -53,7 +53,7 @@ class Judge:
 
     @classmethod
     def load(cls, subjects: Sequence[Emoji]) -> Judge:
-        """With the networks of :mod:`..measuring`."""
+        """With the networks of :mod:`..measuring.networks`."""
         return cls(*read_networks(), tuple(subjects))
 
     @cached_property

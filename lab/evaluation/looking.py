@@ -13,10 +13,10 @@ from anystory_core.training.call import TrainingCall
 from anystory_core.training.hosts import unet as diffusers_unet
 from anystory_core.training.schedule import alphas_cumprod
 
-from ..base import size_ids
-from ..emoji import Emoji
+from ..networks.base import size_ids
+from ..networks.vae import to_signed
 from ..phase import autocast
-from ..vae import to_signed
+from ..world.emoji import Emoji
 from .draw import Encoder, make_call
 from .tasks import Task, task
 

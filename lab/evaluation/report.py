@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..world import UInt8
+from ..world.render import UInt8
 from .tasks import Task
 
 SHOWN = 16  # pictures of a sheet

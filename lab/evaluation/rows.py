@@ -15,7 +15,7 @@ from anystory_core.training.call import TrainingCall
 from anystory_core.training.losses import target_maps
 from anystory_core.weights.model import AnyStoryModel
 
-from ..emoji import Emoji
+from ..world.emoji import Emoji
 from . import draw, measures
 from .draw import SIDE, Encoder, Variant, prepare_tasks
 from .judge import Judge, Verdict
@@ -34,8 +34,8 @@ Keep = Callable[[Sequence[Task], Tensor], None]
 class Drawn:
     """A row of drawn pictures. ``model``: "full", "no clip", "no reference", "base", or "converted
     simplified", "converted original" and "converted none", made without training
-    (:mod:`..public`); "real" shows the measuring networks the scenes themselves. "plain" captions
-    say "an object" for every name. ``agree`` as in :class:`~.draw.Variant`."""
+    (:mod:`..files.public`); "real" shows the measuring networks the scenes themselves. "plain"
+    captions say "an object" for every name. ``agree`` as in :class:`~.draw.Variant`."""
 
     title: str
     subjects: int

@@ -15,8 +15,8 @@ from anystory_core.mini.config import CONFIG, TEXT
 from anystory_core.routing.segment import mean_maps, noises
 from anystory_core.weights.model import AnyStoryModel
 
-from ..emoji import Emoji
-from ..text import LENGTH
+from ..networks.text import LENGTH
+from ..world.emoji import Emoji
 from . import measures
 from .draw import SIDE, Encoder, Variant, prepare_tasks
 from .looking import batches, clean_latents, half_of, look, record_of

@@ -20,12 +20,12 @@ from anystory_core.training.hosts.base import penultimate
 from anystory_core.weights.checkpoint import load_model
 from anystory_core.weights.model import AnyStoryModel
 
-from .. import cache, vae
-from ..base import load_unet
-from ..clip import load_clip
+from ..files.shipped import read_modules
+from ..networks import cache, vae
+from ..networks.base import load_unet
+from ..networks.clip import load_clip
+from ..networks.text import END, tokenize
 from ..phase import autocast
-from ..shipped import read_modules
-from ..text import END, tokenize
 
 
 @dataclass
@@ -94,8 +94,8 @@ def stack_of_work(work: Path) -> Stack:
 
 
 def stack_of_files(folder: Path) -> Stack:
-    """From the files that :mod:`..export` writes, as hosts load them (half precision, widened)."""
-
+    """From the files that :mod:`..files.export` writes, as hosts load them: half precision,
+    widened."""
     parts = read_modules(folder)
     return make_stack(parts.unet, parts.vae, parts.text, row_of_token(parts.ids), parts.vision)
 

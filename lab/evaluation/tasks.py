@@ -12,8 +12,8 @@ from torch import Tensor
 
 from anystory_core.subject.preprocess import mask_box
 
-from ..emoji import Emoji, load_emoji, split
-from ..world import Bool, Scene, UInt8, pool_of, render_reference, render_scene
+from ..world.emoji import Emoji, load_emoji, split
+from ..world.render import Bool, Scene, UInt8, pool_of, render_reference, render_scene
 
 _FIRST_SEED = {1: 910_000_000, 2: 920_000_000, 3: 930_000_000}
 _REFERENCE_OFFSET = 50_000_000

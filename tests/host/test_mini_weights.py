@@ -27,8 +27,8 @@ SEEDS = (1, 2)
 @pytest.fixture(scope="module")
 def judge() -> Any:
     """The measuring networks of the evaluation, with a gallery of these subjects alone."""
-    from lab.emoji import Emoji
     from lab.evaluation.judge import Judge
+    from lab.world.emoji import Emoji
 
     files = {name: INPUTS / f"anystory_{name}.png" for name in NAMES}
     return Judge.load([Emoji(name, name, name, file) for name, file in files.items()])
@@ -37,8 +37,8 @@ def judge() -> Any:
 def named(judge: Any, picture: np.ndarray) -> str | None:
     """What the measuring networks call the most prominent subject of (H,W,3)."""
     from lab.evaluation import measures
-    from lab.finder import look
-    from lab.vae import to_signed
+    from lab.measuring.finder import look
+    from lab.networks.vae import to_signed
 
     pixels = to_signed(torch.from_numpy(picture.copy())[None])
     ((found, _),) = look(judge.finder, pixels)
@@ -115,7 +115,7 @@ def test_segmentation_finds_each_subject(client: Client) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_references_are_held_out(name: str) -> None:
     """Trained on none of them: their families are in the committed list."""
-    from lab.emoji import HELD_OUT_FILE
+    from lab.world.emoji import HELD_OUT_FILE
 
     code = {"t_rex": "1f996", "mushroom": "1f344", "parrot": "1f99c"}[name]
     assert code in HELD_OUT_FILE.read_text().split("\n")

@@ -13,9 +13,9 @@ pytest.importorskip("diffusers")
 pytest.importorskip("open_clip")
 
 from anystory_core.mini.config import CONFIG
-from lab.base import Picked, pick, train_base
-from lab.cache import Cached
-from lab.telling import look_width
+from lab.networks.base import Picked, pick, train_base
+from lab.networks.cache import Cached
+from lab.networks.telling import look_width
 
 SCENES, MOST, SIDE, SMALL = 24, 3, 32, 16
 WIDTH = CONFIG.unet.context_dim

@@ -15,15 +15,15 @@ pytest.importorskip("open_clip")
 from anystory_core.mini.config import CONFIG, PICTURE_SIZE
 from anystory_core.mini.weights import row_of_token
 from anystory_core.weights.model import AnyStoryModel, build_model
-from lab.clip import Clip
-from lab.emoji import Emoji
 from lab.evaluation import draw, looking, rows, segmentation
 from lab.evaluation.draw import Variant
 from lab.evaluation.judge import cut, pose_of
 from lab.evaluation.stack import Stack, make_stack
 from lab.evaluation.tasks import Task, task
-from lab.text import END, START
-from lab.vae import build_vae
+from lab.networks.clip import Clip
+from lab.networks.text import END, START
+from lab.networks.vae import build_vae
+from lab.world.emoji import Emoji
 
 # Passes in bfloat16 round differently for other batch sizes: 2 of its 8 bits, over two steps.
 TOLERANCE = 0.06
@@ -31,7 +31,7 @@ TOLERANCE = 0.06
 
 @pytest.fixture(scope="module")
 def stack() -> Stack:
-    from lab.base import build_unet
+    from lab.networks.base import build_unet
 
     torch.manual_seed(0)
     ids = [320, 537, 593, START, END]

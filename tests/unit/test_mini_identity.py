@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 
 pytest.importorskip("open_clip")
 
-from lab.emoji import Emoji
-from lab.identity import Identity, gallery, place_cut, render_cut, soften, train_identity
+from lab.measuring.identity import Identity, gallery, place_cut, render_cut, soften, train_identity
+from lab.world.emoji import Emoji
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("open_clip")
 
-from lab import finder
 from lab.evaluation import measures, report
+from lab.measuring import finder
 
 
 def test_wilson_interval() -> None:

@@ -14,11 +14,11 @@ pytest.importorskip("diffusers")
 pytest.importorskip("open_clip")
 
 from anystory_core.bases.sdxl.config import AnyStoryConfig
-from lab import vae as vae_module
-from lab.base import build_unet, reading_place, spread_timesteps
-from lab.clip import Clip
+from lab.networks import vae as vae_module
+from lab.networks.base import build_unet, reading_place, spread_timesteps
+from lab.networks.clip import Clip
+from lab.networks.text import END, LENGTH, START, tokenize
 from lab.phase import Phase
-from lab.text import END, LENGTH, START, tokenize
 
 
 def test_whitening_changes_the_latents_scale_and_nothing_else() -> None:

@@ -17,22 +17,22 @@ from anystory_core.mini.config import CONFIG
 from anystory_core.mini.weights import row_of_token
 from anystory_core.weights.model import AnyStoryModel, build_model
 from lab import evaluate
-from lab.clip import Clip
-from lab.emoji import Emoji
 from lab.evaluation import draw, rows
 from lab.evaluation.draw import Encoder, Variant
 from lab.evaluation.stack import Stack, make_stack
 from lab.evaluation.tasks import Task, task
-from lab.public import adapter_state, converted
-from lab.text import END, START
-from lab.vae import build_vae
+from lab.files.public import adapter_state, converted
+from lab.networks.clip import Clip
+from lab.networks.text import END, START
+from lab.networks.vae import build_vae
+from lab.world.emoji import Emoji
 
 PARTS = ("subject_encoder", "clip_projections")
 
 
 @pytest.fixture(scope="module")
 def stack() -> Stack:
-    from lab.base import build_unet
+    from lab.networks.base import build_unet
 
     torch.manual_seed(0)
     ids = [320, 537, 593, 2308, 2442, START, END]  # a, in, red, box, ball

@@ -20,9 +20,9 @@ from anystory_core.routing.sources import SingleRoute
 from anystory_core.training.hosts import unet as diffusers_unet
 from anystory_core.training.initial import init_from_unet
 from anystory_core.weights.model import build_model
-from lab.base import build_unet, size_ids
-from lab.reading import Reader
-from lab.row_sources import RowSources
+from lab.networks.base import build_unet, size_ids
+from lab.networks.reading import Reader
+from lab.networks.row_sources import RowSources
 
 BATCH, SIDE = 2, 16
 

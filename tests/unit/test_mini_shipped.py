@@ -17,11 +17,14 @@ from anystory_core.mini.config import CONFIG
 from anystory_core.training.initial import ROUTER_PARTS
 from anystory_core.weights.checkpoint import load_model, save_model
 from anystory_core.weights.model import PARTS, build_model
-from lab import base, clip, export, finder, identity, measuring, shipped, vae
+from lab.files import export, shipped
+from lab.measuring import finder, identity
+from lab.measuring import networks as measuring
+from lab.networks import base, clip, vae
+from lab.networks.telling import Base
+from lab.networks.text import END, START
 from lab.phase import Phase
 from lab.stages import SUBJECT_FILE
-from lab.telling import Base
-from lab.text import END, START
 
 IDS = [320, 537, START, END]
 
@@ -104,6 +107,7 @@ def test_a_restored_phase_trains_on(work: Path) -> None:
 def test_export_keeps_the_measuring_networks(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they were trained, in half precision, once both of them are; they count for themselves."""
     monkeypatch.setattr(weights, "FOLDER", work / "files")
+    monkeypatch.setattr(measuring, "FILE", work / "measuring.safetensors")
     eyes = finder.Finder()
     save(finder.phase(work), eyes)
     assert "measuring" not in export.export(work)

@@ -13,8 +13,8 @@ pytest.importorskip("diffusers")
 
 from anystory_core.bases.sdxl.sites import build_sites
 from anystory_core.mini.config import CONFIG
-from lab.base import build_unet, size_ids
-from lab.telling import Teller, describe, look_width
+from lab.networks.base import build_unet, size_ids
+from lab.networks.telling import Teller, describe, look_width
 
 BATCH, SIDE = 3, 16
 

@@ -15,7 +15,7 @@ pytest.importorskip("open_clip")
 from anystory_core.mini import weights
 from anystory_core.mini.weights import full_table, pack_text, row_of_token
 from anystory_core.story import parse_story
-from lab.text import tokenize
+from lab.networks.text import tokenize
 
 GRAPHS = sorted((Path(__file__).resolve().parents[2] / "workflows" / "api").glob("*.json"))
 

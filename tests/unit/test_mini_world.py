@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from lab import emoji as emoji_module
-from lab import samples
-from lab.backgrounds import PLACES, draw_place
-from lab.emoji import Emoji
-from lab.world import SIZE, captions, pool_of, render_reference, render_scene
+from lab.world import emoji as emoji_module
+from lab.world import samples
+from lab.world.backgrounds import PLACES, draw_place
+from lab.world.emoji import Emoji
+from lab.world.render import SIZE, captions, pool_of, render_reference, render_scene
 
 COLOURS = [(230, 30, 30), (30, 200, 40), (40, 60, 230), (240, 220, 20), (200, 40, 220)]
 
@@ -149,7 +149,7 @@ def test_samples_are_what_the_trainer_reads(
 def test_a_shard_holds_a_reference_of_each_subject(subjects: list[Emoji]) -> None:
     """Regions are the visible parts of distinct subjects, on the latent's grid; empty behind the
     last."""
-    scenes = pytest.importorskip("lab.scenes")
+    scenes = pytest.importorskip("lab.world.scenes")
     scene = render_scene(pool_of(subjects), 3, subjects=2)
     cutouts, regions = scenes.cut_references(scene, 7)
     assert cutouts.shape[0] == regions.shape[0] == 3

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from anystory_core.subject.preprocess import BOX_SCALE, CLIP_MEAN, CLIP_STD
 
+from ..phase import first_makes
 from .emoji import Emoji
-from .phase import first_makes
-from .world import UInt8, solid_box, transformed
+from .render import UInt8, solid_box, transformed
 
 SIZE = 224
 VIEWS = 6

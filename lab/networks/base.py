@@ -27,9 +27,9 @@ from anystory_core.training.hosts.unet import attention_kernels, predict, time_i
 from anystory_core.training.losses import error_weights
 from anystory_core.training.schedule import alphas_cumprod
 
+from ..phase import Phase, autocast, half_is_faster, shares
 from .cache import Cached, Half, encode_texts, read_shards
 from .clip import load_clip
-from .phase import Phase, autocast, half_is_faster, shares
 from .reading import Reader
 from .row_sources import RowSources
 from .telling import Base

@@ -21,13 +21,13 @@ from torch.nn import functional
 
 from anystory_core.training.hosts.base import penultimate
 
+from ..phase import autocast
+from ..world.scenes import read_shard, shard_numbers
+from ..world.views import SIZE, normalise
 from . import text
 from .clip import Clip
-from .phase import autocast
-from .scenes import read_shard, shard_numbers
 from .telling import describe
 from .vae import to_signed
-from .views import SIZE, normalise
 
 Half = NDArray[np.float16]
 _KINDS = ("latents", "references", "looks", "regions", "states", "pooled")

@@ -1,7 +1,7 @@
 """The mini model as a user of public weights has it: its base as a checkpoint, its CLIP branch as
 an IP-Adapter Plus file, both in the public layouts, converted by :mod:`anystory_core.convert`.
 
-So the conversion is measured by the same evaluation as the trained weights (:mod:`.evaluate`).
+So the conversion is measured by the same evaluation as the trained weights (:mod:`..evaluate`).
 """
 
 from __future__ import annotations

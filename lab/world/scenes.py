@@ -21,7 +21,7 @@ from anystory_core.mini.config import CONFIG
 from anystory_core.subject.preprocess import prepare_views
 
 from .emoji import Emoji
-from .world import MOST_SUBJECTS, Scene, UInt8, pool_of, render_reference, render_scene
+from .render import MOST_SUBJECTS, Scene, UInt8, pool_of, render_reference, render_scene
 
 SHARD = 500
 FIRST_SEED = 50_000_000

@@ -21,10 +21,10 @@ from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .emoji import Emoji
-from .phase import Phase, autocast, first_makes, shares
-from .scenes import read_shard
-from .world import SIZE, UInt8, pool_of, render_reference, render_scene
+from ..phase import Phase, autocast, first_makes, shares
+from ..world.emoji import Emoji
+from ..world.render import SIZE, UInt8, pool_of, render_reference, render_scene
+from ..world.scenes import read_shard
 
 CROP = 48
 SCENES, CROPS_EACH = 4, 3  # one batch

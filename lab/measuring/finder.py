@@ -23,10 +23,10 @@ from torch.nn import functional
 
 from anystory_core.subject.preprocess import mask_box
 
-from .backgrounds import PLACES
-from .emoji import Emoji
-from .phase import Phase, autocast, first_makes, shares
-from .world import UInt8, pool_of, render_scene
+from ..phase import Phase, autocast, first_makes, shares
+from ..world.backgrounds import PLACES
+from ..world.emoji import Emoji
+from ..world.render import UInt8, pool_of, render_scene
 
 SIZE = 128  # larger pictures are shrunk before they are looked at
 STRIDE = 8

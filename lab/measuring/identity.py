@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .emoji import Emoji
-from .phase import Phase, autocast, shares
-from .scenes import SHARD, read_shard, shard_numbers
-from .views import load_rendered
-from .world import UInt8, solid_box, transformed
+from ..phase import Phase, autocast, shares
+from ..world.emoji import Emoji
+from ..world.render import UInt8, solid_box, transformed
+from ..world.scenes import SHARD, read_shard, shard_numbers
+from ..world.views import load_rendered
 
 SIZE = 64  # side of the crops that the network sees
 WIDTH = 128

@@ -1,18 +1,19 @@
-"""The measuring networks' file, ``weights/measuring.safetensors``: kept in the repository, so that
-figures of models that were trained on different machines are seen by the same eyes. Only
-:mod:`.evaluate` and the tests read it."""
+"""The measuring networks' file, ``measuring.safetensors`` beside this module: kept in the
+repository, so that figures of models that were trained on different machines are seen by the same
+eyes. Only :mod:`..evaluate` and the tests read it."""
 
 from __future__ import annotations
 
-from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+from pathlib import Path
+
 from torch import Tensor, nn
 
-from anystory_core.mini.weights import path
+from anystory_core.tensor_files import read_tensors
 
 from .finder import Finder
 from .identity import Identity
 
-NAME = "measuring"  # of the file, beside those of :data:`anystory_core.mini.weights.PARTS`
+FILE = Path(__file__).parent / "measuring.safetensors"
 LARGEST = 8 * 2**20
 
 
@@ -29,6 +30,6 @@ def read_networks() -> tuple[Finder, Identity]:
     """Both networks, widened to float32 and frozen. FileNotFoundError without the file."""
     finder, identity = Finder(), Identity()
     both = _together(finder, identity)
-    both.load_state_dict(load_file(path(NAME)))  # copies into float32
+    both.load_state_dict(read_tensors(FILE))  # copies into float32
     both.eval().requires_grad_(False)
     return finder, identity

@@ -1,4 +1,4 @@
-"""The shipped files as modules of training: what :mod:`.evaluate` can measure, and what the recipe
+"""The shipped files as modules of training: what :mod:`..evaluate` can measure, and what the recipe
 can go on from on a machine that has nothing else."""
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from anystory_core.bases.sdxl.names import ldm_to_diffusers
 from anystory_core.mini.config import CONFIG, VISION
 from anystory_core.mini.weights import FOLDER
+from anystory_core.tensor_files import read_tensors
 from anystory_core.training.initial import ROUTER_PARTS
 from anystory_core.weights.checkpoint import load_model, save_model
 from anystory_core.weights.model import PARTS
 
-from . import base, clip, vae
-from .phase import Phase
-from .stages import SUBJECT_FILE
-from .telling import Base
-from .text import build_text
+from ..networks import base, clip, vae
+from ..networks.telling import Base
+from ..networks.text import build_text
+from ..phase import Phase
+from ..stages import SUBJECT_FILE
 
 _ROUTER = tuple(PARTS[part] for part in ROUTER_PARTS)
 
@@ -44,7 +44,7 @@ def read_modules(folder: Path = FOLDER) -> Shipped:
     """Read the files that :mod:`.export` writes. FileNotFoundError when one is missing."""
 
     def read(part: str) -> dict[str, Tensor]:
-        state = load_file(folder / f"{part}.safetensors")
+        state = read_tensors(folder / f"{part}.safetensors")
         return {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
 
     unet, host = base.build_unet(), read("unet")

@@ -23,11 +23,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from anystory_core.mini.config import VISION
 from anystory_core.mini.weights import row_of_token
 
-from .emoji import Emoji
-from .phase import Phase, autocast, first_makes, shares
-from .scenes import SHARD, read_shard, shard_numbers
+from ..phase import Phase, autocast, first_makes, shares
+from ..world.emoji import Emoji
+from ..world.scenes import SHARD, read_shard, shard_numbers
+from ..world.views import SIZE, VIEWS, load_views, normalise
 from .text import build_text, tokenize, vocabulary
-from .views import SIZE, VIEWS, load_views, normalise
 
 SUBJECTS, SCENES = 28, 16  # of one batch
 KEPT_PATCHES = 64

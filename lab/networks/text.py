@@ -20,8 +20,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from anystory_core.mini.config import TEXT
 from anystory_core.mini.weights import row_of_token
 
-from .backgrounds import PLACES
-from .emoji import Emoji
+from ..world.backgrounds import PLACES
+from ..world.emoji import Emoji
 
 LENGTH = 77
 START, END = 49406, 49407

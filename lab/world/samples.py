@@ -22,7 +22,7 @@ from anystory_core.data import shards
 from anystory_core.data.shards import Files
 
 from .emoji import Emoji
-from .world import Scene, pool_of, render_reference, render_scene
+from .render import Scene, pool_of, render_reference, render_scene
 
 SHARD = 500
 _PLAIN = 0.5

@@ -13,12 +13,13 @@ from anystory_core.mini.weights import PARTS, pack_text, path
 from anystory_core.tensor_files import save_tensors
 from anystory_core.weights.checkpoint import load_model, save_model
 
-from . import finder, identity, measuring
-from . import vae as vae_module
-from .base import load_unet
-from .clip import load_clip, load_vocabulary
-from .stages import WHOLE_FILE
-from .vae import load_vae
+from ..measuring import finder, identity
+from ..measuring import networks as measuring
+from ..networks import vae as vae_module
+from ..networks.base import load_unet
+from ..networks.clip import load_clip, load_vocabulary
+from ..networks.vae import load_vae
+from ..stages import WHOLE_FILE
 
 LARGEST_FILE = 40 * 2**20
 LARGEST_PACK = 64 * 2**20
@@ -50,8 +51,9 @@ def _write(state: dict[str, Tensor], file: Path) -> int:
 
 
 def export(work: Path) -> dict[str, int]:
-    """Write the files beside :mod:`anystory_core.mini.weights`, AnyStory's after stage 2
-    and the measuring networks' after their phases; returns their sizes in bytes.
+    """Write the files beside :mod:`anystory_core.mini.weights`, AnyStory's after stage 2, and the
+    measuring networks' beside :mod:`..measuring.networks` after their phases; returns their sizes
+    in bytes.
 
     Raises ValueError naming a file, or the pack, that is larger than it may be."""
     sizes: dict[str, int] = {}
@@ -68,8 +70,8 @@ def export(work: Path) -> dict[str, int]:
         raise ValueError(f"mini weights: {total} bytes together, at most {LARGEST_PACK}")
     if finder.phase(work).state_file.exists() and identity.phase(work).state_file.exists():
         networks = finder.load_finder(work), identity.load_identity(work)
-        file = path(measuring.NAME)
-        sizes[measuring.NAME] = size = _write(measuring.pack_networks(*networks), file)
+        file = measuring.FILE
+        sizes["measuring"] = size = _write(measuring.pack_networks(*networks), file)
         if size > measuring.LARGEST:
             raise ValueError(f"{file.name}: {size} bytes, at most {measuring.LARGEST}")
     return sizes

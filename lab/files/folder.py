@@ -10,9 +10,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from anystory_core.mini.config import TEXT
 from anystory_core.mini.weights import full_table, pack_text
 
-from .base import load_unet
-from .clip import load_clip, load_vocabulary
-from .vae import load_vae
+from ..networks.base import load_unet
+from ..networks.clip import load_clip, load_vocabulary
+from ..networks.vae import load_vae
 
 
 def write_base_folder(work: Path) -> Path:

@@ -1,0 +1,1 @@
+"""The mini model in other layouts: a training folder, the shipped files, public files."""

@@ -1,0 +1,1 @@
+"""The networks that figures are measured with; no part of the model."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..measuring.finder import SIZE as SEEN
-from ..measuring.finder import Finder, Found, box_of, look
+from ..measuring.finder import Finder, Found, box_of, find
 from ..measuring.identity import SIZE, Identity, gallery
 from ..measuring.networks import read_networks
 from ..networks.vae import to_signed
@@ -75,7 +75,7 @@ class Judge:
         pictures = functional.interpolate(pictures, size=(SEEN, SEEN), mode="area")
         out: list[Verdict] = []
         for picture, task, (found, place) in zip(
-            pictures, tasks, look(self.finder, pictures), strict=True
+            pictures, tasks, find(self.finder, pictures), strict=True
         ):
             names: list[int] = []
             mixed, pose = False, None

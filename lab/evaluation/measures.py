@@ -119,5 +119,5 @@ def mean_ceiling(true: Tensor, grid: Grid) -> float:
 
 
 def pose_matches(angle: float, flipped: bool, other_angle: float, other_flipped: bool) -> bool:
-    """The same flip, and angles at most 7.5 degrees apart."""
+    """Whether two poses agree: flipped alike, and angles at most 7.5 degrees apart."""
     return flipped == other_flipped and abs(angle - other_angle) <= 7.5

@@ -19,7 +19,7 @@ from ..world.emoji import Emoji
 from . import draw, measures
 from .draw import SIDE, Encoder, Variant, prepare_tasks
 from .judge import Judge, Verdict
-from .looking import BATCH, batches, clean_latents, half_of, look, record_of, scenes_of
+from .passes import BATCH, batches, clean_latents, half_of, noised_pass, scenes_of, level_record
 from .stack import Stack
 from .tasks import Task
 
@@ -144,12 +144,14 @@ class _Routing:
     ceiling: list[float] = dataclasses.field(default_factory=list[float])
 
 
-def _look(encoder: Encoder, tasks: Sequence[Task], level: int, routes: draw.Routes) -> TrainingCall:
-    """The tasks' scenes noised to ``level`` with their captions."""
+def _pass_of(
+    encoder: Encoder, tasks: Sequence[Task], level: int, routes: draw.Routes
+) -> TrainingCall:
+    """One pass over the tasks' scenes, noised to ``level``, with their captions."""
     noise = torch.stack([t.noise((4, SIDE, SIDE), salt=level) for t in tasks])
     text = encoder.stack.encode_text([t.caption("named") for t in tasks])
     prepared = prepare_tasks(Variant(encoder.model, routes, agree=False), encoder, tasks)
-    return look(encoder, prepared, clean_latents(encoder, tasks), noise, level, text)
+    return noised_pass(encoder, prepared, clean_latents(encoder, tasks), noise, level, text)
 
 
 def measure_routing(
@@ -161,7 +163,7 @@ def measure_routing(
     encoder = Encoder(stack, model)
     for count in (2, 3):
         for tasks in batches(subjects, count, half_of(numbers)):
-            call = _look(encoder, tasks, level, "router")
+            call = _pass_of(encoder, tasks, level, "router")
             for row, one in enumerate(tasks):
                 _add(sums, call, row, one)
     result = {
@@ -179,14 +181,15 @@ def measure_routing(
 def measure_text_routing(
     model: AnyStoryModel, stack: Stack, subjects: Sequence[Emoji], numbers: range, level: int
 ) -> Result:
-    """The same scenes with the routes of the labels' words (:mod:`anystory_core.routing.words`),
-    label = name; no router takes part. One scene at a time, because its words are its own."""
+    """IoU with the true masks of the routes that the labels' words give
+    (:mod:`anystory_core.routing.words`), label = name, on the scenes of :func:`measure_routing`; no
+    router takes part. One scene at a time, because its words are its own."""
     over: list[float] = []
     ceilings: list[float] = []
     encoder = Encoder(stack, model)
     for count in (2, 3):
         for (one,) in batches(subjects, count, half_of(numbers), 1):
-            record = record_of(_look(encoder, [one], level, "text"), 0)
+            record = level_record(_pass_of(encoder, [one], level, "text"), 0)
             true = one.masks()
             over.append(measures.picture_iou(mean_maps(record, (SIDE, SIDE)), true))
             ceilings.append(measures.mean_ceiling(true, (SIDE, SIDE)))
@@ -198,7 +201,7 @@ def measure_text_routing(
 
 def _add(sums: _Routing, call: TrainingCall, row: int, one: Task) -> None:
     true = one.masks()
-    refined = record_of(call, row)
+    refined = level_record(call, row)
     coarse: dict[int, Tensor] = {}
     for index, soft in call.soft_maps.items():
         assert soft.logits is not None

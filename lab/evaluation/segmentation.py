@@ -19,7 +19,7 @@ from ..networks.text import LENGTH
 from ..world.emoji import Emoji
 from . import measures
 from .draw import SIDE, Encoder, Variant, prepare_tasks
-from .looking import batches, clean_latents, half_of, look, record_of
+from .passes import batches, clean_latents, half_of, noised_pass, level_record
 from .stack import Stack
 from .tasks import Task
 
@@ -62,7 +62,7 @@ def maps_of(encoder: Encoder, tasks: Sequence[Task], noise: Tensor) -> list[Tens
     prepared = prepare_tasks(Variant(encoder.model, "router", agree=False), encoder, tasks)
     total = [torch.zeros(prepared.subjects + 1, SIDE, SIDE) for _ in tasks]
     for one in noise.unbind(dim=1):
-        call = look(encoder, prepared, clean, one, LEVEL, empty)
+        call = noised_pass(encoder, prepared, clean, one, LEVEL, empty)
         for row in range(rows):
-            total[row] += mean_maps(record_of(call, row), (SIDE, SIDE)) / noise.shape[1]
+            total[row] += mean_maps(level_record(call, row), (SIDE, SIDE)) / noise.shape[1]
     return total

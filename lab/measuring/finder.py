@@ -195,7 +195,7 @@ def load_finder(folder: Path) -> Finder:
 
 
 @torch.no_grad()
-def look(network: Finder, pictures: Tensor) -> list[tuple[list[Found], str]]:
+def find(network: Finder, pictures: Tensor) -> list[tuple[list[Found], str]]:
     """Pictures (B,3,H,W) in [-1,1] -> for each its subjects, warmest first, and its place."""
     small = functional.interpolate(pictures, size=(SIZE, SIZE), mode="area")
     heat, box, place = cast("tuple[Tensor, Tensor, Tensor]", cast(Any, network)(small))

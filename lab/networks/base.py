@@ -160,7 +160,7 @@ def _tensor(half: Half) -> Tensor:
 
 
 def phase(folder: Path, steps: int) -> Phase:
-    """Its rate and seed."""
+    """How the base is trained, and where its state lies."""
     return Phase(name="base", folder=folder, steps=steps, learning_rate=8e-4, seed=3, ema=0.998)
 
 

@@ -102,7 +102,7 @@ def _contrast(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 
 
 def phase(folder: Path) -> Phase:
-    """Its length, rate and seed."""
+    """How the mini CLIP is trained, and where its state lies."""
     return Phase(
         name="clip",
         folder=folder,

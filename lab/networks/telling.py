@@ -127,7 +127,7 @@ class ToldRoutes:
         return resize_soft(soft, grid)
 
 
-class Base(nn.Module):
+class TaughtBase(nn.Module):
     """What the ``base`` phase trains: the U-Net, and the heads that question it."""
 
     def __init__(self, unet: Any, config: AnyStoryConfig) -> None:

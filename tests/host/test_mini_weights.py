@@ -37,11 +37,11 @@ def judge() -> Any:
 def named(judge: Any, picture: np.ndarray) -> str | None:
     """What the measuring networks call the most prominent subject of (H,W,3)."""
     from lab.evaluation import measures
-    from lab.measuring.finder import look
+    from lab.measuring.finder import find
     from lab.networks.vae import to_signed
 
     pixels = to_signed(torch.from_numpy(picture.copy())[None])
-    ((found, _),) = look(judge.finder, pixels)
+    ((found, _),) = find(judge.finder, pixels)
     if not found:
         return None
     (nearest,) = measures.top1(judge.embed(pixels[0], found[:1]), judge.gallery)

@@ -15,7 +15,7 @@ pytest.importorskip("open_clip")
 from anystory_core.mini.config import CONFIG, PICTURE_SIZE
 from anystory_core.mini.weights import row_of_token
 from anystory_core.weights.model import AnyStoryModel, build_model
-from lab.evaluation import draw, looking, rows, segmentation
+from lab.evaluation import draw, passes, rows, segmentation
 from lab.evaluation.draw import Variant
 from lab.evaluation.judge import cut, pose_of
 from lab.evaluation.stack import Stack, make_stack
@@ -112,9 +112,9 @@ def test_routing_is_measured_on_every_layer(
 
 def test_rows_take_the_tasks_they_are_given(subjects: list[Emoji]) -> None:
     numbers = range(500, 507)
-    found = [one.number for part in looking.batches(subjects, 2, numbers, 3) for one in part]
+    found = [one.number for part in passes.batches(subjects, 2, numbers, 3) for one in part]
     assert found == list(numbers)
-    assert looking.half_of(numbers) == range(500, 503)
+    assert passes.half_of(numbers) == range(500, 503)
 
 
 def test_routing_by_words_is_measured(

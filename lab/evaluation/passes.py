@@ -1,4 +1,4 @@
-"""One look at real scenes: noised to a level, seen once by the U-Net with injection on."""
+"""Real scenes through the U-Net once: noised to a level, with injection on; and the maps of it."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def scenes_of(tasks: Sequence[Task]) -> Tensor:
 
 
 def clean_latents(encoder: Encoder, tasks: Sequence[Task]) -> Tensor:
-    """The same as latents (B,4,h,w)."""
+    """The tasks' own pictures as latents (B,4,h,w)."""
     return encoder.stack.encode_pictures(scenes_of(tasks))
 
 
 @torch.no_grad()
-def look(
+def noised_pass(
     encoder: Encoder,
     prepared: PreparedSubjects,
     clean: Tensor,
@@ -68,7 +68,7 @@ def look(
     return call
 
 
-def record_of(call: TrainingCall, row: int) -> LevelRecord:
+def level_record(call: TrainingCall, row: int) -> LevelRecord:
     """The maps of one row as the pack's nodes record them."""
     soft = call.soft_maps.items()
     return LevelRecord(

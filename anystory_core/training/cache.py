@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import (  # pyright: ignore[reportUnknownVariableType]
-    load_file,  # pyright: ignore[reportUnknownVariableType]
-    save_file,  # pyright: ignore[reportUnknownVariableType]
-)
 from torch import Tensor
 
+from ..tensor_files import read_tensors, save_tensors
 from .batches import Batch
 from .checkpoints import writing
 from .config import TrainingConfig
-from .hosts.base import Base
+from .hosts.frozen import FrozenNetworks
 from .packed import PACKED, PackedEncodings
 
 
@@ -49,13 +45,13 @@ def digest_of(name: str) -> str:
 class Encodings:
     """Encodes a batch's captions and targets with the base, through a folder when there is one."""
 
-    def __init__(self, base: Base, config: TrainingConfig) -> None:
-        self.base = base
+    def __init__(self, frozen: FrozenNetworks, config: TrainingConfig) -> None:
+        self.frozen = frozen
         folder, augmented = config.data.cache, config.augment.changes
-        precision = str(base.unet.dtype).removeprefix("torch.")
-        reference = base.config.reference  # latents are kept at the U-Net's scale
+        precision = str(frozen.unet.dtype).removeprefix("torch.")
+        reference = frozen.config.reference  # latents are kept at the U-Net's scale
         scale = f"{reference.latent_scale:g}-{reference.latent_shift:g}"
-        name = f"{base.fingerprint}-{scale}-{precision}"
+        name = f"{frozen.fingerprint}-{scale}-{precision}"
         self.folder = Path(folder) / name if folder else None
         self.keeps_references = self.folder is not None and not augmented
 
@@ -69,7 +65,7 @@ class Encodings:
         """States (B,77,C) and pooled (B,P) of the captions."""
 
         def compute(missing: Sequence[int]) -> list[dict[str, Tensor]]:
-            states, pooled = self.base.text([batch.captions[i] for i in missing])
+            states, pooled = self.frozen.text([batch.captions[i] for i in missing])
             return [{"states": s, "pooled": p} for s, p in zip(states, pooled, strict=True)]
 
         rows = self._rows([text_name(c) for c in batch.captions], compute)
@@ -77,17 +73,17 @@ class Encodings:
 
     def latents(self, batch: Batch, device: torch.device) -> Tensor:
         """Targets as latents (B,4,h,w) at U-Net scale."""
-        encode = self.base.encode_picture
+        encode = self.frozen.encode_picture
         return self._of_pixels("latents", batch.target, encode, keep=True).to(device)
 
     def reference_latents(self, pixels: Tensor) -> Tensor:
         """References (M,3,R,R) in [-1,1] as latents (M,4,h,w) at U-Net scale."""
-        encode, keep = self.base.encode_picture, self.keeps_references
+        encode, keep = self.frozen.encode_picture, self.keeps_references
         return self._of_pixels("latents", pixels, encode, keep=keep)
 
     def clip_states(self, pixels: Tensor) -> Tensor:
         """Penultimate CLIP states (M,S,W) of normalised pixels (M,3,S,S)."""
-        return self._of_pixels("clip", pixels, self.base.clip_states, keep=self.keeps_references)
+        return self._of_pixels("clip", pixels, self.frozen.clip_states, keep=self.keeps_references)
 
     def _of_pixels(
         self, kind: str, pixels: Tensor, encode: Callable[[Tensor], Tensor], *, keep: bool
@@ -132,7 +128,7 @@ class Encodings:
         if packed is not None:
             return packed
         with contextlib.suppress(OSError, SafetensorError):
-            return load_file(path)
+            return read_tensors(path)
         return None
 
     def _write(self, name: str, row: dict[str, Tensor]) -> None:
@@ -140,11 +136,8 @@ class Encodings:
         if path is None:
             return
         tensors = {k: v.detach().cpu().contiguous() for k, v in row.items()}
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         with writing("data.cache", "an encoding", path.parents[1]):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary)
-            os.replace(temporary, path)
+            save_tensors(path, tensors, {})
 
 
 def _stack(rows: Sequence[dict[str, Tensor]], name: str, device: torch.device) -> Tensor:

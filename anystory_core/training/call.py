@@ -43,7 +43,8 @@ class TrainingCall(Call):
         return self._routes.get(index)
 
     def cross_attention(self, index: int, q: Tensor, text: Tensor) -> Tensor:
-        """As :meth:`Call.cross_attention`, by the drawn route where there is one."""
+        """Eq. 5 of q (B,Q,D) added to the text attention's output (B,Q,D), by the drawn route where
+        there is one."""
         weights, cond = self._drawn.get(index), self.rows.cond
         if weights is None or not cond:
             return super().cross_attention(index, q, text)

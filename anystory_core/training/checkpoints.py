@@ -64,29 +64,33 @@ def newest(folder: Path) -> tuple[int, Path] | None:
     return found[-1] if found else None
 
 
+def partial(folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is written before it is whole."""
+    return folder / f"step-{step:08d}.partial"
+
+
 def write(folder: Path, step: int, keep: int, fill: Callable[[Path], None]) -> Path:
     """Let ``fill`` write into a new folder, then make it the checkpoint of ``step``, which must not
     be there yet.
 
     CheckpointFolderError when the disk is full or the folder cannot be written; what was there
     before stays, and nothing half-written stays."""
-    partial = folder / f"step-{step:08d}.partial"
-    target = folder / f"step-{step:08d}"
+    unfinished, target = partial(folder, step), folder / f"step-{step:08d}"
     try:
         with writing("run.folder", f"the checkpoint of step {step}", folder):
             for cut_off in folder.glob("step-*.partial"):  # by the end of an earlier process
                 shutil.rmtree(cut_off, ignore_errors=True)
-            partial.mkdir(parents=True)
-            fill(partial)
-            for root, _, files in os.walk(partial):
+            unfinished.mkdir(parents=True)
+            fill(unfinished)
+            for root, _, files in os.walk(unfinished):
                 for name in files:
                     with open(os.path.join(root, name), "rb+") as file:
                         os.fsync(file.fileno())
-            os.replace(partial, target)
+            os.replace(unfinished, target)
             for _, old in _whole(folder)[:-keep]:
                 shutil.rmtree(old)
     except CheckpointFolderError:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return target
 

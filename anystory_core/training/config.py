@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from ..config import from_dict
 from ..errors import ConfigError
@@ -29,7 +29,7 @@ _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSettings:
-    """The frozen base model; see :mod:`.hosts.base` for the layouts.
+    """The frozen base model; see :mod:`.hosts.frozen` for the layouts.
 
     ``path``: a folder (diffusers layout) or an SDXL single file. ``clip_vision``: folder of a
     transformers CLIP vision model; "" takes ``image_encoder/`` of the base folder. ``model``:
@@ -254,7 +254,7 @@ def load_config(path: Path) -> TrainingConfig:
         raise ConfigError(f"{path}: cannot be opened ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML ({error})") from error
-    config = from_dict(TrainingConfig, cast(dict[str, Any], table), path.name)
+    config = from_dict(TrainingConfig, table, path.name)
 
     def absolute(name: str) -> str:
         return str((path.parent / Path(name).expanduser()).resolve()) if name else ""

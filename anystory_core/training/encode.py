@@ -27,10 +27,10 @@ from ..data.manifest import Step
 from ..data.parts import views_of_group
 from ..data.schema import decode
 from ..errors import AnyStoryError, ConfigError
-from .batches import centre_square
+from .augment import centre_square
 from .cache import Encodings, digest_of, pixels_name, text_name
 from .config import TrainingConfig, load_config
-from .hosts.base import load_base
+from .hosts.frozen import load_frozen
 from .packed import PACKED, SUFFIX
 
 _PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,8 +45,8 @@ class Encode:
 
     @cached_property
     def encodings(self) -> Encodings:
-        base = load_base(self.config.base)
-        return Encodings(base.to(device(), _PRECISIONS[self.config.run.precision]), self.config)
+        frozen = load_frozen(self.config.base)
+        return Encodings(frozen.to(device(), _PRECISIONS[self.config.run.precision]), self.config)
 
     def samples(self, items: Sequence[Entry]) -> Iterator[Made]:
         done: set[str] = set()
@@ -82,7 +82,7 @@ class Encode:
         new = {key: caption for key, caption in captions.items() if key not in done}
         if not new:
             return {}
-        states, pooled = self.encodings.base.text(list(new.values()))
+        states, pooled = self.encodings.frozen.text(list(new.values()))
         return {
             key: {"states": s, "pooled": p} for key, s, p in zip(new, states, pooled, strict=True)
         }
@@ -92,7 +92,7 @@ class Encode:
         if not new:
             return {}
         pixels = torch.stack(list(new.values())).to(device())
-        latents = self.encodings.base.encode_picture(pixels)
+        latents = self.encodings.frozen.encode_picture(pixels)
         return {key: {"latents": x} for key, x in zip(new, latents, strict=True)}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..weights.convert.adapters import open_adapter
 from ..weights.convert.plan import plan_tensors
 from ..weights.model import AnyStoryModel, build_model
 from .config import RouterSettings, SubjectSettings, TrainingConfig
-from .hosts.base import Base
+from .hosts.frozen import FrozenNetworks
 
 ROUTER_PARTS = ("routing_encoder", "routers")
 
@@ -118,17 +118,17 @@ def load_ip_adapter(model: AnyStoryModel, path: str | Path) -> None:
             state[name].copy_(tensor)
 
 
-def build_trained_model(config: TrainingConfig, base: Base) -> AnyStoryModel:
+def build_trained_model(config: TrainingConfig, base: FrozenNetworks) -> AnyStoryModel:
     """The AnyStory modules of a run, initialised: from the U-Net (stage 1), or from the file of
     stage 1 with a fresh router (stage 2)."""
-    torch.manual_seed(config.run.seed)
+    cast(Any, torch).manual_seed(config.run.seed)
     if config.subject is not None:
         return _subject_model(config.subject, base)
     assert config.router is not None
     return _router_model(config.router, base)
 
 
-def _subject_model(subject: SubjectSettings, base: Base) -> AnyStoryModel:
+def _subject_model(subject: SubjectSettings, base: FrozenNetworks) -> AnyStoryModel:
     parts = ["subject_encoder", "clip_projections"] if subject.clip else []
     if subject.reference:
         parts += ["reference_net", "reference_projections"]
@@ -149,7 +149,7 @@ def _subject_model(subject: SubjectSettings, base: Base) -> AnyStoryModel:
     return model
 
 
-def _router_model(settings: RouterSettings, base: Base) -> AnyStoryModel:
+def _router_model(settings: RouterSettings, base: FrozenNetworks) -> AnyStoryModel:
     model = load_model(settings.subject_file, dtype=torch.float32)
     if model.reference_net is not None and model.config.reference.cross_attention:
         raise ConfigError(

@@ -15,9 +15,9 @@ from .batches import Batch
 from .cache import Encodings
 from .call import TrainingCall
 from .checkpoints import writing
-from .hosts.unet import time_ids
+from .hosts.unet import UNetInputs, time_ids
 from .schedule import ddim
-from .stages import Noised, Stage
+from .stages import Stage
 
 GUIDANCE = 5.0
 
@@ -39,11 +39,11 @@ def sample(
     device, size = batch.target.device, stage.config.data.resolution
     count = len(batch.numbers)
     text, pooled = encodings.text(batch, device)
-    empty, empty_pooled = stage.base.text([""] * count)
-    dtype = stage.base.unet.dtype
+    empty, empty_pooled = stage.frozen.text([""] * count)
+    dtype = stage.frozen.unet.dtype
     generator = torch.Generator().manual_seed(seed)
-    side = size // stage.base.config.reference.latent_stride
-    channels = stage.base.config.unet.in_channels
+    side = size // stage.frozen.config.reference.latent_stride
+    channels = stage.frozen.config.unet.in_channels
     noise = torch.randn(count, channels, side, side, generator=generator).to(device)
     call = stage.conditions(batch, ())
     ids = time_ids(size, size, count, device)
@@ -53,16 +53,17 @@ def sample(
         row_times = t.expand(count)
         call = _fresh(call, Rows(tuple(range(count))))
         plain = _fresh(call, Rows((), tuple(range(count))))
-        cond = Noised(z.to(dtype), z, row_times, text.to(dtype), pooled.to(dtype), ids, ())
-        rest = Noised(z.to(dtype), z, row_times, empty.to(dtype), empty_pooled.to(dtype), ids, ())
+        seen = z.to(dtype)
+        cond = UNetInputs(seen, row_times, text.to(dtype), pooled.to(dtype), ids)
+        rest = UNetInputs(seen, row_times, empty.to(dtype), empty_pooled.to(dtype), ids)
         return stage.predict(call, cond).float(), stage.predict(plain, rest).float()
 
     z = ddim(noise, predict, steps=steps, guidance=guidance)
-    return stage.base.decode_picture(z), call
+    return stage.frozen.decode_picture(z), call
 
 
 def _fresh(call: TrainingCall, rows: Rows) -> TrainingCall:
-    """The same run for another forward pass."""
+    """A call of the same prepared subjects for another forward pass over ``rows``."""
     return TrainingCall(call.prepared, rows, call.active, call.sites, call.attention)
 
 

@@ -21,25 +21,24 @@ from ..routing.grids import Grid, SoftMaps
 from ..routing.sources import LearnedRoutes, SingleRoute
 from ..subject.preprocess import latent_mask, zero_clip
 from ..weights.model import AnyStoryModel
-from .batches import Batch, sample_seed
+from .batches import Batch
 from .cache import Encodings
 from .call import TrainingCall
 from .config import TrainingConfig
+from .dataset import sample_seed
 from .hosts import unet as diffusers_unet
-from .hosts.base import Base
+from .hosts.frozen import FrozenNetworks
+from .hosts.unet import UNetInputs
 from .losses import diffusion_loss, mean_routing_loss, routing_loss
 
 
 @dataclass(frozen=True)
 class Noised:
-    """A batch on its way into the U-Net: all that Eq. 1 needs. ``seeds`` (B) for Gumbel noise."""
+    """A batch on its way into the U-Net: all that Eq. 1 needs. noise (B,4,h,w) is what was added;
+    ``seeds`` (B) are for Gumbel noise."""
 
-    latents: Tensor  # z_t (B,4,h,w)
+    inputs: UNetInputs
     noise: Tensor
-    timesteps: Tensor  # (B) long
-    text: Tensor
-    pooled: Tensor
-    time_ids: Tensor
     seeds: tuple[int, ...]
 
 
@@ -79,21 +78,21 @@ class Stage(nn.Module):
         self.inside = 0.0 if config.subject is None else config.subject.inside
         # Out of reach of nn.Module: never trained, saved or sharded.
         self._frozen: list[Any] = [encodings]
-        base = encodings.base
-        self._slot = diffusers_unet.install(base.unet, model.sites)
+        frozen = encodings.frozen
+        self._slot = diffusers_unet.install(frozen.unet, model.sites)
         for name, module in model.modules():
             self.add_module(name, module)
         if config.run.checkpointing:
-            base.unet.train()  # diffusers recomputes only in training mode; it has no dropout
-            base.unet.enable_gradient_checkpointing()
+            frozen.unet.train()  # diffusers recomputes only in training mode; it has no dropout
+            frozen.unet.enable_gradient_checkpointing()
 
     @property
     def encodings(self) -> Encodings:
         return self._frozen[0]
 
     @property
-    def base(self) -> Base:
-        return self.encodings.base
+    def frozen(self) -> FrozenNetworks:
+        return self.encodings.frozen
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name in a weights file, parameter) of all that this stage trains."""
@@ -103,25 +102,16 @@ class Stage(nn.Module):
         """The call that serves this batch; differentiable."""
         raise NotImplementedError
 
-    def predict(self, call: Call | None, noised: Noised) -> Tensor:
+    def predict(self, call: Call | None, inputs: UNetInputs) -> Tensor:
         """The U-Net's noise prediction (B,4,h,w)."""
-        return diffusers_unet.predict(
-            self.base.unet,
-            self._slot,
-            call,
-            noised.latents,
-            noised.timesteps,
-            noised.text,
-            noised.pooled,
-            noised.time_ids,
-        )
+        return diffusers_unet.predict(self.frozen.unet, self._slot, call, inputs)
 
     def forward(self, batch: Batch, noised: Noised) -> dict[str, Tensor]:
         """Losses by name; "loss" is what is minimised."""
         call = self.conditions(batch, noised.seeds)
-        predicted = self.predict(call, noised)
+        predicted = self.predict(call, noised.inputs)
         diffusion = diffusion_loss(predicted, noised.noise, batch.masks, self.inside)
-        height, width = noised.latents.shape[-2:]
+        height, width = noised.inputs.latents.shape[-2:]
         return self.total({"diffusion": diffusion}, call, batch, (height, width))
 
     def total(
@@ -194,7 +184,7 @@ class RouterStage(Stage):
     def __init__(self, model: AnyStoryModel, encodings: Encodings, config: TrainingConfig) -> None:
         super().__init__(model, encodings, config)
         # What is frozen takes the base's precision: its float32 copy would be as large as the base.
-        self.requires_grad_(False).to(self.base.unet.dtype)
+        self.requires_grad_(False).to(self.frozen.unet.dtype)
         for module in (model.encoder.routing, model.routers):
             if module is not None:
                 module.requires_grad_(True).float()

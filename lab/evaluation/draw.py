@@ -192,10 +192,10 @@ def draw(
             else make_call(prepared, cast(Any, variant.model), count, count)
         )
         with autocast():
-            both = diffusers_unet.predict(
-                stack.unet, stack.slot, call, torch.cat((z, z)), t.expand(2 * count), states,
-                labels, size_ids(2 * count),
-            ).float()  # fmt: skip
+            inputs = diffusers_unet.UNetInputs(
+                torch.cat((z, z)), t.expand(2 * count), states, labels, size_ids(2 * count)
+            )
+            both = diffusers_unet.predict(stack.unet, stack.slot, call, inputs).float()
         conditional, unconditional = both.chunk(2)
         return conditional, unconditional
 

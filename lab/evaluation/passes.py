@@ -10,7 +10,7 @@ from torch import Tensor
 from anystory_core.injection.prepare import PreparedSubjects
 from anystory_core.routing.record import LevelRecord
 from anystory_core.training.call import TrainingCall
-from anystory_core.training.hosts import unet as diffusers_unet
+from anystory_core.training.hosts.unet import UNetInputs, predict
 from anystory_core.training.schedule import alphas_cumprod
 
 from ..networks.base import size_ids
@@ -61,10 +61,9 @@ def noised_pass(
     alpha = alphas_cumprod().float()[level]
     call = make_call(prepared, encoder.model, count)
     with autocast():
-        diffusers_unet.predict(
-            stack.unet, stack.slot, call, alpha.sqrt() * clean + (1 - alpha).sqrt() * noise,
-            torch.full((count,), level), *text, size_ids(count),
-        )  # fmt: skip
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        inputs = UNetInputs(noisy, torch.full((count,), level), *text, size_ids(count))
+        predict(stack.unet, stack.slot, call, inputs)
     return call
 
 

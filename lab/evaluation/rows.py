@@ -19,7 +19,7 @@ from ..world.emoji import Emoji
 from . import draw, measures
 from .draw import SIDE, Encoder, Variant, prepare_tasks
 from .judge import Judge, Verdict
-from .passes import BATCH, batches, clean_latents, half_of, noised_pass, scenes_of, level_record
+from .passes import BATCH, batches, clean_latents, half_of, level_record, noised_pass, scenes_of
 from .stack import Stack
 from .tasks import Task
 

@@ -19,7 +19,7 @@ from ..networks.text import LENGTH
 from ..world.emoji import Emoji
 from . import measures
 from .draw import SIDE, Encoder, Variant, prepare_tasks
-from .passes import batches, clean_latents, half_of, noised_pass, level_record
+from .passes import batches, clean_latents, half_of, level_record, noised_pass
 from .stack import Stack
 from .tasks import Task
 

@@ -16,7 +16,7 @@ from anystory_core.mini.config import CONFIG
 from anystory_core.mini.weights import row_of_token
 from anystory_core.routing.words import Texts
 from anystory_core.training.hosts import unet as diffusers_unet
-from anystory_core.training.hosts.base import penultimate
+from anystory_core.training.hosts.frozen import penultimate
 from anystory_core.weights.checkpoint import load_model
 from anystory_core.weights.model import AnyStoryModel
 

@@ -21,7 +21,7 @@ from anystory_core.weights.checkpoint import load_model, save_model
 from anystory_core.weights.model import PARTS
 
 from ..networks import base, clip, vae
-from ..networks.telling import Base
+from ..networks.telling import TaughtBase
 from ..networks.text import build_text
 from ..phase import Phase
 from ..stages import SUBJECT_FILE
@@ -81,7 +81,7 @@ def restore(work: Path, folder: Path = FOLDER) -> None:
     _begin(vae.phase(work), shipped.vae, vae.phase(work).steps)
     _begin(vae.decoder_phase(work), shipped.vae.decoder, vae.decoder_phase(work).steps)
     _begin(clip.phase(work), whole, clip.phase(work).steps)
-    _begin(base.phase(work, 1), Base(shipped.unet, CONFIG), 0)
+    _begin(base.phase(work, 1), TaughtBase(shipped.unet, CONFIG), 0)
     anystory = load_model(folder / "anystory.safetensors", dtype=torch.float32)
     subject = {n: t for n, t in anystory.state_dict().items() if not n.startswith(_ROUTER)}
     save_model(work / SUBJECT_FILE, subject, anystory.config)

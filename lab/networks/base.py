@@ -23,7 +23,7 @@ from torch.nn import functional
 from anystory_core.mini.config import CONFIG, PICTURE_SIZE
 from anystory_core.subject.preprocess import mask_box
 from anystory_core.training.hosts.sizes import diffusers_unet_config
-from anystory_core.training.hosts.unet import attention_kernels, predict, time_ids
+from anystory_core.training.hosts.unet import UNetInputs, attention_kernels, predict, time_ids
 from anystory_core.training.losses import error_weights
 from anystory_core.training.schedule import alphas_cumprod
 
@@ -32,7 +32,7 @@ from .cache import Cached, Half, encode_texts, read_shards
 from .clip import load_clip
 from .reading import Reader
 from .row_sources import RowSources
-from .telling import Base
+from .telling import TaughtBase
 
 BATCH = 32
 _DROP = 0.1
@@ -166,7 +166,7 @@ def phase(folder: Path, steps: int) -> Phase:
 
 def load_unet(folder: Path) -> Any:
     """The U-Net with averaged weights, as far as the phase has come."""
-    base = Base(build_unet(), CONFIG)
+    base = TaughtBase(build_unet(), CONFIG)
     phase(folder, 1).load(base)
     return base.unet.requires_grad_(False)
 
@@ -182,7 +182,7 @@ def train_base(folder: Path, *, steps: int) -> None:
     clip, row_table = load_clip(folder)
     # Channels-last is faster in float32 (0.87 against 1.0 s per step of 32 on one thread) and
     # slower in bfloat16.
-    base = Base(build_unet(), CONFIG)
+    base = TaughtBase(build_unet(), CONFIG)
     unet, teller = base.unet, base.teller
     reader = Reader(unet, CONFIG)
     teller.watch(unet, reader.sites)
@@ -210,9 +210,8 @@ def train_base(folder: Path, *, steps: int) -> None:
             source = RowSources((*masks.parts, (reading - placed, sent)))
             call = reader.call(batch.references, batch.present[:reading], source, placed)
             noisy = noisy.contiguous(memory_format=layout)
-            predicted = predict(
-                unet, reader.slot, call, noisy, t, batch.states, batch.pooled, size_ids(count)
-            )
+            inputs = UNetInputs(noisy, t, batch.states, batch.pooled, size_ids(count))
+            predicted = predict(unet, reader.slot, call, inputs)
             asked = teller.loss(batch.told, batch.looks, batch.subjects[batch.told])
         snr = signal[t] / (1 - signal[t])
         weight = snr.clamp(max=_MOST_SNR) / snr

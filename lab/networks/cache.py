@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from anystory_core.training.hosts.base import penultimate
+from anystory_core.training.hosts.frozen import penultimate
 
 from ..phase import autocast
 from ..world.scenes import read_shard, shard_numbers

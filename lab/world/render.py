@@ -154,8 +154,8 @@ def _visible_enough(masks: Sequence[tuple[Bool, int]]) -> bool:
 def render_reference(
     emoji: Emoji, seed: int, *, size: int = SIZE, plain: bool | None = None
 ) -> tuple[UInt8, Bool]:
-    """A reference of a subject: its picture under a transformation and light of its own, on white or
-    in some place."""
+    """A reference of a subject: its picture under a transformation and light of its own, on white
+    or in some place."""
     rng = random.Random(seed)
     white = rng.random() < 0.5 if plain is None else plain
     if white:

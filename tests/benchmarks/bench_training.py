@@ -33,9 +33,9 @@ from anystory_core.training.config import (
     SubjectSettings,
     TrainingConfig,
 )
-from anystory_core.training.hosts.base import Base
+from anystory_core.training.hosts.frozen import FrozenNetworks
 from anystory_core.training.hosts.sizes import diffusers_unet_config
-from anystory_core.training.hosts.unet import time_ids
+from anystory_core.training.hosts.unet import UNetInputs, time_ids
 from anystory_core.training.schedule import alphas_cumprod
 from anystory_core.training.stages import Noised, add_noise, build_stage
 from anystory_core.weights.model import build_model
@@ -53,7 +53,7 @@ class RandomVision(nn.Module):
         return type("Out", (), {"hidden_states": (states, states)})
 
 
-def random_base(config: AnyStoryConfig, dtype: torch.dtype) -> Base:
+def random_base(config: AnyStoryConfig, dtype: torch.dtype) -> FrozenNetworks:
     """A base of the config's sizes with random weights."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -66,7 +66,7 @@ def random_base(config: AnyStoryConfig, dtype: torch.dtype) -> Base:
     modules = (unet, vae, vision)
     for module in modules:
         module.eval().requires_grad_(False)
-    return Base(config, unet, vae, lambda captions: None, vision, modules, "random")  # type: ignore
+    return FrozenNetworks(config, unet, vae, lambda captions: None, vision, modules, "random")
 
 
 def batch_of(config: AnyStoryConfig, rows: int, side: int) -> Batch:
@@ -76,17 +76,19 @@ def batch_of(config: AnyStoryConfig, rows: int, side: int) -> Batch:
     mask = torch.zeros(rows, 1, side, side)
     mask[..., : side // 2] = 1
     return Batch(
-        tuple(range(rows)), ("",) * rows, ("",) * rows,
-        torch.rand(rows, 3, side, side, generator=generator) * 2 - 1,
-        time_ids(side, side, rows, torch.device("cpu")),
-        mask,
-        torch.randn(rows, 1, 3, clip, clip, generator=generator),
-        torch.rand(rows, 1, 3, reference, reference, generator=generator) * 2 - 1,
-        torch.ones(rows, 1, 1, reference, reference),
-        torch.ones(rows, 1, dtype=torch.bool),
-        torch.zeros(rows, dtype=torch.bool),
-        (),
-    )  # fmt: skip
+        numbers=tuple(range(rows)),
+        keys=("",) * rows,
+        captions=("",) * rows,
+        target=torch.rand(rows, 3, side, side, generator=generator) * 2 - 1,
+        time_ids=time_ids(side, side, rows, torch.device("cpu")),
+        masks=mask,
+        clip=torch.randn(rows, 1, 3, clip, clip, generator=generator),
+        vae=torch.rand(rows, 1, 3, reference, reference, generator=generator) * 2 - 1,
+        reference_mask=torch.ones(rows, 1, 1, reference, reference),
+        present=torch.ones(rows, 1, dtype=torch.bool),
+        drop_clip=torch.zeros(rows, dtype=torch.bool),
+        bad=(),
+    )
 
 
 def measure(
@@ -123,7 +125,8 @@ def measure(
     for step in range(steps):
         latents, noise, t = add_noise(clean, range(rows), step, alphas_cumprod())
         seeds = tuple(range(rows))
-        noised = Noised(latents, noise, t, text, pooled, batch.time_ids, seeds)
+        inputs = UNetInputs(latents, t, text, pooled, batch.time_ids)
+        noised = Noised(inputs, noise, seeds)
         start = time.monotonic()
         with torch.autocast("cpu", torch.bfloat16):
             loss = trained(batch, noised)["loss"]

@@ -73,9 +73,8 @@ def main() -> None:
     figures: dict[str, float] = {}
     plain = None
     for count in (0, 1, 3):
-        ours = hosts.predict(
-            twin, slot, call(count, hosts.dense_attention), latents, timesteps, text, pooled, ids
-        )
+        inputs = hosts.UNetInputs(latents, timesteps, text, pooled, ids)
+        ours = hosts.predict(twin, slot, call(count, hosts.dense_attention), inputs)
         options: dict[str, Any] = {}
         patches.install(options, model.sites)
         options[ids_module.CALL_KEY] = call(count, patches.HostAttention(options))

@@ -61,13 +61,16 @@ def test_encodings_are_what_the_run_would_make(run_file: Path, data: Any) -> Non
     data("encode", run_file)
     packed = PackedEncodings(trainer.encodings.folder / "shards")
     sample = trainer.dataset[0]
-    latents = packed.read(digest_of(pixels_name("latents", sample.target)))
+    latents = packed.read(digest_of(pixels_name("latents", sample.target[0])))
     assert latents is not None
-    wanted = trainer.base.encode_picture(sample.target[None])[0]
+    wanted = trainer.frozen.encode_picture(sample.target)[0]
     assert float((latents["latents"] - wanted).abs().max()) < 1e-5  # of about 1; other batches
-    states = packed.read(digest_of(text_name(sample.caption)))
+    states = packed.read(digest_of(text_name(sample.captions[0])))
     assert states is not None
-    assert float((states["states"] - trainer.base.text([sample.caption])[0][0]).abs().max()) < 1e-5
+    assert (
+        float((states["states"] - trainer.frozen.text(list(sample.captions))[0][0]).abs().max())
+        < 1e-5
+    )
     assert packed.read(digest_of(text_name("never seen"))) is None
 
 

@@ -56,9 +56,8 @@ def test_the_same_prediction(
         return calls.Call(prepared, rows, (True,) * subjects, model.sites, attention)
 
     unet, slot = twin
-    ours = hosts.predict(
-        unet, slot, call(hosts.dense_attention), latents, timesteps, text, pooled, time_ids
-    )
+    inputs = hosts.UNetInputs(latents, timesteps, text, pooled, time_ids)
+    ours = hosts.predict(unet, slot, call(hosts.dense_attention), inputs)
     options: dict[str, Any] = {}
     patcher.install(options, model.sites, mini.model.model.diffusion_model)
     options[scene.ids.CALL_KEY] = call(patcher.HostAttention(options))
@@ -78,5 +77,5 @@ def test_the_same_prediction(
     error = (ours - theirs).norm() / theirs.norm()
     assert error < 1e-4, float(error)
     if subjects:
-        plain = hosts.predict(unet, slot, None, latents, timesteps, text, pooled, time_ids)
+        plain = hosts.predict(unet, slot, None, inputs)
         assert (ours - plain).norm() / plain.norm() > 1e-3  # else nothing was compared

@@ -15,7 +15,7 @@ import tiny
 from anystory_core.data import shards
 from anystory_core.training.batches import Batch
 from anystory_core.training.config import load_config
-from anystory_core.training.hosts.unet import time_ids
+from anystory_core.training.hosts.unet import UNetInputs, time_ids
 from anystory_core.training.loop import Trainer
 from anystory_core.training.stages import Noised
 
@@ -52,20 +52,15 @@ class Done:
 
 def losses_of(trainer: Trainer, timestep: int) -> dict[str, float]:
     """Losses on 8 fixed samples at a fixed noise level, with fixed noise."""
-    batch = Batch.of([trainer.dataset[i] for i in range(8)])
+    batch = Batch.join([trainer.dataset[i] for i in range(8)])
     clean = trainer.encodings.latents(batch, batch.target.device)
     text, pooled = trainer.encodings.text(batch, batch.target.device)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     alpha = trainer.alphas[timestep].float()
-    noised = Noised(
-        alpha.sqrt() * clean + (1 - alpha).sqrt() * noise,
-        noise,
-        torch.full((8,), timestep),
-        text,
-        pooled,
-        time_ids(tiny.SIZE, tiny.SIZE, 8, clean.device),
-        tuple(range(8)),
-    )
+    noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+    sizes = time_ids(tiny.SIZE, tiny.SIZE, 8, clean.device)
+    inputs = UNetInputs(noisy, torch.full((8,), timestep), text, pooled, sizes)
+    noised = Noised(inputs, noise, tuple(range(8)))
     with torch.no_grad():
         return {name: float(value) for name, value in trainer.stage(batch, noised).items()}
 

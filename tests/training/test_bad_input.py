@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from anystory_core.errors import AnyStoryError, ConfigError
 from anystory_core.training import initial
 from anystory_core.training.config import BaseSettings, load_config, seconds
-from anystory_core.training.hosts.base import load_base
+from anystory_core.training.hosts.frozen import load_frozen
 from anystory_core.training.loop import Trainer
 from anystory_core.weights.checkpoint import save_model
 from anystory_core.weights.model import build_model
@@ -161,18 +161,18 @@ def test_stage_2_refuses_a_file_that_does_not_fit(world: Any, tmp_path: Path) ->
 def test_bases(world: Any, tmp_path: Path) -> None:
     model = str(world.base / "config.json")
     with pytest.raises(ConfigError, match="does not exist"):
-        load_base(
+        load_frozen(
             BaseSettings(path=str(tmp_path / "no"), clip_vision=str(world.base / "image_encoder"))
         )
     with pytest.raises(ConfigError, match="clip_vision"):
-        load_base(BaseSettings(path=str(tmp_path)))
+        load_frozen(BaseSettings(path=str(tmp_path)))
     with pytest.raises(ConfigError, match="no unet"):
-        load_base(BaseSettings(path=str(tmp_path), clip_vision=str(world.base / "image_encoder")))
+        load_frozen(BaseSettings(path=str(tmp_path), clip_vision=str(world.base / "image_encoder")))
     with pytest.raises(AnyStoryError, match="block_out_channels"):
-        load_base(BaseSettings(path=str(world.base), model="sdxl"))
+        load_frozen(BaseSettings(path=str(world.base), model="sdxl"))
     with pytest.raises(ConfigError, match=r"base\.model"):
-        load_base(BaseSettings(path=str(world.base), model="sd15"))
-    assert load_base(BaseSettings(path=str(world.base), model=model)).config == tiny.config()
+        load_frozen(BaseSettings(path=str(world.base), model="sd15"))
+    assert load_frozen(BaseSettings(path=str(world.base), model=model)).config == tiny.config()
 
 
 def _without_first(path: Path) -> None:
@@ -203,7 +203,7 @@ def test_damaged_bases(
     base = shutil.copytree(world.base, tmp_path / "base")
     damage(base / file)
     with pytest.raises(ConfigError, match=words):
-        load_base(BaseSettings(path=str(base), model=str(base / "config.json")))
+        load_frozen(BaseSettings(path=str(base), model=str(base / "config.json")))
 
 
 def test_a_base_that_does_not_predict_the_noise(world: Any, tmp_path: Path) -> None:
@@ -212,21 +212,21 @@ def test_a_base_that_does_not_predict_the_noise(world: Any, tmp_path: Path) -> N
     (base / "scheduler").mkdir()
     file = base / "scheduler" / "scheduler_config.json"
     file.write_text('{"prediction_type": "epsilon"}')
-    load_base(settings)
+    load_frozen(settings)
     file.write_text('{"prediction_type": "v_prediction"}')
     with pytest.raises(AnyStoryError, match=r"base\.path: base predicts 'v_prediction'"):
-        load_base(settings)
+        load_frozen(settings)
 
 
 def test_text_encoders_of_either_transformers(world: Any, tmp_path: Path) -> None:
     """Older versions saved them with `text_model.` before every name."""
     base = shutil.copytree(world.base, tmp_path / "base")
     settings = BaseSettings(path=str(base), model=str(base / "config.json"))
-    states, pooled = load_base(settings).text(["a shape"])
+    states, pooled = load_frozen(settings).text(["a shape"])
     path = base / "text_encoder" / "model.safetensors"
     bare = {k.removeprefix("text_model."): v for k, v in load_file(path).items()}
     save_file({f"text_model.{k}": v for k, v in bare.items()}, path, metadata={"format": "pt"})
-    again = load_base(settings).text(["a shape"])
+    again = load_frozen(settings).text(["a shape"])
     assert torch.equal(again[0], states) and torch.equal(again[1], pooled)
 
 

@@ -50,9 +50,19 @@ def batch(*pictures: Tensor) -> Batch:
     """Samples that all have one key."""
     n, none = len(pictures), torch.zeros(len(pictures), 1)
     return Batch(
-        tuple(range(n)), ("data/0001",) * n, ("",) * n, torch.stack(pictures), none, none, none,
-        none, none, none, none, (),
-    )  # fmt: skip
+        numbers=tuple(range(n)),
+        keys=("data/0001",) * n,
+        captions=("",) * n,
+        target=torch.stack(pictures),
+        time_ids=none,
+        masks=none,
+        clip=none,
+        vae=none,
+        reference_mask=none,
+        present=none,
+        drop_clip=none,
+        bad=(),
+    )
 
 
 def test_one_key_and_two_pictures(tmp_path: Path) -> None:

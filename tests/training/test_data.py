@@ -17,8 +17,9 @@ from PIL import Image
 
 from anystory_core.data import shards
 from anystory_core.data.check import check
-from anystory_core.data.index import DataError, Index
+from anystory_core.data.index import Index
 from anystory_core.data.schema import BadSamples, decode
+from anystory_core.errors import DataError
 from anystory_core.training.batches import Batch
 from anystory_core.training.config import load_config
 from anystory_core.training.loop import Trainer
@@ -126,7 +127,7 @@ def test_samples_say_what_was_enlarged_and_cut_off(world: Any, tmp_path: Path) -
     shards.write_folder([("small", files), ("whole", tiny.pairs(1)[0][1])], tmp_path / "data")
     path = tiny.run_toml(tmp_path / "run", world.base, tmp_path / "data", "subject", steps=1)
     trainer = Trainer(load_config(path))
-    batch = Batch.of([trainer.dataset[i] for i in range(2)])
+    batch = Batch.join([trainer.dataset[i] for i in range(2)])
     rows = dict(zip(batch.keys, batch.time_ids.tolist(), strict=True))
     assert rows == {"data/small": [32, 48, 0, 16, 64, 64], "data/whole": [64, 64, 0, 0, 64, 64]}
     assert torch.equal(trainer.noised(batch).time_ids, batch.time_ids)
@@ -151,7 +152,7 @@ def test_inside_needs_the_place_of_the_subject(
     path.write_text(path.read_text().replace("[subject]", "[subject]\ninside = 3.0"))
     trainer = Trainer(load_config(path))
     assert trainer.stage.inside == 3.0
-    batch = Batch.of([trainer.dataset[0]])
+    batch = Batch.join([trainer.dataset[0]])
     assert batch.masks.shape[1] == 1 and 0.4 < float(batch.masks.mean()) < 0.6
     trainer.run()
     said = capsys.readouterr().err

@@ -13,8 +13,8 @@ from anystory_core.injection.prepare import PreparedSubjects, SiteConditions
 from anystory_core.injection.rows import Rows
 from anystory_core.routing.grids import Crops, Grid, SoftMaps
 from anystory_core.routing.router import RoutingLogits
-from anystory_core.training.batches import sample_seed
 from anystory_core.training.call import TrainingCall, straight_through
+from anystory_core.training.dataset import sample_seed
 from anystory_core.training.hosts.unet import dense_attention
 from anystory_core.training.stages import gumbel_seeds
 

@@ -13,7 +13,7 @@ import torch
 
 from anystory_core.data import shards
 from anystory_core.data.index import Index
-from anystory_core.training.batches import SampleDataset, augment
+from anystory_core.training.augment import augment
 from anystory_core.training.config import (
     AugmentSettings,
     BaseSettings,
@@ -22,6 +22,7 @@ from anystory_core.training.config import (
     RunSettings,
     TrainingConfig,
 )
+from anystory_core.training.dataset import SampleDataset
 
 NOTHING: dict[str, Any] = {"rotate": 0.0, "crop": 0.0, "pad": 0.0, "flip": 0.0}
 COLOUR = torch.tensor([0.8, 0.5, 0.3])[None, :, None, None]

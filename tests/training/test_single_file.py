@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.errors import ModelMismatchError
-from anystory_core.training.hosts.base import text_encoder
+from anystory_core.training.hosts.frozen import text_encoder
 from anystory_core.training.hosts.single_file import (
     FileSizes,
     TextSizes,

@@ -103,7 +103,7 @@ def test_dropped_clip_is_the_backgrounds(world: Any, tmp_path: Path) -> None:
         subject={"drop_clip": 1.0}, run={"batch": 2},
     )  # fmt: skip
     run = Trainer(load_config(path))
-    batch = Batch.of([run.dataset[i] for i in range(2)])
+    batch = Batch.join([run.dataset[i] for i in range(2)])
     assert bool(batch.drop_clip.all())
     kept = dataclasses.replace(batch, drop_clip=torch.zeros(2, dtype=torch.bool))
     with torch.no_grad():
@@ -123,10 +123,10 @@ def trainer(world: Any, folder: Path, stage: str, file: Path | None, **run: Any)
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor | None]:
-    batch = Batch.of([trainer.dataset[i] for i in range(4)])
+    batch = Batch.join([trainer.dataset[i] for i in range(4)])
     losses = trainer.stage(batch, trainer.noised(batch))
     losses["loss"].backward()
-    assert all(p.grad is None for p in trainer.base.unet.parameters())
+    assert all(p.grad is None for p in trainer.frozen.unet.parameters())
     return {name: p.grad for name, p in trainer.stage.named_parameters()}
 
 
@@ -240,7 +240,8 @@ def test_ema_and_accumulation(world: Any, tmp_path: Path) -> None:
     exported = load_model(run.run()).state_dict()
     name = "projections.clip.1.to_k.weight"
     live = dict(run.stage.named_parameters())[name]
-    assert torch.equal(exported[name], run.average[name]) and not torch.equal(exported[name], live)
+    assert torch.equal(exported[name], run.saver.average.tensors[name])
+    assert not torch.equal(exported[name], live)
 
 
 def test_an_average_that_begins_late(world: Any, tmp_path: Path) -> None:
@@ -253,14 +254,14 @@ def test_an_average_that_begins_late(world: Any, tmp_path: Path) -> None:
     run = Trainer(load_config(path))
     trained = dict(run.stage.trained())
     name = "projections.clip.1.to_k.weight"
-    assert run.step == 1 and torch.equal(run.average[name], trained[name])
+    assert run.step == 1 and torch.equal(run.saver.average.tensors[name], trained[name])
     run.run()
-    assert not torch.equal(run.average[name], trained[name])
+    assert not torch.equal(run.saver.average.tensors[name], trained[name])
 
 
 def test_the_vae_keeps_its_precision(world: Any, tmp_path: Path) -> None:
     """A step under autocast may ask for latents that nobody has encoded before it."""
-    base = trainer(world, tmp_path, "subject", None).base
+    base = trainer(world, tmp_path, "subject", None).frozen
     pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     outside = base.encode_picture(pixels)
     with torch.autocast("cpu", torch.bfloat16):

@@ -19,7 +19,7 @@ from transformers import (
 from anystory_core.bases.sdxl.config import AnyStoryConfig, ReferenceConfig, UNetConfig
 from anystory_core.config import ClipVisionConfig, QFormerConfig, RouterConfig
 from anystory_core.data import shards
-from anystory_core.training.hosts.base import text_encoder
+from anystory_core.training.hosts.frozen import text_encoder
 from anystory_core.training.hosts.sizes import diffusers_unet_config
 from anystory_core.training.hosts.unet import time_ids
 from anystory_core.training.schedule import alphas_cumprod
@@ -117,7 +117,7 @@ def scenes(
 
 
 def write_base(folder: Path, *, train_steps: int = 0, model: AnyStoryConfig | None = None) -> None:
-    """A base folder in the layout of :mod:`anystory_core.training.hosts.base`, and its
+    """A base folder in the layout of :mod:`anystory_core.training.hosts.frozen`, and its
     config.json; at toy widths, or at those of ``model``."""
     torch.manual_seed(0)
     model = model or config()

@@ -18,6 +18,7 @@ from anystory_core.injection.rows import Rows
 from anystory_core.mini.config import CONFIG
 from anystory_core.routing.sources import SingleRoute
 from anystory_core.training.hosts import unet as diffusers_unet
+from anystory_core.training.hosts.unet import UNetInputs
 from anystory_core.training.initial import init_from_unet
 from anystory_core.weights.model import build_model
 from lab.networks.base import build_unet, size_ids
@@ -33,10 +34,10 @@ def unet() -> Any:
     return build_unet().eval().requires_grad_(False)
 
 
-def inputs(batch: int = BATCH) -> tuple[Tensor, ...]:
-    """Noisy latents, timesteps, states, pooled, size ids."""
+def inputs(batch: int = BATCH) -> UNetInputs:
+    """Of the first ``batch`` of three rows."""
     g = torch.Generator().manual_seed(1)
-    return (
+    return UNetInputs(
         torch.randn(batch, 4, SIDE, SIDE, generator=g),
         torch.tensor([100, 700, 900])[:batch],
         torch.randn(batch, 77, CONFIG.unet.context_dim, generator=g),
@@ -56,7 +57,7 @@ def test_stage_1_begins_with_what_the_base_reads(unet: Any) -> None:
     reader = Reader(unet, CONFIG)
     there = torch.ones(BATCH, 1, dtype=torch.bool)
     everywhere = reader.call(references()[:, None], there, SingleRoute())
-    read = diffusers_unet.predict(unet, reader.slot, everywhere, *inputs())
+    read = diffusers_unet.predict(unet, reader.slot, everywhere, inputs())
 
     sites = build_sites(CONFIG.unet)
     model = build_model(CONFIG, ("reference_net", "reference_projections"))
@@ -68,18 +69,18 @@ def test_stage_1_begins_with_what_the_base_reads(unet: Any) -> None:
     run = PreparedSubjects(conditions, SingleRoute(), (1.0, 1.0), (0.0, -math.inf))
     call = Call(run, Rows(tuple(range(BATCH))), (True,), sites, diffusers_unet.dense_attention)
     slot = diffusers_unet.install(unet, sites)
-    trained = diffusers_unet.predict(unet, slot, call, *inputs())
+    trained = diffusers_unet.predict(unet, slot, call, inputs())
     assert (read - trained).abs().max() < 1e-5 * read.abs().max()
 
 
 def test_only_the_region_and_the_first_rows_read(unet: Any) -> None:
     reader = Reader(unet, CONFIG)
-    plain = diffusers_unet.predict(unet, reader.slot, None, *inputs(3))
+    plain = diffusers_unet.predict(unet, reader.slot, None, inputs(3))
     region = torch.zeros(BATCH, 1, SIDE, SIDE)
     region[1, 0, :8] = 1
     there = torch.ones(BATCH, 1, dtype=torch.bool)
     call = reader.call(references()[:, None], there, RowSources.of_masks(region))
-    read = diffusers_unet.predict(unet, reader.slot, call, *inputs(3))
+    read = diffusers_unet.predict(unet, reader.slot, call, inputs(3))
     assert torch.allclose(read[0], plain[0], atol=1e-6)  # nothing of it may read
     assert not torch.allclose(read[1], plain[1], atol=1e-4)
     assert torch.allclose(read[2], plain[2], atol=1e-6)  # no reference at all
@@ -102,7 +103,7 @@ def test_two_subjects_are_read_each_in_its_place(unet: Any) -> None:
 
     def read(latents: Tensor, present: Tensor) -> Tensor:
         call = reader.call(latents, present, source)
-        return diffusers_unet.predict(unet, reader.slot, call, *inputs())
+        return diffusers_unet.predict(unet, reader.slot, call, inputs())
 
     together = read(both, there)
     swapped = read(both.flip(1), torch.ones_like(there))
@@ -117,7 +118,7 @@ def test_two_subjects_are_read_each_in_its_place(unet: Any) -> None:
     source = RowSources.of_masks(places)
     given, agreed = (
         diffusers_unet.predict(
-            unet, reader.slot, reader.call(both, there, source, placed), *inputs()
+            unet, reader.slot, reader.call(both, there, source, placed), inputs()
         )
         for placed in (1, 0)
     )
@@ -126,7 +127,8 @@ def test_two_subjects_are_read_each_in_its_place(unet: Any) -> None:
 
     one = RowSources.of_masks(places[1:, :1])
     call = reader.call(both[1:, :1], there[1:, :1], one)
-    alone = diffusers_unet.predict(unet, reader.slot, call, *(x[1:] for x in inputs()))
+    second = UNetInputs(*(x[1:] for x in vars(inputs()).values()))
+    alone = diffusers_unet.predict(unet, reader.slot, call, second)
     assert torch.allclose(together[1], alone[0], atol=1e-5)
 
 

@@ -21,7 +21,7 @@ from lab.files import export, shipped
 from lab.measuring import finder, identity
 from lab.measuring import networks as measuring
 from lab.networks import base, clip, vae
-from lab.networks.telling import Base
+from lab.networks.telling import TaughtBase
 from lab.networks.text import END, START
 from lab.phase import Phase
 from lab.stages import SUBJECT_FILE
@@ -42,7 +42,7 @@ def work(tmp_path: Path) -> Path:
     folder = tmp_path / "work"
     save(clip.phase(folder), clip.Clip(IDS))
     (folder / "vocabulary.json").write_text(json.dumps(IDS))
-    save(base.phase(folder, 9), Base(base.build_unet(), CONFIG))
+    save(base.phase(folder, 9), TaughtBase(base.build_unet(), CONFIG))
     torch.save(vae.build_vae().state_dict(), folder / "vae.whitened.pt")
     return folder
 

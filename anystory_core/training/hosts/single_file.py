@@ -6,15 +6,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from ...bases.sdxl.config import AnyStoryConfig
 from ...bases.sdxl.names import ldm_to_diffusers
 from ...errors import ModelMismatchError
+from ...tensor_files import read_tensors
+from ..libraries import library
 from .sizes import diffusers_unet_config
 
 _UNET = "model.diffusion_model."
@@ -48,7 +49,7 @@ def load_single_file(
 ) -> tuple[Any, Any, list[Any]]:
     """(U-Net, VAE, text encoders) of a file. ModelMismatchError names what does not fit."""
     try:
-        state = cast("dict[str, Tensor]", load_file(path))
+        state = read_tensors(path)
     except (OSError, SafetensorError) as error:
         raise ModelMismatchError(
             f"base.path: {path} is not a readable .safetensors file ({error}); get it again"
@@ -59,12 +60,10 @@ def load_single_file(
 def networks_of(
     state: Mapping[str, Tensor], config: AnyStoryConfig, name: str, sizes: FileSizes
 ) -> tuple[Any, Any, list[Any]]:
-    """The same for the tensors of the file ``name``."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from diffusers.loaders import single_file_utils
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    tools = cast(Any, single_file_utils)
+    """(U-Net, VAE, text encoders) of the tensors of the file ``name``. ModelMismatchError says what
+    does not fit."""
+    diffusers, transformers = library("diffusers"), library("transformers")
+    tools = library("diffusers.loaders.single_file_utils")
     if f"{_UNET}input_blocks.0.0.weight" not in state:
         raise ModelMismatchError(f"base.path: {name} holds no U-Net of Stable Diffusion's kind")
     for marker in _OTHER_PREDICTIONS:
@@ -73,12 +72,12 @@ def networks_of(
                 f"base.path: {name} does not predict the noise (it holds {marker!r}); Eq. 1 is for "
                 "networks that do, so choose another base"
             )
-    unet = cast(Any, UNet2DConditionModel)(**diffusers_unet_config(config.unet))
+    unet = diffusers.UNet2DConditionModel(**diffusers_unet_config(config.unet))
     table = ldm_to_diffusers(config).items()
     renamed = {new: state[_UNET + old] for old, new in table if _UNET + old in state}
     _load(unet, renamed, name, "U-Net")
     levels = len(sizes.vae_widths)
-    vae = cast(Any, AutoencoderKL)(
+    vae = diffusers.AutoencoderKL(
         block_out_channels=sizes.vae_widths,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
@@ -87,19 +86,17 @@ def networks_of(
         sample_size=1024,
     )
     _load(vae, tools.convert_ldm_vae_checkpoint(dict(state), vae.config), name, "VAE")
-    small = cast(Any, CLIPTextModel)(_text_config(sizes.small))
+    small = transformers.CLIPTextModel(_text_config(sizes.small))
     own = {k: v for k, v in state.items() if k.startswith(_SMALL_TEXT)}
     _load(small, tools.convert_ldm_clip_checkpoint(own, _SMALL_TEXT), name, "CLIP-L")
-    large = cast(Any, CLIPTextModelWithProjection)(_text_config(sizes.large))
+    large = transformers.CLIPTextModelWithProjection(_text_config(sizes.large))
     own = {k: v for k, v in state.items() if k.startswith(_LARGE_TEXT)}
     _load(large, tools.convert_open_clip_checkpoint(large, own, _LARGE_TEXT), name, "CLIP-G")
     return unet, vae, [small, large]
 
 
 def _text_config(sizes: TextSizes) -> Any:
-    from transformers import CLIPTextConfig
-
-    return cast(Any, CLIPTextConfig)(
+    return library("transformers").CLIPTextConfig(
         hidden_size=sizes.width,
         intermediate_size=4 * sizes.width,
         num_hidden_layers=sizes.layers,

@@ -6,7 +6,7 @@ The processors hold a :class:`Slot`, into which each forward pass puts its
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +32,7 @@ def dense_attention(
 
 
 @contextmanager
-def attention_kernels(device: torch.device) -> Iterator[None]:
+def attention_kernels(device: torch.device) -> Generator[None, None, None]:
     """What attention may run on in a training step. On a CPU the fused kernel's backward pass takes
     2 to 4 times the plain one's at small sizes, and half precision is kept: widened products of
     256 tokens took twice the time. Elsewhere torch chooses."""
@@ -132,23 +132,26 @@ def _grid_hook(slot: Slot, path: str) -> Any:
     return hook
 
 
-def predict(
-    unet: Any,
-    slot: Slot,
-    call: Call | None,
-    latents: Tensor,
-    timesteps: Tensor,
-    text: Tensor,
-    pooled: Tensor,
-    time_ids: Tensor,
-) -> Tensor:
-    """One forward pass with ``call`` in the slot: noise prediction (B,4,h,w).
+@dataclass(frozen=True)
+class UNetInputs:
+    """What an SDXL U-Net reads: noised latents z_t (B,4,h,w), timesteps (B), the captions' states
+    text (B,S,C) and pooled (B,P), and time_ids (B,6): original size, crop corner, target size."""
 
-    text (B,S,C), pooled (B,P), time_ids (B,6): SDXL's original size, crop corner, target size. The
-    slot keeps the call, because a checkpointed block runs again in the backward pass."""
+    latents: Tensor
+    timesteps: Tensor
+    text: Tensor
+    pooled: Tensor
+    time_ids: Tensor
+
+
+def predict(unet: Any, slot: Slot, call: Call | None, inputs: UNetInputs) -> Tensor:
+    """One forward pass with ``call`` in the slot: what the U-Net predicts, (B,4,h,w).
+
+    The slot keeps the call, because a checkpointed block runs again in the backward pass."""
     slot.call = call
-    added = {"text_embeds": pooled, "time_ids": time_ids}
-    return unet(latents, timesteps, text, added_cond_kwargs=added).sample
+    added = {"text_embeds": inputs.pooled, "time_ids": inputs.time_ids}
+    out = unet(inputs.latents, inputs.timesteps, inputs.text, added_cond_kwargs=added)
+    return out.sample
 
 
 def time_ids(height: int, width: int, batch: int, device: torch.device) -> Tensor:

@@ -130,7 +130,7 @@ def test_samples_say_what_was_enlarged_and_cut_off(world: Any, tmp_path: Path) -
     batch = Batch.join([trainer.dataset[i] for i in range(2)])
     rows = dict(zip(batch.keys, batch.time_ids.tolist(), strict=True))
     assert rows == {"data/small": [32, 48, 0, 16, 64, 64], "data/whole": [64, 64, 0, 0, 64, 64]}
-    assert torch.equal(trainer.noised(batch).time_ids, batch.time_ids)
+    assert torch.equal(trainer.noised(batch).inputs.time_ids, batch.time_ids)
 
 
 def test_inside_needs_the_place_of_the_subject(

@@ -107,7 +107,7 @@ def test_dropped_clip_is_the_backgrounds(world: Any, tmp_path: Path) -> None:
     assert bool(batch.drop_clip.all())
     kept = dataclasses.replace(batch, drop_clip=torch.zeros(2, dtype=torch.bool))
     with torch.no_grad():
-        dropped, whole = (run.stage.conditions(b, ()).run.conditions[0] for b in (batch, kept))
+        dropped, whole = (run.stage.conditions(b, ()).prepared.conditions[0] for b in (batch, kept))
     background = dropped.clip[1].k
     assert torch.equal(dropped.clip[0].k, background.expand(2, -1, -1))
     assert torch.equal(dropped.clip[0].v, dropped.clip[1].v.expand(2, -1, -1))

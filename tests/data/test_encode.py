@@ -38,8 +38,8 @@ def test_training_reads_what_was_encoded(
     assert len(PackedEncodings(trainer.encodings.folder / "shards")) == 19
     before = sorted(tmp_path.glob("cache/*/??/*"))
     for name in ("text", "encode_picture"):
-        original = getattr(trainer.base, name)
-        monkeypatch.setattr(trainer.base, name, _only_references(original, name))
+        original = getattr(trainer.frozen, name)
+        monkeypatch.setattr(trainer.frozen, name, _only_references(original, name))
     trainer.run()
     assert not before and not sorted(tmp_path.glob("cache/*/??/*"))  # no file of its own
 

@@ -19,7 +19,8 @@ Mask = NDArray[np.bool_]
 
 def mask_of(segmentation: Any, size: tuple[int, int]) -> Mask:
     """A COCO ``segmentation`` for a picture of (height, width): polygons [[x0,y0,x1,...],...], or a
-    table of ``size`` and ``counts``, a list of run lengths or their compressed text. DataError."""
+    table of ``size`` and ``counts``, a list of run lengths or their compressed text. The mask lies in
+    memory column by column, as pycocotools has it. DataError."""
     if isinstance(segmentation, Mapping):
         return _of_runs(cast("Mapping[str, Any]", segmentation), size)
     if isinstance(segmentation, list):
@@ -43,7 +44,8 @@ def _of_polygons(polygons: Sequence[Any], size: tuple[int, int]) -> Mask:
     if not whole:
         raise DataError("a segmentation without a polygon of three points")
     coco = library("pycocotools.mask", "pycocotools")
-    return coco.decode(coco.merge(coco.frPyObjects(whole, height, width))).astype(bool)
+    outlines = coco.frPyObjects(whole, height, width)
+    return coco.decode(outlines[0] if len(outlines) == 1 else coco.merge(outlines)).view(np.bool_)
 
 
 def _of_runs(table: Mapping[str, Any], size: tuple[int, int]) -> Mask:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from ...errors import DataError
@@ -79,27 +80,14 @@ class Scenes:
             raise DataError(f"{item.name} is not in {self.folder}") from error
         kind, stored, turn = size_of(content, item.name)
         size, turned = _annotated_size(item, stored, turn)
-        masks = [(mask_of(i.segmentation, size), i.word) for i in item.instances]
         least = max(1, self.least_area * size[0] * size[1])
-        masks = [(mask, word) for mask, word in masks if mask.sum() >= least]
-        masks.sort(key=lambda pair: -int(pair[0].sum()))
-        labels = np.zeros(size, np.uint16)
-        for number, (mask, _) in enumerate(masks, 1):
-            labels[mask] = number
-        seen = np.bincount(labels.ravel(), minlength=len(masks) + 1)[1:]
-        kept = np.flatnonzero(seen >= least)  # what others cover may be too small now, or nothing
-        if len(kept) < self.least_subjects:
+        labels, words = _paint(item.instances, size, least)
+        if len(words) < self.least_subjects:
             raise Filtered(f"fewer than {self.least_subjects} subjects")
-        if len(kept) > self.most_subjects:
+        if len(words) > self.most_subjects:
             raise Filtered(f"more than {self.most_subjects} subjects")
-        numbers = np.zeros(len(masks) + 1, np.uint16)
-        numbers[kept + 1] = np.arange(1, len(kept) + 1)
-        labels = numbers[labels]
-        if len(kept) <= 255:
-            labels = labels.astype(np.uint8)
         if turned:
             labels = np.array(Image.fromarray(labels).transpose(_TURNS[turn]))
-        words = [masks[i][1] for i in kept]
         caption = item.caption or listed(words)
         yield (
             key_of(item.name),
@@ -110,6 +98,29 @@ class Scenes:
                 **words_json(words),
             },
         )
+
+
+def _paint(
+    instances: Sequence[Instance], size: tuple[int, int], least: float
+) -> tuple[NDArray[Any], list[str]]:
+    """(labels (H,W), the words of those that are seen): the smaller lies on top; instances of
+    which fewer than ``least`` pixels are seen are background. Masks are taken column by column, as
+    they lie in memory."""
+    masks = [(mask_of(one.segmentation, size).ravel("F"), one.word) for one in instances]
+    found = [(int(np.count_nonzero(mask)), mask, word) for mask, word in masks]
+    found = sorted((one for one in found if one[0] >= least), key=lambda one: -one[0])
+    labels = np.zeros(size[0] * size[1], np.uint8 if len(found) < 256 else np.uint16)
+    for number, (_, mask, _) in enumerate(found, 1):
+        np.putmask(labels, mask, number)
+    seen = np.array([area for area, _, _ in found])
+    if np.count_nonzero(labels) < seen.sum():  # they overlap
+        seen = np.bincount(labels, minlength=len(found) + 1)[1:]
+        kept = seen >= least
+        numbers = np.concatenate(([0], np.where(kept, np.cumsum(kept), 0)))
+        labels = numbers.astype(labels.dtype)[labels]
+        found = [one for one, there in zip(found, kept, strict=True) if there]
+    columns = labels.reshape(size[1], size[0])
+    return np.ascontiguousarray(columns.T), [word for _, _, word in found]
 
 
 def picture_files(stem: str, content: bytes, kind: str, name: str) -> Files:

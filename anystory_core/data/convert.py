@@ -199,12 +199,15 @@ def _in_processes(
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
     for unit in suspects:
-        good = _survivors(converter, unit.items)
-        names = {item.name for item in good}
-        report = convert_unit(
-            _Surviving(converter, frozenset(names)), unit, out, command
-        )  # its good items have just been seen to end well
-        yield unit.shard, report
+        names = frozenset(item.name for item in _survivors(converter, unit.items))
+        with _pool(_Surviving(converter, names), 1) as pool:
+            try:
+                yield unit.shard, pool.submit(_work, unit, out, command).result()
+            except BrokenProcessPool as error:
+                raise DataError(
+                    f"{unit.shard}: the process that makes it dies, and by no single item; is there "
+                    "enough memory? Fewer --workers need less"
+                ) from error
 
 
 def _survivors(converter: Converter, items: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -12,6 +12,8 @@ from .convert import Converter, Unit, convert_unit
 from .libraries import library
 from .manifest import Report
 
+_PASSED_ON = ("PYTHONPATH",)  # to the cluster's processes, as to processes here
+
 
 def convert_on_ray(
     address: str, converter: Converter, units: Sequence[Unit], out: str, command: str
@@ -28,7 +30,7 @@ def convert_on_ray(
             address=address,
             ignore_reinit_error=True,
             log_to_driver=False,
-            runtime_env={"env_vars": {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}},
+            runtime_env={"env_vars": {n: os.environ[n] for n in _PASSED_ON if n in os.environ}},
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise DataError(f"--ray: no cluster answers at {address} ({error})") from error

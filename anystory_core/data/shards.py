@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from ..errors import DataError
 from . import paths
 from .parts import WORDS
-from .pictures import png
+from .pictures import open_picture, png
 
 Files = Mapping[str, bytes]  # suffix after the key -> content
 
+_AS_THEY_ARE = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "MPO": "jpg"}
 _MOST_SUBJECTS = 2**16 - 1  # what a 16-bit picture can number
 
 
@@ -75,6 +76,22 @@ def scene_files(
     for a mask of another size than the picture's, and for more than 65,535 of them."""
     labels = labels_png(masks, (image.shape[0], image.shape[1]))
     return {"caption.txt": caption.encode(), "image.png": png(image), "masks.png": labels}
+
+
+def picture_files(stem: str, content: bytes, kind: str, name: str) -> Files:
+    """A picture's file under the name of a part: its own bytes, or PNG where no sample has its
+    ``kind``."""
+    if kind in _AS_THEY_ARE:
+        return {f"{stem}.{_AS_THEY_ARE[kind]}": content}
+    return {f"{stem}.png": png(np.array(open_picture(content, name).convert("RGB")))}
+
+
+def key_of(name: str) -> str:
+    """A sample's key of a file's name: without its extension; folders stay. DataError for a name
+    that leaves its folder."""
+    if name.startswith("/") or ".." in name.split("/"):
+        raise DataError(f"{name} leaves the folder that it is in")
+    return name.rpartition(".")[0] or name
 
 
 def words_json(words: Sequence[str]) -> Files:

@@ -22,12 +22,11 @@ from ...errors import DataError
 from .. import paths
 from ..convert import Filtered, Made, each
 from ..outlines import mask_of
-from ..pictures import open_picture, png, size_of
-from ..shards import Files, words_json
+from ..pictures import png, size_of
+from ..shards import Files, key_of, picture_files, words_json
 from .options import add_common, convert
 
 _GROUPS = ("iscrowd", "isgroupof", "IsGroupOf", "is_group_of", "ignore")
-_AS_THEY_ARE = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "MPO": "jpg"}
 # How Pillow turns a picture by the note of its camera.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -121,22 +120,6 @@ def _paint(
         found = [one for one, there in zip(found, kept, strict=True) if there]
     columns = labels.reshape(size[1], size[0])
     return np.ascontiguousarray(columns.T), [word for _, _, word in found]
-
-
-def picture_files(stem: str, content: bytes, kind: str, name: str) -> Files:
-    """A picture's file under the name of a part: its own bytes, or PNG where no sample has its
-    ``kind``."""
-    if kind in _AS_THEY_ARE:
-        return {f"{stem}.{_AS_THEY_ARE[kind]}": content}
-    return {f"{stem}.png": png(np.array(open_picture(content, name).convert("RGB")))}
-
-
-def key_of(name: str) -> str:
-    """A sample's key of a file's name: without its extension; folders stay. DataError for a name
-    that leaves its folder."""
-    if name.startswith("/") or ".." in name.split("/"):
-        raise DataError(f"{name} leaves the folder that it is in")
-    return name.rpartition(".")[0] or name
 
 
 def listed(words: Sequence[str]) -> str:

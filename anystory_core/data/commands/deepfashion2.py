@@ -20,8 +20,7 @@ from .. import paths
 from ..convert import Made, Unread, each
 from ..outlines import mask_of
 from ..pictures import size_of
-from ..shards import Files, mask_png, words_json
-from .coco import picture_files
+from ..shards import Files, mask_png, picture_files, words_json
 from .options import add_common, convert
 
 _THREADS = 16  # that read small files

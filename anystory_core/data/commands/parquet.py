@@ -21,8 +21,7 @@ from .. import paths
 from ..convert import DAMAGED, Filtered, LeftOut, Made, Unread, each
 from ..libraries import library
 from ..pictures import open_picture, png, size_of
-from ..shards import Files
-from .coco import picture_files
+from ..shards import Files, picture_files
 from .options import add_common, convert
 
 

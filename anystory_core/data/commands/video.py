@@ -20,8 +20,7 @@ from .. import paths
 from ..convert import Filtered, LeftOut, Made, each
 from ..films import Cut, Frame, shots
 from ..pictures import open_picture, png
-from ..shards import Files
-from .coco import key_of
+from ..shards import Files, key_of
 from .options import add_common, convert
 
 FILMS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts")

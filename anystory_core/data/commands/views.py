@@ -21,8 +21,7 @@ from ..convert import Made, each
 from ..parts import PICTURES
 from ..pictures import png, size_of
 from ..render import MODELS, Look, render
-from ..shards import Files, mask_png
-from .coco import picture_files
+from ..shards import Files, mask_png, picture_files
 from .options import add_common, convert
 
 _ENDINGS = tuple(f".{extension}" for extension in PICTURES)

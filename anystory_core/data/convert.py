@@ -205,8 +205,8 @@ def _in_processes(
                 yield unit.shard, pool.submit(_work, unit, out, command).result()
             except BrokenProcessPool as error:
                 raise DataError(
-                    f"{unit.shard}: the process that makes it dies, and by no single item; is there "
-                    "enough memory? Fewer --workers need less"
+                    f"{unit.shard}: the process that makes it dies, and by no single item; is "
+                    "there enough memory? Fewer --workers need less"
                 ) from error
 
 

@@ -19,8 +19,8 @@ Mask = NDArray[np.bool_]
 
 def mask_of(segmentation: Any, size: tuple[int, int]) -> Mask:
     """A COCO ``segmentation`` for a picture of (height, width): polygons [[x0,y0,x1,...],...], or a
-    table of ``size`` and ``counts``, a list of run lengths or their compressed text. The mask lies in
-    memory column by column, as pycocotools has it. DataError."""
+    table of ``size`` and ``counts``, a list of run lengths or their compressed text. The mask lies
+    in memory column by column, as pycocotools has it. DataError."""
     if isinstance(segmentation, Mapping):
         return _of_runs(cast("Mapping[str, Any]", segmentation), size)
     if isinstance(segmentation, list):

@@ -1,7 +1,6 @@
 """Command line of the trainer.
 
     python -m anystory_core.training RUN.toml            train, or go on training
-    python -m anystory_core.training check DATA...       look through training data
     python -m anystory_core.training merge A B... OUT    join the files of stage 1 and stage 2; with
                                                          --dtype fp16 or bf16 also in half the size
 
@@ -20,15 +19,9 @@ from ..errors import AnyStoryError
 def main(arguments: list[str]) -> int:
     """Run one command; errors meant for the user are one line and exit code 1."""
     try:
-        if len(arguments) >= 2 and arguments[0] == "check":
-            from ..data.check import check
-
-            report, good = check(arguments[1:])
-            print(report)
-            return 0 if good else 1
         if len(arguments) >= 3 and arguments[0] == "merge":
             return _merge(arguments[1:])
-        if len(arguments) == 1 and arguments[0] not in ("check", "merge", "-h", "--help"):
+        if len(arguments) == 1 and arguments[0] not in ("merge", "-h", "--help"):
             from .config import load_config
             from .loop import Trainer
 

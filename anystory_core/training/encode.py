@@ -110,8 +110,10 @@ def run(options: argparse.Namespace) -> int:
     if not config.data.cache:
         raise ConfigError(f"{options.run}: data.cache is not set; name the folder of the encodings")
     encode = Encode(config, options.batch)
-    folder = encode.encodings.folder
+    folder = encode.encodings.folder  # by the fingerprint of the networks
     assert folder is not None
+    if options.workers > 1 or options.ray:
+        encode = Encode(config, options.batch)  # each process loads them for itself
     items = list(Index.of(config.data.paths))
     settings = {"resolution": config.data.resolution, "mirror": config.data.mirror}
     step = Step("encode", {"data": list(config.data.paths)}, settings, len(items))

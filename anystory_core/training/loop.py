@@ -54,7 +54,9 @@ class Trainer:
         self.frozen = load_frozen(config.base)
         dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         self.frozen.to(self.accelerator.device, dtypes[run.precision])
-        self.dataset = SampleDataset(Index.of(config.data.paths), config, self.frozen.config)
+        with self.accelerator.main_process_first():  # which leaves the index to the others
+            index = Index.of(config.data.paths)
+        self.dataset = SampleDataset(index, config, self.frozen.config)
         self.encodings = Encodings(self.frozen, config)
         self.alphas = alphas_cumprod()
         self.bad = BadSamples(say)

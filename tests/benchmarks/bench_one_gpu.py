@@ -26,15 +26,17 @@ import torch
 from PIL import Image
 
 from anystory_core.data.index import Index
-from anystory_core.training.batches import Batch
 from anystory_core.training.config import load_config
+from anystory_core.training.dataset import SampleDataset
+from anystory_core.training.hosts.unet import UNetInputs
 from anystory_core.training.loop import Trainer
 from anystory_core.training.stages import Noised
 from anystory_core.weights.checkpoint import load_model, save_model
-from lab import emoji, public, shipped
-from lab.folder import write_base_folder
+from lab.files import public, shipped
+from lab.files.folder import write_base_folder
 from lab.stages import SUBJECT_FILE
-from lab.world import pool_of, render_scene
+from lab.world import emoji
+from lab.world.render import pool_of, render_scene
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMESTEP = 500
@@ -145,22 +147,24 @@ def write_coco(folder: Path, kinds: Sequence[Any], count: int) -> None:
 def overlap(work: Path, trainer: Trainer, count: int) -> float:
     """Mean overlap of the masks that the mean map over all blocks gives with the true ones, at
     timestep 500 with fixed noise: one less what ``mean_weight`` weighs."""
-    config = replace(
-        trainer.config, data=replace(trainer.config.data, paths=(str(work / "held_out"),))
+    config = trainer.config
+    data = replace(config.data, paths=(str(work / "held_out"),))
+    plain = replace(config.augment, rotate=0, crop=0, pad=0, flip=0)
+    dataset = SampleDataset(
+        Index.of(data.paths), replace(config, data=data, augment=plain), trainer.frozen.config
     )
-    plain = replace(config, augment=replace(config.augment, rotate=0, crop=0, pad=0, flip=0))
-    dataset = type(trainer.dataset)(Index.of(plain.data.paths), plain, trainer.base.config)
     total = 0.0
     for number in range(count):
-        batch = Batch.of([dataset[number]])
+        batch = dataset[number]
         clean = trainer.encodings.latents(batch, batch.target.device)
         text, pooled = trainer.encodings.text(batch, batch.target.device)
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(number))
         alpha = trainer.alphas[TIMESTEP].float()
         latents = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         steps = torch.full((1,), TIMESTEP)
-        noised = Noised(latents, noise, steps, text, pooled, batch.time_ids, (number,))
-        total += 1 - float(trainer.stage(batch, noised)["mean_route"])
+        inputs = UNetInputs(latents, steps, text, pooled, batch.time_ids)
+        losses = trainer.stage(batch, Noised(inputs, noise, (number,)))
+        total += 1 - float(losses["mean_route"])
     return total / count
 
 

@@ -97,8 +97,7 @@ class _Shot:
             ):
                 kept.append(frame)
         count = min(len(kept), self._settings.views)
-        chosen = np.linspace(0, len(kept) - 1, count).round().astype(int) if count else []
-        return [kept[i] for i in chosen]
+        return [kept[round(float(i))] for i in np.linspace(0, len(kept) - 1, count)]
 
 
 def _differ(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:

@@ -6,9 +6,10 @@ fsspec is needed by nobody else.
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,7 +34,7 @@ def name_of(path: str) -> str:
 
 
 @contextmanager
-def _store() -> Iterator[None]:
+def _store() -> Generator[None, None, None]:
     """Each store has exceptions of its own, none of them the operating system's."""
     try:
         yield
@@ -46,9 +47,7 @@ def _store() -> Iterator[None]:
 def filesystem(path: str) -> tuple[Any, str]:
     """fsspec's file system of a remote path, and the path as that file system calls it."""
     try:
-        import fsspec.core
-
-        found: Any = cast(Any, fsspec.core).url_to_fs(path)
+        found: Any = importlib.import_module("fsspec.core").url_to_fs(path)
     except ImportError as error:
         raise DataError(
             f"{path}: {error}. Install what its protocol needs, such as "
@@ -154,7 +153,7 @@ def make_folder(path: str) -> None:
 
 
 @contextmanager
-def writing(path: str) -> Iterator[Path]:
+def writing(path: str) -> Generator[Path, None, None]:
     """A local path to write to; when the block ends well the file is at ``path``, whole, and after
     an error nothing is. DataError when the disk or the store refuses."""
     if is_remote(path):
@@ -190,7 +189,7 @@ def write(path: str, content: bytes) -> None:
 
 
 @contextmanager
-def local_copy(path: str) -> Iterator[str]:
+def local_copy(path: str) -> Generator[str, None, None]:
     """The path itself; of a remote one, a copy that lives as long as the block."""
     if not is_remote(path):
         yield path

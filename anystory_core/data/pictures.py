@@ -41,10 +41,10 @@ def to_tensor(image: Image.Image) -> Tensor:
 
     if _is_deep(image):
         grey = np.asarray(image).astype(np.float32) / 65535
-        return torch.from_numpy(grey.clip(0, 1))[..., None].expand(-1, -1, 3)
+        return torch.as_tensor(grey.clip(0, 1))[..., None].expand(-1, -1, 3)
     transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     converted = image.convert("RGBA" if transparent else "RGB")
-    return torch.from_numpy(np.array(converted)).float() / 255
+    return torch.as_tensor(np.array(converted)).float() / 255
 
 
 def on_white(picture: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -61,14 +61,14 @@ def soft_mask(image: Image.Image, name: str) -> Tensor:
     import torch
 
     if _is_deep(image):
-        return torch.from_numpy(np.asarray(image).astype(np.float32) / 65535).clamp(0, 1)
+        return torch.as_tensor(np.asarray(image).astype(np.float32) / 65535).clamp(0, 1)
     values = np.array(image if image.mode == "L" else image.convert("L"))
     if values.max() == 1:
         raise DataError(
             f"{name} has the values 0 and 1, of which 1 is as black as 0 in a picture of 0 to "
             "255; multiply it by 255"
         )
-    return torch.from_numpy(values).float() / 255
+    return torch.as_tensor(values).float() / 255
 
 
 def instance_labels(image: Image.Image, name: str) -> NDArray[np.int64]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import safetensors.numpy
 
 from ..errors import DataError
 from . import paths
@@ -155,7 +156,9 @@ def _collect(source: str, shards: bool, files: Iterator[tuple[str, int, int]]) -
             strays.append(name)
         else:
             samples[key].append((name[len(key) + 1 :], block, size))
-    columns = {name: array(np.dtype(kind).char) for name, kind in _TYPES.items() if name != "keys"}
+    columns: dict[str, array[int]] = {
+        name: array(np.dtype(kind).char) for name, kind in _TYPES.items() if name != "keys"
+    }
     keys = bytearray()
     suffixes: dict[tuple[str, ...], int] = {}
     for key, found in sorted(samples.items()):
@@ -245,8 +248,6 @@ def _part(scan: Scan, source: int, shard: str) -> Scan:
 
 
 def _write_index(index: str, scan: Scan, stamps: list[list[Any]]) -> None:
-    from safetensors.numpy import save_file
-
     notes = {
         "version": _VERSION,
         "shards": json.dumps(stamps),
@@ -255,7 +256,7 @@ def _write_index(index: str, scan: Scan, stamps: list[list[Any]]) -> None:
     }
     arrays = {name: np.ascontiguousarray(a) for name, a in scan.arrays.items()}
     with paths.writing(index) as file:
-        save_file(arrays, file, metadata=notes)
+        cast(Any, safetensors.numpy).save_file(arrays, file, metadata=notes)
 
 
 def _read_index(index: str) -> tuple[Scan, list[list[Any]]] | None:

@@ -62,7 +62,7 @@ def decode(entry: Entry, views: tuple[str, str] | None = None) -> Raw:
         return _pair(entry, "reference", "target", caption)
     target, _ = pictures.on_white(_picture(entry, "image"))
     labels = _labels(entry, (target.shape[0], target.shape[1]))
-    numbers = [int(n) for n in cast(Any, labels.unique()).tolist() if n]
+    numbers = [int(n) for n in cast(Any, labels).unique().tolist() if n]
     masks = [(labels == n).float() for n in numbers]
     stacked = torch.stack(masks) if masks else torch.zeros(0, *labels.shape)
     return Raw(entry.key, caption, target, stacked)
@@ -200,7 +200,7 @@ def _labels(entry: Entry, size: tuple[int, int]) -> Tensor:
     )
     if labels.shape != size:
         raise DataError(f"{name} is {tuple(labels.shape)}, the picture {size}")
-    return torch.from_numpy(labels)
+    return torch.as_tensor(labels)
 
 
 @dataclass

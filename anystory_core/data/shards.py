@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -163,7 +163,7 @@ class _Empty(Exception):
 
 
 @contextmanager
-def open_shard(path: str) -> Iterator[Shard]:
+def open_shard(path: str) -> Generator[Shard, None, None]:
     """A shard to add samples to; it lies at ``path`` when the block ends well and there are any."""
     try:
         with paths.writing(path) as file:

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, cast
 
 from ...config import from_dict
 from ...errors import DataError
@@ -117,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
 def read_config(path: str) -> CaptionSettings:
     """DataError: no TOML; ConfigError: a key or value that is none."""
     try:
-        table = cast("dict[str, Any]", tomllib.loads(paths.read(path).decode()))
+        table = tomllib.loads(paths.read(path).decode())
     except (OSError, ValueError) as error:
         raise DataError(f"--config: {path} is no TOML file ({error})") from error
     return from_dict(CaptionSettings, table, paths.name_of(path))

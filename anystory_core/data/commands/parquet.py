@@ -219,7 +219,8 @@ def run(options: argparse.Namespace) -> int:
         raise DataError("name --halves, or --reference and --target, and not both")
     settings = {name: getattr(options, name) for name in _SETTINGS}
     limits = tuple(_limit(text) for text in options.at_least)
-    columns = Columns(**{**settings, "at_least": limits})
+    named: dict[str, Any] = {**settings, "at_least": limits}
+    columns = Columns(**named)
     files: list[str] = []
     for path in options.files:
         files += paths.list_files(path, (".parquet",)) if paths.is_folder(path) else [path]

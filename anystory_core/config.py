@@ -11,7 +11,7 @@ import math
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from .errors import ConfigError
 
@@ -92,11 +92,73 @@ class RouterConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class GroundingConfig:
+    """Queries made of a phrase (a pooled text state of ``phrase_dim`` numbers) and a box, whose
+    four numbers enter as sine and cosine of ``frequencies`` frequencies
+    (:mod:`.subject.grounding`)."""
+
+    phrase_dim: int = 768
+    frequencies: int = 8
+
+    def __post_init__(self) -> None:
+        bounded(self, LARGEST, "phrase_dim", "frequencies")
+
+    @property
+    def box_dim(self) -> int:
+        """Numbers that a box becomes."""
+        return 4 * 2 * self.frequencies
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipBranchConfig:
+    """How the CLIP branch (Eq. 2 and 5) was trained, where public weights differ from the paper.
+
+    gate: the second term of Eq. 5 is multiplied by a gate that reads the text's attention
+    (:func:`.injection.equations.text_gate`). grounding: subject tokens depend on the label and the
+    subject's box; None: on the picture alone. background: E_{N+1} acts outside the subjects, and in
+    unconditional rows; False: nothing does. fit: how a subject's crop becomes square for CLIP, with
+    padding or stretched from its box. outside: what is outside its mask, 0 after normalisation or a
+    colour. strength: eta of Eq. 5 when the user's strength is 1.
+    """
+
+    gate: bool = False
+    grounding: GroundingConfig | None = None
+    background: bool = True
+    fit: Literal["pad", "stretch"] = "pad"
+    outside: Literal["zero", "black", "white"] = "zero"
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.strength <= 100:
+            raise ConfigError(
+                f"ClipBranchConfig.strength: got {self.strength}, expected above 0, at most 100"
+            )
+
+
+def later(default: T) -> T:
+    """A field that older files do not have: it may be missing from a complete table, and
+    :func:`to_dict` leaves it out at its default."""
+    return dataclasses.field(default=default, metadata={"later": True})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain tables that :func:`from_dict` reads back."""
+    table: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.metadata.get("later") and value == field.default:
+            continue
+        plain = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        table[field.name] = to_dict(value) if plain else value
+    return table
+
+
 def from_dict(kind: type[T], data: object, where: str, *, complete: bool = False) -> T:
     """Build the dataclass ``kind`` from plain ``data``.
 
-    Unknown keys are refused with the known ones; with ``complete``, so are missing ones. ``where``
-    is the dotted name shown in messages.
+    Unknown keys are refused with the known ones; with ``complete``, so are missing ones, but for
+    those of :func:`later`. ``where`` is the dotted name shown in messages.
     """
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: got {type(data).__name__}, expected a table of values")
@@ -109,7 +171,7 @@ def from_dict(kind: type[T], data: object, where: str, *, complete: bool = False
     required = [
         name
         for name, f in fields.items()
-        if complete
+        if (complete and not f.metadata.get("later"))
         or (f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING)
     ]
     missing = sorted(set(required) - set(entries))

@@ -20,11 +20,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m anystory_core.convert",
-        description="Make an AnyStory file from an SDXL checkpoint and IP-Adapter Plus.",
+        description="Make an AnyStory file from an SDXL checkpoint and a public adapter.",
     )
     parser.add_argument("--checkpoint", help="SDXL .safetensors, or a diffusers folder")
     parser.add_argument(
-        "--ip-adapter", required=True, help="such as ip-adapter-plus_sdxl_vit-h.safetensors"
+        "--ip-adapter",
+        required=True,
+        help="ip-adapter-plus_sdxl_vit-h.safetensors, MIP-Adapter's model_sdxl_plus.bin or "
+        "MS-Diffusion's ms_adapter.bin",
     )
     parser.add_argument("--out", required=True, help="models/anystory/NAME.safetensors")
     parser.add_argument(
@@ -33,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=REFERENCE_NETS[0],
         help="simplified: without cross-attention; original: with it, and the label's text; "
         "none: IP-Adapter alone, no checkpoint needed (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-gate", action="store_true", help="MIP-Adapter without the gate that reads the text"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="default: %(default)s")
     parser.add_argument(
@@ -47,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given.out,
             config=config,
             reference_net=given.reference_net,
+            gate=not given.no_gate,
             dtype=DTYPES[given.dtype],
         )
     except AnyStoryError as error:

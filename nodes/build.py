@@ -1,4 +1,4 @@
-"""BuildAnyStory: an SDXL checkpoint and IP-Adapter Plus -> a file in models/anystory."""
+"""BuildAnyStory: an SDXL checkpoint and a public adapter -> a file in models/anystory."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from comfy_api.latest import io
 from ..anystory_core.errors import AnyStoryError, CheckpointError
 from ..anystory_core.file_names import EXTENSION, check_name
 from ..anystory_core.weights.convert.conversion import REFERENCE_NETS, convert
+from ..anystory_core.weights.convert.pickles import SUFFIXES
 from ..anystory_core.weights.convert.target import DTYPES
 from .host import ids
 from .host.saying import say
@@ -25,8 +26,9 @@ folder_paths.add_model_folder_path(ADAPTERS, os.path.join(folder_paths.models_di
 
 
 def _listed(folder: str) -> list[str]:
-    """The folder's safetensors files: no other kind is ever opened."""
-    return [n for n in folder_paths.get_filename_list(folder) if n.endswith(".safetensors")]
+    """The folder's files that the converter opens: of checkpoints safetensors alone."""
+    kinds = (".safetensors", *SUFFIXES) if folder == ADAPTERS else (".safetensors",)
+    return [n for n in folder_paths.get_filename_list(folder) if n.endswith(kinds)]
 
 
 class BuildAnyStory(io.ComfyNode):
@@ -38,10 +40,11 @@ class BuildAnyStory(io.ComfyNode):
             node_id="BuildAnyStory",
             display_name="Build AnyStory from Public Weights",
             category=ids.CATEGORY,
-            description="Makes an AnyStory file from an SDXL checkpoint and IP-Adapter Plus, "
-            "without training: likeness from IP-Adapter, detail from the U-Net itself. It holds no "
-            "router: use Subject Router in the mode text or masks.",
-            search_aliases=["convert", "ip-adapter"],
+            description="Makes an AnyStory file from an SDXL checkpoint and a public adapter "
+            "(IP-Adapter Plus, MIP-Adapter or MS-Diffusion), without training: likeness from the "
+            "adapter, detail from the U-Net itself. It holds no router: use Subject Router in the "
+            "mode text or masks.",
+            search_aliases=["convert", "ip-adapter", "mip-adapter", "ms-diffusion"],
             is_output_node=True,
             inputs=[
                 io.Combo.Input(
@@ -52,7 +55,9 @@ class BuildAnyStory(io.ComfyNode):
                 io.Combo.Input(
                     "ip_adapter",
                     options=_listed(ADAPTERS),
-                    tooltip="ip-adapter-plus_sdxl_vit-h.safetensors, in models/ipadapter.",
+                    tooltip="ip-adapter-plus_sdxl_vit-h.safetensors, MIP-Adapter's "
+                    "model_sdxl_plus.bin or MS-Diffusion's ms_adapter.bin, in models/ipadapter. "
+                    "The node recognises which it is.",
                 ),
                 io.String.Input(
                     "name",
@@ -66,7 +71,7 @@ class BuildAnyStory(io.ComfyNode):
                     options=list(REFERENCE_NETS),
                     default=REFERENCE_NETS[0],
                     tooltip="simplified: the paper's, without cross-attention. original: with it; "
-                    "Encode Subject then needs the clip. none: IP-Adapter alone, 0.85 GB.",
+                    "Encode Subject then needs the clip. none: the adapter alone, 0.85 GB.",
                 ),
                 io.Combo.Input(
                     "precision",

@@ -202,7 +202,8 @@ class Call:
             # together.
             rows = tuple(sorted(cond + uncond))
             ids = self._spread(route.ids[: len(cond)], tuple(map(rows.index, cond)), len(rows))
-            return add(text, rows, self._routed_clip(take(q, rows), conditions, ids, attend))
+            term = self._routed_clip(take(q, rows), conditions, ids, attend)
+            return self._added(index, text, rows, term)
         terms: list[Tensor] = []
         if route is not None and cond:
             ids = route.ids[: len(cond)]
@@ -212,7 +213,16 @@ class Call:
             terms.append(equations.clip_everywhere(own, background.to(q), self._eta[-1], attend))
         if not terms:
             return text
-        return add(text, cond + uncond, terms[0] if len(terms) == 1 else torch.cat(terms))
+        term = terms[0] if len(terms) == 1 else torch.cat(terms)
+        return self._added(index, text, cond + uncond, term)
+
+    def _added(self, index: int, text: Tensor, rows: tuple[int, ...], term: Tensor) -> Tensor:
+        """``text`` (B,Q,D) and Eq. 5's second term (b,Q,D) of these rows, gated where the weights
+        have a gate. Where another pack has run attn2 already, ``text`` is 0 and the gate 1."""
+        gate = self.prepared.conditions[index - 1].gate
+        if gate is not None:
+            term = term * equations.text_gate(take(text, rows), gate).to(term)
+        return add(text, rows, term)
 
     def _routed_clip(
         self, q: Tensor, conditions: Candidates, ids: Tensor, attend: Attend

@@ -113,6 +113,15 @@ def clip_everywhere(
     return out if strength == 1 else out * strength
 
 
+def text_gate(text: Tensor, weight: Tensor) -> Tensor:
+    """MIP-Adapter's gate of the second term of Eq. 5: ``sigmoid(T_u . w)``, over its mean over the
+    tokens u. text (B,Q,D) is the text attention's output, weight (1,D) -> (B,Q,1), float32 or
+    wider."""
+    wide = torch.promote_types(text.dtype, torch.float32)
+    gate = torch.sigmoid((text @ weight.to(text).t()).to(wide))
+    return gate / gate.mean(dim=1, keepdim=True)
+
+
 def reference_by_region(
     q: Tensor,
     own: KeyValue,

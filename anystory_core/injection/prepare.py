@@ -14,6 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..bases.base import Site
+from ..config import ClipBranchConfig
 from ..errors import RoutingError
 from ..routing.sources import RouteSource
 from ..routing.words import TextRoutes
@@ -43,6 +44,8 @@ class InjectionModel(Protocol):
     def sites(self) -> Sequence[Site]: ...
     @property
     def projections(self) -> Projections: ...
+    @property
+    def clip_branch(self) -> ClipBranchConfig: ...
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class SiteConditions:
 
     clip: Candidates
     reference: Candidates
+    gate: Tensor | None = None  # (1,d): how Eq. 5's second term reads the text's attention
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,11 @@ def project(
     """
     conditions: list[SiteConditions] = []
     for site in sites:
-        clip = reference = None
+        clip = reference = gate = None
         if projections.clip is not None:
             clip = projections.clip.at(site.index)
+            if clip.gate is not None:
+                gate = clip.gate.weight.clone()  # the module goes back to where it is kept
         if projections.reference is not None and site.index > 1:
             reference = projections.reference.at(site.index)
         conditions.append(
@@ -108,6 +114,7 @@ def project(
                         for g in features
                     ]
                 ),
+                gate,
             )
         )
     return tuple(conditions)
@@ -129,8 +136,10 @@ def prepare_subjects(
         )
     if not subjects:
         raise RoutingError("routing: got no subject, expected at least one")
-    background = subjects[0].background_tokens if settings.strength > 0 else None
-    strengths = [settings.strength * s.options.strength for s in subjects]
+    branch = model.clip_branch
+    overall = branch.strength * settings.strength
+    background = subjects[0].background_tokens if overall > 0 and branch.background else None
+    strengths = [overall * s.options.strength for s in subjects]
     biases = [_log(settings.reference_strength * s.options.reference_strength) for s in subjects]
     tokens: list[Tensor | None] = [
         s.tokens[None] if s.tokens is not None and eta > 0 else None
@@ -145,7 +154,7 @@ def prepare_subjects(
     return PreparedSubjects(
         conditions,
         source,
-        (*strengths, settings.strength),
+        (*strengths, overall),
         (*biases, -math.inf),
         settings.keep_references_in_uncond,
         agree,

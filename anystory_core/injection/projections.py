@@ -11,13 +11,24 @@ from .keys import KeyValue
 
 
 class Projection(nn.Module):
-    """Key and value maps of one block for subject features."""
+    """Key and value maps of one block for subject features; with ``gate``, the map of the text's
+    attention to :func:`.equations.text_gate`."""
 
-    def __init__(self, inputs: int, width: int, operations: Any, dtype: Any, device: Any) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        operations: Any,
+        dtype: Any,
+        device: Any,
+        *,
+        gate: bool = False,
+    ) -> None:
         super().__init__()
         kw: dict[str, Any] = {"bias": False, "dtype": dtype, "device": device}
         self.to_k = operations.Linear(inputs, width, **kw)
         self.to_v = operations.Linear(inputs, width, **kw)
+        self.gate = operations.Linear(width, 1, **kw) if gate else None
 
     def forward(self, x: Tensor) -> KeyValue:
         """(R,T,inputs) -> keys and values (R,T,width)."""
@@ -28,11 +39,18 @@ class ProjectionTable(nn.Module):
     """One :class:`Projection` per site, under the site's number."""
 
     def __init__(
-        self, shapes: Sequence[tuple[int, int, int]], operations: Any, dtype: Any, device: Any
+        self,
+        shapes: Sequence[tuple[int, int, int]],
+        operations: Any,
+        dtype: Any,
+        device: Any,
+        *,
+        gate: bool = False,
     ) -> None:
         super().__init__()
         for index, inputs, width in shapes:
-            self.add_module(str(index), Projection(inputs, width, operations, dtype, device))
+            projection = Projection(inputs, width, operations, dtype, device, gate=gate)
+            self.add_module(str(index), projection)
 
     def at(self, index: int) -> Projection:
         """The projection of block ``index``."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..injection import equations
 from ..injection.call import BlockRoute, Call
-from ..injection.rows import add, take
+from ..injection.rows import take
 from ..routing.grids import SoftMaps
 
 
@@ -52,7 +52,7 @@ class TrainingCall(Call):
         given = conditions.given([eta > 0 for eta in self._eta], own)
         attend = self._attend(index)
         term = equations.clip_dense(own, given, self._eta, weights[: len(cond)], attend)
-        return add(text, cond, term)
+        return self._added(index, text, cond, term)
 
 
 def straight_through(logits: Tensor, seeds: Sequence[int]) -> Tensor:

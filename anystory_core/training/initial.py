@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..bases.sdxl.config import AnyStoryConfig
 from ..bases.sdxl.names import ldm_to_diffusers
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..weights.checkpoint import load_model, read_header
 from ..weights.convert.adapters import open_adapter
 from ..weights.convert.plan import plan_tensors
@@ -98,11 +98,17 @@ def _copy(projection: Any, unet: dict[str, Tensor], path: str) -> None:
 
 
 def with_ip_adapter_sizes(base: AnyStoryConfig, path: str | Path) -> AnyStoryConfig:
-    """``base`` with an IP-Adapter Plus file's QFormer. CheckpointError names another file."""
+    """``base`` with an adapter file's CLIP branch. CheckpointError names another file."""
     adapter = open_adapter(Path(path), base)
     with adapter.source:
-        qformer = adapter.qformer(base.subject_qformer.head_dim)
-    return dataclasses.replace(base, subject_qformer=qformer)
+        adapter.check_face()
+        config = adapter.config(base)
+    if config.clip_branch.grounding is not None:
+        raise CheckpointError(
+            f"{Path(path).name}: it is {adapter.kind}, whose queries this training does not give a "
+            "box; give IP-Adapter Plus or MIP-Adapter"
+        )
+    return config
 
 
 def load_ip_adapter(model: AnyStoryModel, path: str | Path) -> None:

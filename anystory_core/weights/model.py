@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..bases.sdxl.config import AnyStoryConfig
 from ..bases.sdxl.reference_net import ReferenceNet
 from ..bases.sdxl.sites import UNetSite, build_sites
+from ..config import ClipBranchConfig
 from ..errors import ConfigError
 from ..injection.projections import Projections, ProjectionTable
 from ..routing.router import Routers
@@ -63,6 +64,11 @@ class AnyStoryModel:
         }
 
     @property
+    def clip_branch(self) -> ClipBranchConfig:
+        """How the CLIP branch was trained."""
+        return self.config.clip_branch
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """Names of the parts that are there, in the order of :data:`PARTS`."""
         there = {
@@ -94,8 +100,12 @@ def build_model(
     def qformer(part: str, shape: Any) -> QFormer | None:
         return QFormer(shape, input_dim=config.clip.width, **kw) if part in parts else None
 
-    def table(part: str, shapes: list[tuple[int, int, int]]) -> ProjectionTable | None:
-        return ProjectionTable(shapes, operations, dtype, device) if part in parts else None
+    def table(
+        part: str, shapes: list[tuple[int, int, int]], gate: bool = False
+    ) -> ProjectionTable | None:
+        if part not in parts:
+            return None
+        return ProjectionTable(shapes, operations, dtype, device, gate=gate)
 
     context = config.unet.context_dim
     clip = [(site.index, context, site.channels) for site in sites]
@@ -111,7 +121,8 @@ def build_model(
             qformer("routing_encoder", config.routing_qformer),
         ),
         projections=Projections(
-            table("clip_projections", clip), table("reference_projections", reference)
+            table("clip_projections", clip, config.clip_branch.gate),
+            table("reference_projections", reference),
         ),
         reference_net=ReferenceNet(config, **kw) if "reference_net" in parts else None,
         routers=routers,

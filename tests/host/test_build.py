@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from public_weights import adapter_state, diffusers_unet, ldm_state, save, small_config
+from public_weights import (
+    adapter_state,
+    diffusers_unet,
+    ldm_state,
+    save,
+    save_pickle,
+    small_config,
+    with_gates,
+)
 from scene import Scene, module
 
 GIVEN = {
@@ -131,13 +139,26 @@ def test_its_bar_ends_full(scene: Scene, small: dict[str, Path]) -> None:
         seen.clear()
 
 
+def test_it_recognises_the_adapter(scene: Scene, small: dict[str, Path]) -> None:
+    """A file of torch.save, and another kind than the usual one, which the node says."""
+    config = small_config()
+    names = list(diffusers_unet(config).attn_processors)
+    save_pickle(small["ipadapter"] / "mip.bin", with_gates(adapter_state(names, config)))
+    shown = Queue(scene).run(ip_adapter="mip.bin")
+    assert shown is not None and "mip.bin is MIP-Adapter" in shown
+    loaded = scene.pack.LoadAnyStory.execute("made.safetensors").args[0]
+    assert loaded.model.config.clip_branch.gate
+
+
 def test_what_is_refused(scene: Scene, folders: dict[str, Path]) -> None:
     """The node finds both files in the host's folders, and names what they are instead."""
     build = module("anystory_pack.nodes.build")
     save(folders["checkpoints"] / "base.safetensors", {"x": torch.zeros(1)})
     shutil.copy(folders["checkpoints"] / "base.safetensors", folders["ipadapter"])
-    (folders["ipadapter"] / "c.bin").write_bytes(b"x")
-    assert build._listed("ipadapter") == ["base.safetensors"]
+    for folder in ("ipadapter", "checkpoints"):
+        (folders[folder] / "c.bin").write_bytes(b"x")
+    assert build._listed("ipadapter") == ["base.safetensors", "c.bin"]
+    assert build._listed("checkpoints") == ["base.safetensors"]
     given = {**GIVEN, "ip_adapter": "base.safetensors"}
     error = scene.errors.AnyStoryError
     with pytest.raises(error, match="BuildAnyStory: base.safetensors: it is no IP-Adapter"):

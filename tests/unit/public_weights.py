@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,31 @@ def adapter_state(
             key = f"ip_adapter.{number}.{member}.weight"
             state[key] = random(config.unet.model_channels * mult, text)
     return state
+
+
+def with_gates(adapter: Mapping[str, Tensor], seed: int = 3) -> dict[str, Tensor]:
+    """An IP-Adapter Plus as MIP-Adapter: with a gate at every block."""
+    make = torch.Generator().manual_seed(seed)
+    state = dict(adapter)
+    for name, tensor in adapter.items():
+        if name.endswith("to_k_ip.weight"):
+            width = tensor.shape[0]
+            gate = torch.randn(1, width, generator=make) * 2  # large enough to be no 1
+            state[name.replace("to_k_ip", "text_to_weight")] = gate
+    return state
+
+
+def save_pickle(path: Path, state: Mapping[str, Tensor]) -> Path:
+    """The same tensors by ``torch.save``, each group of names as a table of its own."""
+    groups: dict[str, Any] = {}
+    for name, tensor in state.items():
+        group, _, rest = name.partition(".")
+        if rest:
+            groups.setdefault(group, OrderedDict())[rest] = tensor
+        else:
+            groups[group] = torch.nn.Parameter(tensor)
+    torch.save(groups, path)
+    return path
 
 
 def ldm_state(config: AnyStoryConfig, *, channels: int = 4, seed: int = 2) -> dict[str, Tensor]:

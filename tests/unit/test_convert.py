@@ -160,7 +160,8 @@ def test_a_file_made_in_the_same_way_is_kept(tmp_path, unet, adapter) -> None:
         written: list[tuple[int, int]] = []
         options = {"progress": lambda *step: written.append(step), **options}
         result, tensors = run(tmp_path, unet, adapter, **options)
-        assert result.kept == (not written)
+        # A kept file's sources are read, for their checksums, and nothing is written.
+        assert result.kept == (written[-1][0] < written[-1][1])
         assert len(tensors) == len(load_file(done.path)) and result.parts
         assert result.size == done.path.stat().st_size
         return result.kept
@@ -179,10 +180,17 @@ def test_a_file_made_in_the_same_way_is_kept(tmp_path, unet, adapter) -> None:
     assert torch.equal(changed, unet[key].half())
 
 
-def test_progress_counts_every_tensor(tmp_path, unet, adapter) -> None:
+def test_progress_counts_bytes(tmp_path, unet, adapter) -> None:
+    """Both sources read once for their checksums, and every tensor written."""
     seen: list[tuple[int, int]] = []
     _, tensors = run(tmp_path, unet, adapter, progress=lambda *step: seen.append(step))
-    assert seen == [(i + 1, len(tensors)) for i in range(len(tensors))]
+    read = sum((tmp_path / f"{name}.safetensors").stat().st_size for name in ("base", "plus"))
+    written = sum(4 * x.numel() for x in tensors.values())
+    first = 4 * next(iter(tensors.values())).numel()
+    assert {total for _, total in seen} == {read + written}
+    counts = [count for count, _ in seen]
+    assert counts == sorted(set(counts)) and counts[-1] == read + written
+    assert read in counts and read + first in counts
 
 
 def test_v_prediction_is_used_and_said(tmp_path, unet, adapter) -> None:

@@ -17,42 +17,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from anystory_core.injection.call import Call
-from anystory_core.injection.prepare import Settings, prepare_subjects
-from anystory_core.injection.rows import Rows
 from anystory_core.routing.modes import build_source
-from anystory_core.subject.subject import Subject
-from anystory_core.training.hosts.unet import dense_attention, install
-from anystory_core.weights.checkpoint import load_model
-from anystory_core.weights.convert.conversion import convert
 from anystory_core.weights.model import AnyStoryModel
 
-from .public_weights import adapter_state, diffusers_unet, save, small_config
+from .decoupled import (
+    CONFIG,
+    TOLERANCE,
+    Inputs,
+    attend,
+    attention_layers,
+    converted,
+    difference,
+    ours,
+    subject,
+    with_processors,
+)
+from .public_weights import adapter_state, diffusers_unet, save, with_gates
 
-CONFIG = small_config((0, 2, 10), middle=10)
 SCALE = 0.8
-# float64 sums in another order, through 70 blocks
-TOLERANCE = 1e-9
-
-
-class Inputs:
-    """A batch of one conditional and one unconditional row."""
-
-    def __init__(self, seed: int) -> None:
-        make = torch.Generator().manual_seed(seed)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=make, dtype=torch.float64)
-
-        self.latents = random(2, 4, 16, 16)
-        self.text = random(2, 7, CONFIG.unet.context_dim)
-        self.added = {"text_embeds": random(2, 16), "time_ids": random(2, 6)}
-        self.states = random(3, CONFIG.clip.tokens, CONFIG.clip.width)  # two pictures, then zero's
-
-    def predict(self, unet: Any, **added: Any) -> Tensor:
-        with torch.no_grad():
-            conditions = {**self.added, **added}
-            return unet(self.latents, 500, self.text, added_cond_kwargs=conditions).sample
 
 
 @pytest.fixture(scope="module")
@@ -80,55 +62,42 @@ def public(unet: Any, adapter: dict[str, Tensor]) -> Any:
     return loaded.double().eval()
 
 
-def converted(tmp_path: Path, adapter: dict[str, Tensor]) -> AnyStoryModel:
-    ip = save(tmp_path / "plus.safetensors", adapter)
-    out = tmp_path / "converted.safetensors"
-    options: dict[str, Any] = {"config": CONFIG, "reference_net": "none", "dtype": torch.float32}
-    return load_model(convert(None, ip, out, **options).path, dtype=torch.float64)
+def model_of(tmp_path: Path, adapter: dict[str, Tensor], **options: Any) -> AnyStoryModel:
+    return converted(save(tmp_path / "plus.safetensors", adapter), **options)
 
 
-def ours(
+def drawn(
     unet: Any,
     model: AnyStoryModel,
     inputs: Inputs,
     count: int,
     mode: str,
     masks: Sequence[Tensor | None],
+    strength: float = SCALE,
 ) -> Tensor:
-    """Prediction with ``count`` subjects from the converted file; row 0 is conditional."""
+    """Prediction with ``count`` subjects from the converted file."""
     with torch.no_grad():
         tokens, _ = model.encoder(inputs.states)
     assert tokens is not None
-    subjects = [
-        Subject(
-            label=f"subject {i}",
-            tokens=tokens[i],
-            features=(),
-            routing=None,
-            background_tokens=tokens[2],
-            background_routing=None,
-            cutout=torch.zeros(1, 8, 8, 3, dtype=torch.uint8),
-            fingerprint=model.fingerprint,
-        )
-        for i in range(count)
-    ]
-    with torch.no_grad():
-        source = build_source(mode, model, subjects, masks)
-        run = prepare_subjects(model, subjects, source, Settings(strength=SCALE))
-    host = copy.deepcopy(unet)
-    slot = install(host, model.sites)
-    slot.call = Call(run, Rows((0,), (1,)), (True,) * count, model.sites, dense_attention)
-    return inputs.predict(host)
+    subjects = [subject(model, tokens=tokens[i], background_tokens=tokens[2]) for i in range(count)]
+    source = build_source(mode, model, subjects, masks)
+    return ours(unet, model, inputs, subjects, source, strength)
 
 
 Regions = Callable[[int], Tensor]  # number of tokens -> weights (2 rows, 3 candidates, Q)
 
 
 class Naive:
-    """One attention layer: text, plus for each picture its own attention under its region."""
+    """One attention layer: text, plus for each picture its own attention under its region, times
+    MIP-Adapter's gate where the file has one."""
 
     def __init__(
-        self, number: int, adapter: dict[str, Tensor], tokens: Tensor, regions: Regions
+        self,
+        number: int,
+        adapter: dict[str, Tensor],
+        tokens: Tensor,
+        regions: Regions,
+        strength: float,
     ) -> None:
         self.maps = tuple(
             adapter[f"ip_adapter.{number}.{member}_ip.weight"].double()
@@ -136,43 +105,39 @@ class Naive:
         )
         self.tokens = tokens  # (3,T,C): two pictures, then the zero picture
         self.regions = regions
+        self.strength = strength
+        self.gate = adapter.get(f"ip_adapter.{number}.text_to_weight.weight")
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any
     ) -> Tensor:
         q = attn.to_q(hidden_states)
-        out = attend(q, attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states), attn)
+        text = attend(q, attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states), attn)
+        out = text
         weights = self.regions(q.shape[1])
         for i, tokens in enumerate(self.tokens):
             k, v = (tokens @ weight.T for weight in self.maps)
             term = attend(q, k.expand(2, -1, -1), v.expand(2, -1, -1), attn)
-            out = out + SCALE * weights[:, i, :, None] * term
+            if self.gate is not None:
+                open_ = 1 / (1 + torch.exp(-(text * self.gate.double()).sum(-1)))  # (B,Q)
+                term = term * (open_ / open_.mean(dim=1, keepdim=True))[..., None]
+            out = out + self.strength * weights[:, i, :, None] * term
         return attn.to_out[0](out)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, attn: Any) -> Tensor:
-    """Softmax(Q K^T / sqrt(d)) V, head by head."""
-    size = q.shape[-1] // attn.heads
-    heads: list[Tensor] = []
-    for start in range(0, q.shape[-1], size):
-        part = slice(start, start + size)
-        logits = q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(size)
-        heads.append(logits.softmax(dim=-1) @ v[..., part])
-    return torch.cat(heads, dim=-1)
-
-
 def naive(
-    unet: Any, public: Any, adapter: dict[str, Tensor], inputs: Inputs, regions: Regions
+    unet: Any,
+    public: Any,
+    adapter: dict[str, Tensor],
+    inputs: Inputs,
+    regions: Regions,
+    strength: float = SCALE,
 ) -> Tensor:
     with torch.no_grad():
         tokens = public.encoder_hid_proj.image_projection_layers[0](inputs.states)
-    host = copy.deepcopy(unet)
-    processors = dict(host.attn_processors)
-    for number, name in enumerate(processors):
-        if ".attn2." in name:
-            processors[name] = Naive(number, adapter, tokens, regions)
-    host.set_attn_processor(processors)
-    return inputs.predict(host)
+    layers = attention_layers(unet)
+    made = {n: Naive(n, adapter, tokens, regions, strength) for n in layers}
+    return with_processors(unet, inputs, made)
 
 
 def everywhere(tokens: int) -> Tensor:
@@ -183,16 +148,11 @@ def everywhere(tokens: int) -> Tensor:
     return weights
 
 
-def difference(a: Tensor, b: Tensor) -> float:
-    """Largest deviation, relative to the size of b."""
-    return float((a - b).abs().max() / b.abs().max())
-
-
 def test_one_subject_equals_the_public_method(tmp_path, unet, public, adapter, way) -> None:
     inputs = Inputs(10)
-    model = converted(tmp_path, adapter)
+    model = model_of(tmp_path, adapter)
     assert len(model.sites) == 70
-    prediction = ours(unet, model, inputs, 1, "learned", [None])
+    prediction = drawn(unet, model, inputs, 1, "learned", [None])
     expected = naive(unet, public, adapter, inputs, everywhere)
     assert difference(prediction, expected) < TOLERANCE
     # diffusers itself: its embeddings are (rows, pictures, states, width) per adapter
@@ -203,28 +163,43 @@ def test_one_subject_equals_the_public_method(tmp_path, unet, public, adapter, w
     assert difference(inputs.predict(unet), expected) > 1e-3
 
 
+CELLS = torch.tensor([[0, 0, 2, 1], [0, 2, 2, 1], [2, 2, 1, 1], [0, 2, 1, 2]])  # 2: background
+MASKS = [(i == CELLS).double().repeat_interleave(16, 0).repeat_interleave(16, 1) for i in range(2)]
+
+
+def by_cells(tokens: int) -> Tensor:
+    """Row 0: each token has the picture of its cell, or the zero one's. Row 1: the zero picture."""
+    side = math.isqrt(tokens)
+    weights = torch.zeros(2, 3, side, side, dtype=torch.float64)
+    for y in range(side):
+        for x in range(side):
+            weights[0, CELLS[y * 4 // side, x * 4 // side], y, x] = 1
+    weights[1, 2] = 1
+    return weights.flatten(2)
+
+
 def test_masks_equal_the_masked_sum(tmp_path, unet, public, adapter, way) -> None:
     """Two subjects in masks of 4x4 cells: each token gets one picture, the rest the zero one's."""
     inputs = Inputs(12)
-    cells = torch.tensor(
-        [[0, 0, 2, 1], [0, 2, 2, 1], [2, 2, 1, 1], [0, 2, 1, 2]]
-    )  # subject 0, subject 1, background
-
-    def regions(tokens: int) -> Tensor:
-        side = math.isqrt(tokens)
-        weights = torch.zeros(2, 3, side, side, dtype=torch.float64)
-        for y in range(side):
-            for x in range(side):
-                weights[0, cells[y * 4 // side, x * 4 // side], y, x] = 1
-        weights[1, 2] = 1
-        return weights.flatten(2)
-
-    masks = [
-        (cells == i).double().repeat_interleave(16, 0).repeat_interleave(16, 1) for i in range(2)
-    ]
-    prediction = ours(unet, converted(tmp_path, adapter), inputs, 2, "masks", masks)
-    expected = naive(unet, public, adapter, inputs, regions)
+    prediction = drawn(unet, model_of(tmp_path, adapter), inputs, 2, "masks", MASKS)
+    expected = naive(unet, public, adapter, inputs, by_cells)
     assert difference(prediction, expected) < TOLERANCE
+
+
+def test_mip_adapter_has_its_gate(tmp_path, unet, public, adapter, way) -> None:
+    """By default; and without, it is IP-Adapter Plus at the strength of its authors."""
+    inputs = Inputs(14)
+    file = save(tmp_path / "mip.safetensors", with_gates(adapter))
+    model = converted(file)
+    assert model.config.clip_branch.gate and model.config.clip_branch.outside == "white"
+    strength = 0.65 * SCALE
+    prediction = drawn(unet, model, inputs, 2, "masks", MASKS)
+    expected = naive(unet, public, with_gates(adapter), inputs, by_cells, strength)
+    assert difference(prediction, expected) < TOLERANCE
+    plain = drawn(unet, converted(file, gate=False), inputs, 2, "masks", MASKS)
+    ungated = naive(unet, public, adapter, inputs, by_cells, strength)
+    assert difference(plain, ungated) < TOLERANCE
+    assert difference(plain, expected) > 1e-4  # the gate is no small thing here
 
 
 @pytest.mark.parametrize(
@@ -240,6 +215,6 @@ def test_permuted_weights_break_it(tmp_path, unet, public, adapter, swap) -> Non
         a, b = (f"ip_adapter.{number}.{member}.weight" for number in swap)
         permuted[a], permuted[b] = adapter[b], adapter[a]
         assert adapter[a].shape == adapter[b].shape
-    prediction = ours(unet, converted(tmp_path, permuted), inputs, 1, "learned", [None])
+    prediction = drawn(unet, model_of(tmp_path, permuted), inputs, 1, "learned", [None])
     expected = naive(unet, public, adapter, inputs, everywhere)
     assert difference(prediction, expected) > 1e3 * TOLERANCE

@@ -7,18 +7,20 @@ contradict it. Two configurations ship: :meth:`AnyStoryConfig.sdxl` (the paper's
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 
 from ...config import (
     LARGEST,
     MOST_LAYERS,
+    ClipBranchConfig,
     ClipVisionConfig,
     QFormerConfig,
     RouterConfig,
     bounded,
     from_dict,
+    later,
+    to_dict,
 )
 from ...errors import ConfigError
 
@@ -107,6 +109,7 @@ class AnyStoryConfig:
     routing_qformer: QFormerConfig = QFormerConfig(queries=1, output_dim=1280)
     reference: ReferenceConfig = ReferenceConfig()
     router: RouterConfig = RouterConfig()
+    clip_branch: ClipBranchConfig = later(ClipBranchConfig())
 
     def __post_init__(self) -> None:
         if self.subject_qformer.output_dim != self.unet.context_dim:
@@ -161,7 +164,7 @@ class AnyStoryConfig:
 
     def to_json(self) -> str:
         """One line of JSON that :meth:`from_json` reads back to an equal object."""
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+        return json.dumps(to_dict(self), separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> AnyStoryConfig:

@@ -3,7 +3,7 @@
     python -m anystory_core.convert --checkpoint sdxl.safetensors \\
         --ip-adapter ip-adapter-plus_sdxl_vit-h.safetensors --out models/anystory/public.safetensors
 
-- subject QFormer and K^ V^ (Eq. 2, 5): those of IP-Adapter Plus;
+- subject QFormer and K^ V^ (Eq. 2, 5): those of IP-Adapter Plus, MIP-Adapter or MS-Diffusion;
 - ReferenceNet (Eq. 3): the U-Net's own layers, the mask's input channel zero;
 - K~ V~ (Eq. 6): the U-Net's own self-attention maps, so that a reference picture is attended to
   the way the picture attends to itself;
@@ -26,7 +26,7 @@ from ...errors import CheckpointError
 from ..model import PARTS
 from .adapters import open_adapter
 from .plan import plan_tensors
-from .target import Converted, Progress, check_target, make_target
+from .target import Converted, Meter, Progress, check_target, make_target
 from .unets import open_unet
 
 REFERENCE_NETS = ("simplified", "original", "none")  # Table 1's two, or IP-Adapter alone
@@ -39,18 +39,21 @@ def convert(
     *,
     config: AnyStoryConfig | None = None,
     reference_net: str = "simplified",
+    gate: bool = True,
     dtype: torch.dtype = torch.float16,
     progress: Progress | None = None,
 ) -> Converted:
-    """Write an AnyStory file from an SDXL U-Net and an IP-Adapter Plus file.
+    """Write an AnyStory file from an SDXL U-Net and a public adapter (:mod:`.adapters`).
 
     checkpoint: a single ``.safetensors`` or a diffusers folder; None only with ``reference_net``
     "none". config: sizes of the base (SDXL when None); the QFormer's own sizes are the file's.
     reference_net: "simplified" (the paper's: no cross-attention), "original" (with it; the label's
-    text is then encoded with each subject), or "none". A file that was made from the same sources
-    (by their hashes) in the same way is kept, another converted one is replaced. CheckpointError
-    names what a file is instead of what was expected, or that ``out`` is there and no converted
-    file; nothing is left behind then.
+    text is then encoded with each subject), or "none". gate: MIP-Adapter's, with it or without.
+    progress: what it raises ends the conversion.
+
+    A file that was made from the same sources (by their hashes) in the same way is kept, another
+    converted one is replaced. CheckpointError names what a file is instead of what was expected, or
+    that ``out`` is there and no converted file; nothing is left behind then.
     """
     out = Path(out)
     if reference_net not in REFERENCE_NETS:
@@ -78,19 +81,21 @@ def convert(
             made |= {"reference_net", "reference_projections"}
         parts = tuple(part for part in PARTS if part in made)
         full = dataclasses.replace(
-            base,
-            subject_qformer=adapter.qformer(base.subject_qformer.head_dim),
+            adapter.config(base, gate=gate),
             reference=dataclasses.replace(
                 base.reference, cross_attention=reference_net == "original"
             ),
         )
+        pieces = plan_tensors(full, parts, adapter, unet)
+        meter = Meter.of(pieces, dtype, sources.values(), progress)
+        adapter.check_face(meter.add)
         return make_target(
             out,
-            plan_tensors(full, parts, adapter, unet),
+            pieces,
             config=full.to_json(),
-            sources={kind: source.describe() for kind, source in sources.items()},
+            sources={kind: source.describe(meter.add) for kind, source in sources.items()},
             dtype=dtype,
             parts=parts,
-            notes=unet.notes if unet else (),
-            progress=progress,
+            notes=adapter.notes + (unet.notes if unet else ()),
+            meter=meter,
         )

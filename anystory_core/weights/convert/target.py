@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ..checkpoint import FORMAT, read_header
+from .sources import Source
 from .write import is_written, write_streaming
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SOURCE = "anystory.source."  # of the header's entries that name what a file was made from
 
-Progress = Callable[[int, int], None]  # tensors written, tensors in all
+Progress = Callable[[int, int], None]  # bytes read for checksums and written, and in all
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,33 @@ class Makes(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
     def make(self) -> Tensor: ...
+
+
+@dataclass
+class Meter:
+    """Tells ``progress`` how far a conversion is; what that raises ends it."""
+
+    progress: Progress | None
+    total: int  # bytes
+    done: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        pieces: Mapping[str, Makes],
+        dtype: torch.dtype,
+        sources: Iterable[Source],
+        progress: Progress | None,
+    ) -> Meter:
+        """All sources are read once for their checksums, and all tensors written."""
+        written = sum(torch.Size(p.shape).numel() * dtype.itemsize for p in pieces.values())
+        return cls(progress, written + sum(source.size for source in sources))
+
+    def add(self, count: int) -> None:
+        """``count`` bytes more are done."""
+        self.done += count
+        if self.progress is not None:
+            self.progress(self.done, self.total)
 
 
 def check_target(out: Path, sources: Iterable[Path]) -> None:
@@ -70,7 +98,7 @@ def make_target(
     dtype: torch.dtype,
     parts: Sequence[str],
     notes: Sequence[str] = (),
-    progress: Progress | None = None,
+    meter: Meter | None = None,
 ) -> Converted:
     """Write the tensors one by one, unless the file was made from the same in the same way.
 
@@ -82,14 +110,11 @@ def make_target(
     metadata |= {SOURCE + kind: text for kind, text in sources.items()}
     kept = is_written(out, shapes, dtype=dtype, metadata=metadata)
     if not kept:
-        done = 0
 
         def make(name: str) -> Tensor:
-            nonlocal done
             tensor = pieces[name].make()
-            done += 1
-            if progress is not None:
-                progress(done, len(pieces))
+            if meter is not None:
+                meter.add(tensor.numel() * dtype.itemsize)
             return tensor
 
         write_streaming(out, shapes, make, dtype=dtype, metadata=metadata)

@@ -21,7 +21,7 @@ from ..anystory_core.weights.fingerprint import weights_fingerprint
 from .host import ids, tensors
 from .host.managed import ManagedAnyStory, compute_dtype, load, release
 from .host.saying import say
-from .host.texts import encode_label
+from .host.texts import encode_label, encode_phrase
 
 
 def clip_states(clip_vision: Any, pixels: Tensor, config: AnyStoryConfig) -> Tensor:
@@ -92,8 +92,9 @@ class EncodeSubject(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Only for weights whose ReferenceNet reads text (converted with the "
-                    "original ReferenceNet): the clip of the model that will sample.",
+                    tooltip="Only for weights that read the label's text (converted from "
+                    "MS-Diffusion, or with the original ReferenceNet): the clip of the model that "
+                    "will sample.",
                 ),
                 io.Combo.Input(
                     "mask_shows",
@@ -127,10 +128,14 @@ class EncodeSubject(io.ComfyNode):
         device = mm.get_torch_device()
         dtype = compute_dtype(device)
         with torch.inference_mode():
-            clip_out = background = latents = label_out = None
+            clip_out = background = latents = label_out = phrase = None
             if "encoder" in anystory.patchers:
                 clip_out = clip_states(clip_vision, views.clip, config).to(device, dtype)
                 background = clip_states(clip_vision, zero_clip(config), config).to(device, dtype)
+                grounding = config.clip_branch.grounding
+                if grounding is not None and clip is not None and label.strip():
+                    phrase = encode_phrase(clip, clean_label(label), grounding.phrase_dim)
+                    phrase = phrase.to(device, dtype)
             progress.update(1)
             if model.reference_net is not None:
                 pictures = tensors.vae_latents(vae, tensors.vae_picture(views.vae))
@@ -142,6 +147,7 @@ class EncodeSubject(io.ComfyNode):
                 background=background,
                 latents=latents,
                 label=label_out,
+                phrase=phrase,
                 clip_fingerprint=weights_fingerprint(clip_vision.model),
             )
             progress.update(1)

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..anystory_core.errors import RoutingError
 from ..anystory_core.routing.modes import MODES, check_routing
+from ..anystory_core.subject.grounding import check_phrases
 from ..anystory_core.subject.subject import Subject
 from .host import ids, tensors
 from .host.managed import ManagedAnyStory
@@ -101,6 +102,7 @@ class SubjectRouter(io.ComfyNode):
             masks.append(None if mask is None else tensors.routing_mask(mask, f"mask_{number}"))
         if subjects:
             check_routing(mode, anystory.model, subjects, masks, text=clip is not None)
+            check_phrases(mode, subjects)
         labels: tuple[Any, ...] = ()
         if mode.startswith("text"):
             names = [subject.label for subject in subjects]

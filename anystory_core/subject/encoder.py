@@ -51,14 +51,16 @@ class PictureStates:
     clip (V,S,W) and background (1,S,W): penultimate CLIP states of ``views.clip`` and of
     :func:`~.preprocess.zero_clip`; None when the model has no QFormer. latents (V,4,h,w): the VAE's
     of ``views.vae`` at U-Net scale; None without a ReferenceNet. label (1 or V,S,C): text states of
-    the subject's label, only for a ReferenceNet with cross-attention. ``clip_fingerprint`` names
-    the CLIP vision weights.
+    the subject's label, only for a ReferenceNet with cross-attention. phrase (P,): the label's
+    pooled text state, for weights that are grounded. ``clip_fingerprint`` names the CLIP vision
+    weights.
     """
 
     clip: Tensor | None = None
     background: Tensor | None = None
     latents: Tensor | None = None
     label: Tensor | None = None
+    phrase: Tensor | None = None
     clip_fingerprint: str = ""
 
 
@@ -105,6 +107,8 @@ def encode_subject(
         check_clip_states(model, states.clip)
         tokens, routing = model.encoder(states.clip)
         background_tokens, background_routing = model.encoder(states.background)
+        if not model.config.clip_branch.background:
+            background_tokens = None
     features: tuple[Tensor, ...] = ()
     latents, context = states.latents, states.label
     if model.reference_net is not None and latents is not None:
@@ -134,4 +138,6 @@ def encode_subject(
         cutout=views.cutout,
         fingerprint=model.fingerprint,
         clip_fingerprint=states.clip_fingerprint,
+        states=keep(states.clip) if model.config.clip_branch.grounding is not None else None,
+        phrase=keep(states.phrase),
     )

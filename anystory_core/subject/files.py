@@ -65,6 +65,8 @@ def save_subject(path: str | os.PathLike[str], subject: Subject, *, overwrite: b
         "routing": subject.routing,
         "background_tokens": subject.background_tokens,
         "background_routing": subject.background_routing,
+        "states": subject.states,
+        "phrase": subject.phrase,
     }
     tensors = {name: x for name, x in optional.items() if x is not None}
     tensors |= {f"features.{i}": x for i, x in enumerate(subject.features, start=2)}
@@ -132,6 +134,8 @@ def load_subject(path: str | os.PathLike[str], model: Encoders) -> Subject:
             cutout = file.get_tensor("cutout")
             _check_cutout(path.name, cutout, model)
             expected = _expected(model, cutout.shape[0])
+            if "phrase" not in names:  # encoded without a label
+                expected.pop("phrase", None)
             unknown = sorted(names - {*expected, "cutout"})
             missing = sorted(set(expected) - names)
             if unknown or missing:
@@ -154,6 +158,8 @@ def load_subject(path: str | os.PathLike[str], model: Encoders) -> Subject:
         routing=tensors.get("routing"),
         background_tokens=tensors.get("background_tokens"),
         background_routing=tensors.get("background_routing"),
+        states=tensors.get("states"),
+        phrase=tensors.get("phrase"),
         cutout=cutout,
         fingerprint=header["weights"],
         clip_fingerprint=header["clip"],
@@ -212,7 +218,11 @@ def _expected(model: Encoders, views: int) -> dict[str, tuple[int, ...]]:
     if model.encoder.subject is not None:
         tokens, width = config.subject_qformer.queries, config.subject_qformer.output_dim
         shapes["tokens"] = (views * tokens, width)
-        shapes["background_tokens"] = (tokens, width)
+        if config.clip_branch.background:
+            shapes["background_tokens"] = (tokens, width)
+        if config.clip_branch.grounding is not None:
+            shapes["states"] = (views, config.clip.tokens, config.clip.width)
+            shapes["phrase"] = (config.clip_branch.grounding.phrase_dim,)
     if model.encoder.routing is not None:
         shapes["routing"] = shapes["background_routing"] = (config.routing_dim,)
     if model.reference_net is not None:

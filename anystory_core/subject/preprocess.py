@@ -2,7 +2,8 @@
 
 Nodes and training call the same function: crop to the mask's box (x 1.04, padded to a square),
 resize, normalise, multiply by the mask. Outside the subject both inputs are 0 *after*
-normalisation. Pictures are BHWC float in [0,1]; masks are (V,H,W) in [0,1] with 1 = subject.
+normalisation; public weights may want CLIP's otherwise (:class:`~..config.ClipBranchConfig`).
+Pictures are BHWC float in [0,1]; masks are (V,H,W) in [0,1] with 1 = subject.
 """
 
 from __future__ import annotations
@@ -71,13 +72,26 @@ def views_of(
     reference = config.reference.size
     vae_rgb = torch.cat([_resize(c, reference) for c, _ in crops])
     vae_mask = torch.cat([_resize(m, reference) for _, m in crops])
-    clip_rgb = torch.cat([_resize(c, config.clip.image_size) for c, _ in crops])
-    clip_mask = torch.cat([_resize(m, config.clip.image_size) for _, m in crops])
-    mean = torch.tensor(CLIP_MEAN)[:, None, None]
-    std = torch.tensor(CLIP_STD)[:, None, None]
+    clip = torch.cat([_clip_view(c, m, config) for c, m in crops])
     vae = (2 * vae_rgb - 1) * vae_mask
     cutout = ((vae + 1) / 2 * 255).round().to(torch.uint8).movedim(1, -1).contiguous()
-    return Views((clip_rgb - mean) / std * clip_mask, vae, vae_mask, cutout, notes)
+    return Views(clip, vae, vae_mask, cutout, notes)
+
+
+def _clip_view(picture: Tensor, mask: Tensor, config: AnyStoryConfig) -> Tensor:
+    """One square crop as CLIP sees it, the way the weights were trained: (1,3,S,S)."""
+    branch, size = config.clip_branch, config.clip.image_size
+    inside = mask[0, 0] > 0.5
+    if branch.fit == "stretch" and bool(inside.any()):
+        top, bottom, left, right = mask_box(inside)
+        picture, mask = (x[..., top:bottom, left:right] for x in (picture, mask))
+    picture, mask = _resize(picture, size), _resize(mask, size)
+    mean = torch.tensor(CLIP_MEAN)[:, None, None]
+    std = torch.tensor(CLIP_STD)[:, None, None]
+    if branch.outside == "zero":
+        return (picture - mean) / std * mask
+    colour = 1.0 if branch.outside == "white" else 0.0
+    return (picture * mask + colour * (1 - mask) - mean) / std
 
 
 def cut_out(picture: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -116,8 +130,8 @@ def _crop_square(rgb: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _resize(x: Tensor, size: int) -> Tensor:
-    """(1,C,s,s) -> (1,C,size,size), antialiased bicubic, clamped to [0,1]."""
-    if x.shape[-1] == size:
+    """(1,C,h,w) -> (1,C,size,size), antialiased bicubic, clamped to [0,1]."""
+    if x.shape[-2:] == (size, size):
         return x
     out = torch.nn.functional.interpolate(
         x, size=(size, size), mode="bicubic", align_corners=False, antialias=True

@@ -88,10 +88,18 @@ class QFormer(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """CLIP states (V,S,input_dim) -> subject tokens (V,T,output_dim)."""
+        return self.resample(states, self.latents)
+
+    def resample(self, states: Tensor, queries: Tensor) -> Tensor:
+        """As :meth:`forward`, with other queries (1,T,width)."""
         x = self.proj_in(states)
-        latents = self.latents.to(x).expand(x.shape[0], -1, -1)
+        latents = queries.to(x).expand(x.shape[0], -1, -1)
         for layer in self.layers:
             attention, feed = layer.children()
             latents = attention(x, latents) + latents
             latents = feed(latents) + latents
-        return self.norm_out(self.proj_out(latents))
+        return self.norm_out(self.proj_out(self.finished(latents)))
+
+    def finished(self, latents: Tensor) -> Tensor:
+        """What the last layer gives, before the projection: (V,T,width)."""
+        return latents

@@ -53,7 +53,9 @@ class Subject:
     without a ReferenceNet; routing (d_r,) or None without a routing encoder. background_tokens
     (T,C) and background_routing (d_r,) are those of the zero image, the same for all subjects of a
     model. cutout (V,R,R,3) uint8 is what was encoded; fingerprint and clip_fingerprint name the
-    AnyStory and the CLIP vision weights that encoded it ("" where nobody said).
+    AnyStory and the CLIP vision weights that encoded it ("" where nobody said). states (V,S,W), the
+    pictures' CLIP states, and phrase (P,), a pooled text state of the label, are there for weights
+    whose tokens depend on the subject's place (:mod:`.grounding`).
     """
 
     label: str
@@ -65,6 +67,8 @@ class Subject:
     cutout: Tensor
     fingerprint: str
     clip_fingerprint: str = ""
+    states: Tensor | None = None
+    phrase: Tensor | None = None
     options: SubjectOptions = SubjectOptions()
 
     @property
@@ -89,4 +93,6 @@ class Subject:
             routing=optional(self.routing),
             background_tokens=optional(self.background_tokens),
             background_routing=optional(self.background_routing),
+            states=optional(self.states),
+            phrase=optional(self.phrase),
         )

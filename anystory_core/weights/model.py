@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from ..bases.sdxl.config import AnyStoryConfig
 from ..bases.sdxl.reference_net import ReferenceNet
 from ..bases.sdxl.sites import UNetSite, build_sites
-from ..config import ClipBranchConfig
+from ..config import ClipBranchConfig, GroundingConfig, QFormerConfig
 from ..errors import ConfigError
 from ..injection.projections import Projections, ProjectionTable
 from ..routing.router import Routers
 from ..subject.encoder import SubjectEncoder
+from ..subject.grounding import GroundedQFormer
 from ..subject.qformer import QFormer
 
 # Part -> prefix of its keys in a weights file.
@@ -97,8 +98,14 @@ def build_model(
     kw: dict[str, Any] = {"operations": operations, "dtype": dtype, "device": device}
     sites = build_sites(config.unet)
 
-    def qformer(part: str, shape: Any) -> QFormer | None:
-        return QFormer(shape, input_dim=config.clip.width, **kw) if part in parts else None
+    def qformer(
+        part: str, shape: QFormerConfig, grounding: GroundingConfig | None = None
+    ) -> QFormer | None:
+        if part not in parts:
+            return None
+        if grounding is None:
+            return QFormer(shape, input_dim=config.clip.width, **kw)
+        return GroundedQFormer(shape, grounding, input_dim=config.clip.width, **kw)
 
     def table(
         part: str, shapes: list[tuple[int, int, int]], gate: bool = False
@@ -117,7 +124,7 @@ def build_model(
         config=config,
         sites=sites,
         encoder=SubjectEncoder(
-            qformer("subject_encoder", config.subject_qformer),
+            qformer("subject_encoder", config.subject_qformer, config.clip_branch.grounding),
             qformer("routing_encoder", config.routing_qformer),
         ),
         projections=Projections(

@@ -32,6 +32,30 @@ def encode_label(clip: Any, label: str, config: AnyStoryConfig) -> tuple[Tensor,
     return states.float().cpu(), (len(ids) if own is None else own) - 1
 
 
+def encode_phrase(clip: Any, label: str, width: int) -> Tensor:
+    """A label's pooled state (width,) of CLIP's small text encoder, before the projection that some
+    files put behind it. ModelMismatchError: the clip has no such encoder, or another width."""
+    small = getattr(clip.cond_stage_model, "clip_l", None)
+    tokens = clip.tokenize(label)
+    if small is None or "l" not in tokens:
+        raise ModelMismatchError(
+            "clip: it has no CLIP-L, with which these AnyStory weights read a label; connect the "
+            "clip of an SDXL checkpoint"
+        )
+    clip.load_model()
+    small.set_clip_options({"projected_pooled": False})
+    try:
+        pooled = small.encode_token_weights(tokens["l"])[1]
+    finally:
+        small.reset_clip_options()
+    if pooled.shape[-1] != width:
+        raise ModelMismatchError(
+            f"clip: its CLIP-L gives {pooled.shape[-1]} numbers for a label, these AnyStory "
+            f"weights expect {width}; connect the clip of an SDXL checkpoint"
+        )
+    return pooled[0].float().cpu()
+
+
 def label_states(clip: Any, labels: Sequence[str], config: AnyStoryConfig) -> tuple[Tensor, ...]:
     """The labels' own tokens (T_i,C), each label encoded alone. RoutingError: one has none."""
     found: list[Tensor] = []

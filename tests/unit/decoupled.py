@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.injection.call import Call
 from anystory_core.injection.prepare import Settings, prepare_subjects
 from anystory_core.injection.rows import Rows
@@ -31,16 +32,16 @@ TOLERANCE = 1e-9
 class Inputs:
     """A batch of one conditional and one unconditional row."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, config: AnyStoryConfig = CONFIG) -> None:
         make = torch.Generator().manual_seed(seed)
 
         def random(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=make, dtype=torch.float64)
 
         self.latents = random(2, 4, 16, 16)
-        self.text = random(2, 7, CONFIG.unet.context_dim)
+        self.text = random(2, 7, config.unet.context_dim)
         self.added = {"text_embeds": random(2, 16), "time_ids": random(2, 6)}
-        self.states = random(3, CONFIG.clip.tokens, CONFIG.clip.width)  # two pictures, then zero's
+        self.states = random(3, config.clip.tokens, config.clip.width)  # two pictures, then zero's
 
     def predict(self, unet: Any, **added: Any) -> Tensor:
         with torch.no_grad():
@@ -85,6 +86,13 @@ def ours(
     slot = install(host, model.sites)
     active = (True,) * len(subjects)
     slot.call = Call(run, Rows((0,), (1,)), active, model.sites, dense_attention)
+    return inputs.predict(host)
+
+
+def idle(unet: Any, model: AnyStoryModel, inputs: Inputs) -> Tensor:
+    """The plain prediction, through the same attention as :func:`ours`."""
+    host = copy.deepcopy(unet)
+    install(host, model.sites)
     return inputs.predict(host)
 
 

@@ -115,6 +115,33 @@ def with_gates(adapter: Mapping[str, Tensor], seed: int = 3) -> dict[str, Tensor
     return state
 
 
+def ms_diffusion_state(
+    names: list[str], config: AnyStoryConfig, *, phrase: int = 6, seed: int = 4
+) -> dict[str, Tensor]:
+    """MS-Diffusion in its public layout, for the attention layers ``names``."""
+    plus = adapter_state(names, config, layers=2, seed=seed)
+    make = torch.Generator().manual_seed(seed + 1)
+    queries, width = plus.pop("image_proj.latents").shape[1:]
+    inputs = phrase + 64  # 8 frequencies, sine and cosine, 4 numbers of a box
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=make) / shape[-1] ** 0.5
+
+    state = {name.replace("ip_adapter.", "ms_adapter."): x for name, x in plus.items()}
+    state |= {
+        "image_proj.grounding_latents": random(1, queries, width),
+        "image_proj.latent_proj.0.weight": random(2 * inputs, inputs),
+        "image_proj.latent_proj.0.bias": random(2 * inputs),
+        "image_proj.latent_proj.2.weight": random(queries * width, 2 * inputs),
+        "image_proj.latent_proj.2.bias": random(queries * width),
+        "dummy_image_tokens": random(1, 4, config.unet.context_dim),
+    }
+    for norm in ("latent_norm", "attention_norm"):
+        state[f"image_proj.{norm}.weight"] = 1 + random(width)
+        state[f"image_proj.{norm}.bias"] = random(width)
+    return state
+
+
 def save_pickle(path: Path, state: Mapping[str, Tensor]) -> Path:
     """The same tensors by ``torch.save``, each group of names as a table of its own."""
     groups: dict[str, Any] = {}

@@ -18,6 +18,7 @@ from ....anystory_core.injection.rows import Rows
 from ....anystory_core.routing.grids import Crop
 from ....anystory_core.routing.modes import build_source
 from ....anystory_core.routing.record import RoutingRecord
+from ....anystory_core.subject.grounding import ground_subjects
 from ..base import RunRequest
 from ..conds import Evaluation, Roles, rows_of
 from ..ids import CALL_KEY, EVALUATION_KEY, WRAPPER_KEY
@@ -163,15 +164,19 @@ def prepare_passes(request: RunRequest) -> UNetPasses:
     texts = None
     if routing.mode.startswith("text"):
         texts = route_texts(routing.labels, model, device)
-    load([*anystory.having("projections"), *routing.routers()])
+    # Only tokens that know their places are made here: the others were made with the subject.
+    grounded = any(subject.states is not None for subject in subjects)
+    used = anystory.having("projections", *(("encoder",) if grounded else ()))
+    load([*used, *routing.routers()])
     advance(1)
     try:
         moved = [s.map(lambda x: x.to(device, dtype)) for s in subjects]
+        moved = ground_subjects(anystory.model, routing.mode, moved, routing.masks)
         source = build_source(routing.mode, anystory.model, moved, routing.masks, texts)
         agree = routing.agree and routing.mode == "learned"
         prepared = prepare_subjects(anystory.model, moved, source, request.settings, agree=agree)
     finally:
-        release(anystory.having("projections"))
+        release(used)
     advance(1)
     unet = model.model.diffusion_model
     precision = _attention_precision(unet)

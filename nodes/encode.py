@@ -12,14 +12,26 @@ from torch import Tensor
 
 from ..anystory_core.bases.sdxl.config import AnyStoryConfig
 from ..anystory_core.errors import ModelMismatchError, SubjectError
-from ..anystory_core.subject.encoder import PictureStates, encode_subject, reference_latents
+from ..anystory_core.subject.encoder import (
+    PictureStates,
+    encode_subject,
+    reference_latents,
+    reference_memory,
+)
 from ..anystory_core.subject.label import clean_label
 from ..anystory_core.subject.masks import MASK_SHOWS
-from ..anystory_core.subject.preprocess import prepare_views, zero_clip
+from ..anystory_core.subject.preprocess import Views, prepare_views, zero_clip
 from ..anystory_core.subject.subject import Subject, SubjectOptions
 from ..anystory_core.weights.fingerprint import weights_fingerprint
 from .host import ids, tensors
-from .host.managed import ManagedAnyStory, compute_dtype, load, release
+from .host.managed import (
+    ManagedAnyStory,
+    compute_dtype,
+    fitting,
+    load,
+    number_type,
+    release,
+)
 from .host.saying import say
 from .host.texts import encode_label, encode_phrase
 
@@ -149,20 +161,46 @@ class EncodeSubject(io.ComfyNode):
                 label=label_out,
                 phrase=phrase,
                 clip_fingerprint=weights_fingerprint(clip_vision.model),
+                number_types=number_types(clip_vision, vae, clip),
             )
             progress.update(1)
-            patchers = anystory.having("encoder", "reference_net")
-            load(patchers)
-            try:
-                subject = encode_subject(
-                    model, views, states, label=clean_label(label), store=mm.unet_offload_device()
-                )
-            finally:
-                release(patchers)
+            subject = _encode(anystory, views, states, clean_label(label))
         progress.update(1)
         preview = ui.PreviewImage(tensors.uint8_picture(views.cutout), cls=cls).as_dict()
         preview["text"] = say(views.notes)
         return io.NodeOutput(subject, ui=preview)
+
+
+def _encode(anystory: ManagedAnyStory, views: Views, states: PictureStates, label: str) -> Subject:
+    """Encode with the modules on the load device, on as many pictures at a time as it holds."""
+    device, config = mm.get_torch_device(), anystory.model.config
+    patchers = anystory.having("encoder", "reference_net")
+    one = 0
+    if "reference_net" in anystory.patchers:
+        one = reference_memory(config, compute_dtype(device))
+    load(patchers, needed=one * views.clip.shape[0], least=one)
+    try:
+        return encode_subject(
+            anystory.model,
+            views,
+            states,
+            label=label,
+            store=mm.unet_offload_device(),
+            at_once=fitting(one, device),
+        )
+    finally:
+        release(patchers)
+
+
+def number_types(clip_vision: Any, vae: Any, clip: Any) -> dict[str, torch.dtype]:
+    """What the host's networks compute in, by the inputs that they come from."""
+    text = None if clip is None else number_type(clip.cond_stage_model)
+    found = {
+        "clip_vision": getattr(clip_vision, "dtype", None),
+        "vae": getattr(vae, "vae_dtype", None),
+        "clip": text,
+    }
+    return {name: kind for name, kind in found.items() if kind is not None}
 
 
 def label_context(clip: Any, label: str, config: AnyStoryConfig) -> Tensor:

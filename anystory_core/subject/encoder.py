@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from ..bases.sdxl.config import AnyStoryConfig
 from ..bases.sdxl.reference_net import ReferenceNet
+from ..bases.sdxl.sites import build_sites
 from ..errors import ModelMismatchError, SubjectError
 from .preprocess import Views, latent_mask
 from .qformer import QFormer
@@ -53,7 +56,8 @@ class PictureStates:
     of ``views.vae`` at U-Net scale; None without a ReferenceNet. label (1 or V,S,C): text states of
     the subject's label, only for a ReferenceNet with cross-attention. phrase (P,): the label's
     pooled text state, for weights that are grounded. ``clip_fingerprint`` names the CLIP vision
-    weights.
+    weights. ``number_types``: what "clip_vision", "vae" and "clip" computed in, where the tensors
+    here are of another type.
     """
 
     clip: Tensor | None = None
@@ -62,6 +66,24 @@ class PictureStates:
     label: Tensor | None = None
     phrase: Tensor | None = None
     clip_fingerprint: str = ""
+    number_types: Mapping[str, torch.dtype] = field(default_factory=dict[str, torch.dtype])
+
+    def parts(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Each tensor with the network that made it."""
+        yield from (("clip_vision", self.clip), ("clip_vision", self.background))
+        yield from (("vae", self.latents), ("clip", self.label), ("clip", self.phrase))
+
+
+def check_finite(part: str, made: Tensor | None, number_type: torch.dtype | None = None) -> None:
+    """SubjectError when ``made`` by a part of the models holds NaN or infinite values. It computed
+    in ``number_type``; None: in that of the tensor."""
+    if made is None or bool(torch.isfinite(made).all()):
+        return
+    name = str(number_type or made.dtype).removeprefix("torch.")
+    raise SubjectError(
+        f"{part}: it gave NaN or infinite values, computing in {name}; let it compute in float32 "
+        "or bfloat16, or load another file of it"
+    )
 
 
 def check_clip_states(model: Encoders, states: Tensor) -> None:
@@ -88,6 +110,22 @@ def reference_latents(model: Encoders, raw: Tensor) -> Tensor:
     return (raw - reference.latent_shift) * reference.latent_scale
 
 
+def feature_shapes(config: AnyStoryConfig) -> dict[int, tuple[int, int]]:
+    """Block l = 2 ... L -> (tokens, width) of its reference features of one picture."""
+    side = config.reference.size // config.reference.latent_stride
+    sites = build_sites(config.unet)[1:]
+    return {site.index: (math.ceil(side / site.stride) ** 2, site.channels) for site in sites}
+
+
+def reference_memory(config: AnyStoryConfig, number_type: torch.dtype) -> int:
+    """Bytes that a ReferenceNet holds at most for one picture, beside its weights: the features,
+    and 24 maps of the first block's size for what comes and goes. 14 were counted for SDXL; the
+    rest is for what attention and convolutions take besides."""
+    kept = sum(tokens * width for tokens, width in feature_shapes(config).values())
+    side = config.reference.size // config.reference.latent_stride
+    return (kept + 24 * side**2 * config.unet.model_channels) * number_type.itemsize
+
+
 @torch.no_grad()
 def encode_subject(
     model: Encoders,
@@ -96,12 +134,16 @@ def encode_subject(
     *,
     label: str,
     store: torch.device | str = "cpu",
+    at_once: int | None = None,
 ) -> Subject:
-    """Encode V pictures of one subject. The modules run where ``states`` are; the result is stored
-    on ``store``.
+    """Encode V pictures of one subject. The modules run where ``states`` are, the ReferenceNet on
+    ``at_once`` pictures at a time (None: on all); the result is stored on ``store``.
 
-    ModelMismatchError: CLIP states of another encoder. SubjectError: the model can encode nothing.
+    ModelMismatchError: CLIP states of another encoder. SubjectError: the model can encode nothing,
+    or a network gave values that are not finite.
     """
+    for part, made in states.parts():
+        check_finite(part, made, states.number_types.get(part))
     tokens = routing = background_tokens = background_routing = None
     if states.clip is not None and states.background is not None:
         check_clip_states(model, states.clip)
@@ -110,34 +152,59 @@ def encode_subject(
         if not model.config.clip_branch.background:
             background_tokens = None
     features: tuple[Tensor, ...] = ()
-    latents, context = states.latents, states.label
-    if model.reference_net is not None and latents is not None:
-        mask = latent_mask(views.mask, (latents.shape[-2], latents.shape[-1])).to(latents)
-        if context is not None:
-            context = context.expand(latents.shape[0], -1, -1)
-        stacked = model.reference_net(torch.cat((latents, mask), dim=1), context)
-        features = tuple(x.flatten(0, 1) for x in stacked)  # (V*G_l, d_l)
+    if model.reference_net is not None and states.latents is not None:
+        features = _reference_features(model.reference_net, views.mask, states, store, at_once)
     if tokens is None and not features:
         raise SubjectError(
             "anystory: these weights hold neither a subject encoder nor a ReferenceNet, so nothing "
             "can encode a subject; load a file that holds one"
         )
 
-    def keep(x: Tensor | None) -> Tensor | None:
+    def keep(part: str, x: Tensor | None) -> Tensor | None:
+        check_finite(f"anystory: {part}", x)
         return None if x is None else x.to(store).contiguous()
 
     return Subject(
         label=label,
-        tokens=None if tokens is None else keep(tokens.flatten(0, 1)),
-        features=tuple(x.to(store).contiguous() for x in features),
-        routing=None if routing is None else keep(routing.float().mean(dim=0)),
-        background_tokens=None if background_tokens is None else keep(background_tokens[0]),
-        background_routing=None
-        if background_routing is None
-        else keep(background_routing[0].float()),
+        tokens=keep("subject encoder", None if tokens is None else tokens.flatten(0, 1)),
+        features=features,
+        routing=keep("routing encoder", None if routing is None else routing.float().mean(dim=0)),
+        background_tokens=keep(
+            "subject encoder", None if background_tokens is None else background_tokens[0]
+        ),
+        background_routing=keep(
+            "routing encoder",
+            None if background_routing is None else background_routing[0].float(),
+        ),
         cutout=views.cutout,
         fingerprint=model.fingerprint,
         clip_fingerprint=states.clip_fingerprint,
         states=keep(states.clip) if model.config.clip_branch.grounding is not None else None,
         phrase=keep(states.phrase),
     )
+
+
+def _reference_features(
+    net: ReferenceNet,
+    masks: Tensor,
+    states: PictureStates,
+    store: torch.device | str,
+    at_once: int | None,
+) -> tuple[Tensor, ...]:
+    """L-1 features (V*G_l, d_l) on ``store`` of V latents and masks (V,1,R,R)."""
+    latents, context = states.latents, states.label
+    assert latents is not None
+    count = latents.shape[0]
+    mask = latent_mask(masks, (latents.shape[-2], latents.shape[-1])).to(latents)
+    inputs = torch.cat((latents, mask), dim=1)
+    if context is not None:
+        context = context.expand(count, -1, -1)
+    step = at_once or count
+    made: list[list[Tensor]] = []
+    for first in range(0, count, step):
+        part = slice(first, first + step)
+        features = net(inputs[part], None if context is None else context[part])
+        for x in features:
+            check_finite("anystory: ReferenceNet", x)
+        made.append([x.to(store).flatten(0, 1) for x in features])
+    return tuple(torch.cat(parts).contiguous() for parts in zip(*made, strict=True))

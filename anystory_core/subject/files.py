@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -21,11 +20,10 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..bases.sdxl.sites import build_sites
 from ..errors import AnyStoryError, ModelMismatchError, SubjectError
 from ..file_names import EXTENSION, check_name
 from ..tensor_files import open_tensors, save_tensors
-from .encoder import Encoders
+from .encoder import Encoders, feature_shapes
 from .label import clean_label
 from .subject import Subject, SubjectOptions
 
@@ -226,10 +224,8 @@ def _expected(model: Encoders, views: int) -> dict[str, tuple[int, ...]]:
     if model.encoder.routing is not None:
         shapes["routing"] = shapes["background_routing"] = (config.routing_dim,)
     if model.reference_net is not None:
-        side = config.reference.size // config.reference.latent_stride
-        for site in build_sites(config.unet)[1:]:
-            grid = math.ceil(side / site.stride)
-            shapes[f"features.{site.index}"] = (views * grid * grid, site.channels)
+        for index, (tokens, width) in feature_shapes(config).items():
+            shapes[f"features.{index}"] = (views * tokens, width)
     return shapes
 
 

@@ -34,9 +34,27 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float16 if mm.should_use_fp16(device) else torch.float32
 
 
-def load(patchers: Sequence[Any]) -> None:
-    """Bring modules to their load device."""
-    mm.load_models_gpu(list(patchers))
+def load(patchers: Sequence[Any], *, needed: int = 0, least: int = 0) -> None:
+    """Bring modules to their load device. The host frees ``needed`` bytes there for what they will
+    compute, and leaves parts of them off the device rather than fewer than ``least`` bytes."""
+    mm.load_models_gpu(list(patchers), memory_required=needed, minimum_memory_required=least)
+
+
+def fitting(size: int, device: torch.device) -> int:
+    """How many things of ``size`` bytes the free memory of a device holds; at least one."""
+    return max(1, int(mm.get_free_memory(device) // max(1, size)))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the host takes an error for its own "out of memory", after which it unloads models
+    and says so. torch's is a RuntimeError, too."""
+    newer = getattr(mm, "is_oom", None)  # also knows errors of drivers
+    return bool(newer(error)) if newer is not None else isinstance(error, mm.OOM_EXCEPTION)
+
+
+def number_type(module: torch.nn.Module) -> torch.dtype | None:
+    """Of a network's parameters; None where it has none."""
+    return next((p.dtype for p in module.parameters()), None)
 
 
 def release(patchers: Sequence[Any]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...anystory_core.errors import ModelMismatchError, SubjectError
+from .managed import is_out_of_memory
 
 PIXELS_PER_LATENT = 8
 
@@ -23,10 +24,13 @@ def uint8_picture(x: Tensor) -> Tensor:
 
 
 def vae_latents(vae: Any, picture: Tensor) -> Tensor:
-    """The host's VAE on an IMAGE (V,H,W,3) in [0,1]; ModelMismatchError when it cannot."""
+    """The host's VAE on an IMAGE (V,H,W,3) in [0,1]; ModelMismatchError when it cannot. The host's
+    own error passes when memory is short: it frees some then."""
     try:
         return vae.encode(picture)
     except (RuntimeError, ValueError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
         height, width = picture.shape[1:3]
         raise ModelMismatchError(
             f"vae: it cannot encode a picture of {width}x{height} ({error}); connect the VAE of "

@@ -72,7 +72,7 @@ def short_of_memory(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> dict[int, 
     at which the code that uses them takes over."""
     counts: dict[int, tuple[int, int]] = {}
 
-    def load(patchers: Any) -> None:
+    def load(patchers: Any, **memory: int) -> None:
         counts.update({id(patcher): load_partly(patcher) for patcher in patchers})
 
     for name in ("encode", "host.sdxl.passes"):

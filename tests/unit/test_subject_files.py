@@ -14,58 +14,31 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from anystory_core.bases.sdxl.config import AnyStoryConfig, ReferenceConfig, UNetConfig
-from anystory_core.config import ClipVisionConfig, QFormerConfig
 from anystory_core.errors import AnyStoryError, ModelMismatchError, SubjectError
 from anystory_core.file_names import check_name
-from anystory_core.subject.encoder import PictureStates, encode_subject
+from anystory_core.subject.encoder import encode_subject
 from anystory_core.subject.files import (
     check_clip,
     load_subject,
     save_subject,
     subject_path,
 )
-from anystory_core.subject.preprocess import prepare_views
 from anystory_core.subject.subject import Subject, SubjectOptions
 from anystory_core.tensor_files import save_tensors
-from anystory_core.weights.model import AnyStoryModel, build_model
+from anystory_core.weights.model import AnyStoryModel
 
+from .encoded import CONFIG, small_model, small_states, small_views
 from .refused_names import REFUSED
-
-CONFIG = AnyStoryConfig(
-    name="test",
-    unet=UNetConfig(
-        model_channels=32, channel_mult=(1, 1), transformer_depth=(0, 1), middle_depth=1,
-        num_res_blocks=1, head_dim=16, context_dim=8, adm_channels=8,
-    ),
-    clip=ClipVisionConfig(width=8, layers=1, heads=1, intermediate=8, image_size=28),
-    subject_qformer=QFormerConfig(queries=2, width=8, layers=1, heads=1, head_dim=8, output_dim=8),
-    routing_qformer=QFormerConfig(queries=1, width=8, layers=1, heads=1, head_dim=8, output_dim=8),
-    reference=ReferenceConfig(size=64, latent_scale=1.0),
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def model() -> AnyStoryModel:
-    torch.manual_seed(0)
-    built = build_model(CONFIG)
-    built.fingerprint = "weights-a"
-    return built
+    return small_model(CONFIG)
 
 
 @pytest.fixture(scope="module")
 def subject(model: AnyStoryModel) -> Subject:
-    picture = torch.rand(2, 50, 40, 3, generator=torch.Generator().manual_seed(0))
-    views = prepare_views(picture, torch.ones(2, 50, 40), CONFIG)
-    tokens, width = CONFIG.clip.tokens, CONFIG.clip.width
-    generator = torch.Generator().manual_seed(1)
-    states = PictureStates(
-        clip=torch.randn(2, tokens, width, generator=generator),
-        background=torch.randn(1, tokens, width, generator=generator),
-        latents=torch.randn(2, 4, 8, 8, generator=generator),
-        clip_fingerprint="clip-a",
-    )
-    made = encode_subject(model, views, states, label="red fox ☆")
+    made = encode_subject(model, small_views(CONFIG), small_states(CONFIG), label="red fox ☆")
     return made.with_options(SubjectOptions(strength=0.5, end=0.75))
 
 

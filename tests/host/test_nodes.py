@@ -303,6 +303,7 @@ def test_a_file_of_several_number_types(
     scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8-bit matrices, fp16 norms and biases and a float32 router, from the file to the picture."""
+    whole = scene.sample(scene.apply(), steps=1)
     checkpoint = module("anystory_pack.anystory_core.weights.checkpoint")
     model = scene.mini.anystory.model
     tensors = {
@@ -318,11 +319,22 @@ def test_a_file_of_several_number_types(
     monkeypatch.setattr(scene.mini, "anystory", mixed)
     routing = scene.route(*(scene.encode(i, label=n) for i, n in enumerate(("ball", "box"))))
     out = scene.sample(scene.apply(routing=routing), steps=1)
-    assert torch.isfinite(out).all()
-    assert not torch.equal(out, scene.sample(scene.mini.model, steps=1))
+    plain = scene.sample(scene.mini.model, steps=1)
+    # fp8 changes a picture by some hundredths; without the subjects half of it would be another.
+    assert (out - whole).norm() < 0.2 * whole.norm() < (out - plain).norm()
 
 
 def test_masks_of_any_size(scene: Scene) -> None:
+    """The picture is that of larger masks: sides that belong to a subject stay its own."""
+
+    def picture_of(*masks: Tensor) -> Tensor:
+        routing = scene.route(mode="masks", masks=masks)
+        return scene.sample(scene.apply(routing=routing), steps=1)
+
+    wanted, swapped = picture_of(*halves()), picture_of(*reversed(halves()))
+    for size in ((8, 8), (200, 300)):
+        masks = [torch.nn.functional.interpolate(m[None], size)[0] for m in halves()]
+        assert torch.equal(picture_of(*masks), wanted), size
     small = [torch.nn.functional.interpolate(m[None], (7, 13))[0] for m in halves()]
-    out = scene.sample(scene.apply(routing=scene.route(mode="masks", masks=small)), steps=1)
-    assert torch.isfinite(out).all()
+    # Their middle is half a token off.
+    assert (picture_of(*small) - wanted).norm() < 0.5 * (swapped - wanted).norm()

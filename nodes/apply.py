@@ -12,6 +12,7 @@ from ..anystory_core.injection.prepare import Settings
 from ..anystory_core.subject.subject import SubjectOptions
 from .bases import base_of
 from .host import ids
+from .host.handover import Handover
 from .host.sockets import Routing, RoutingMaps
 from .host.wrapper import SamplingWrapper
 
@@ -131,7 +132,9 @@ def apply_routing(
     anystory = routing.anystory
     base = base_of(anystory)
     base.check(model, anystory)
-    wrapper = SamplingWrapper(base, routing, settings, start, end, maps, node, bar)
+    handover = Handover()
+    handover.attach(patched)
+    wrapper = SamplingWrapper(base, routing, settings, start, end, maps, handover, node, bar)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, ids.WRAPPER_KEY, wrapper)
     if routing.routers():
         patched.set_additional_models(ids.WRAPPER_KEY, routing.routers())

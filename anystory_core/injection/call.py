@@ -65,11 +65,13 @@ class Shown:
     prompts for a part of the picture, which may mean one subject alone, so they take no part in an
     agreement. Calls of one ``kind`` show the same prompts and the same part of the picture, so that
     routing by text goes on from what the last one has found; None: nobody knows what is shown.
+    ``again``: this call takes the place of the last one of its kind.
     """
 
     crops: Crops = ()
     apart: tuple[int, ...] = ()
     kind: Hashable | None = ()
+    again: bool = False
 
 
 def by_region(q: Tensor) -> bool:
@@ -130,7 +132,12 @@ class Call:
         if isinstance(self.prepared.source, TextRoutes):
             rows, shown = (len(self.rows.cond), len(self._routed)), self.shown
             kind = None if shown.kind is None else (shown.kind, self._crops, *rows)
-            self._memory = self.prepared.source.memory(kind)
+            self._memory = self.prepared.source.memory(kind, again=shown.again)
+
+    @property
+    def plain_rows(self) -> int:
+        """How many unconditional rows go without references."""
+        return 0 if self.prepared.keep_references_in_uncond else len(self.rows.uncond)
 
     def begin_cross_attention(self, index: int, z: Tensor, grid: Grid) -> None:
         """z (B,Q,D): ``norm2`` output of block ``index``; grid: its (h,w), h*w = Q."""

@@ -73,10 +73,19 @@ class Texts:
 @dataclass
 class Memory:
     """The running mean m of calls that show the same: ``mean`` (B,N,Q), None before the first
-    block; ``weight`` is W."""
+    block; ``weight`` is W. Both are never written into, so that a call that takes another's place
+    can begin from where that one began."""
 
     mean: SoftMaps | None = None
     weight: float = 0.0
+    _start: tuple[SoftMaps | None, float] = (None, 0.0)  # of the call that runs
+
+    def begin(self, *, again: bool) -> Memory:
+        """A call begins; ``again``: in place of the last one."""
+        if again:
+            self.mean, self.weight = self._start
+        self._start = self.mean, self.weight
+        return self
 
 
 @dataclass(frozen=True)
@@ -95,9 +104,12 @@ class TextRoutes:
         """N + 1."""
         return len(self.texts.labels) + 1
 
-    def memory(self, kind: Hashable | None) -> Memory:
-        """What all calls of one kind remember together; None: a new memory, for one call alone."""
-        return Memory() if kind is None else self._memories.setdefault(kind, Memory())
+    def memory(self, kind: Hashable | None, *, again: bool = False) -> Memory:
+        """What all calls of one kind remember together, for the next of them; None: a new memory,
+        for one call alone. ``again``: the next takes the place of the last."""
+        if kind is None:
+            return Memory()
+        return self._memories.setdefault(kind, Memory()).begin(again=again)
 
     def maps_of_query(
         self, site: Site, q: Tensor, grid: Grid, crops: Crops, memory: Memory

@@ -6,8 +6,10 @@ The rest of this folder serves every base, and imports none of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from comfy.patcher_extension import WrapperExecutor
 
 from ...anystory_core.injection.prepare import Settings
 from ...anystory_core.routing.record import RoutingRecord
@@ -29,13 +31,34 @@ class RunRequest:
     advance: Callable[[int], None]
 
 
+@dataclass
+class Entry:
+    """One call into the diffusion model. Other packs' wrappers may make several passes of it
+    (reference-only control), of which the last one is the picture's."""
+
+    passes: int = 0  # that have begun
+    recorded: set[int] = field(default_factory=set[int])  # rows, by each pass over the one before
+    kind: Any = None  # of what the passes show
+
+
 class Passes(Protocol):
-    """A prepared run: all passes of the model in it."""
+    """A prepared run: all passes of the model in it. Each method is a wrapper in the host's form,
+    and runs as the innermost of its kind (:mod:`.handover`)."""
 
     record: RoutingRecord
 
-    def installed(self, before: dict[str, Any]) -> dict[str, Any]:
-        """A copy of the guider's transformer options with this run's patches and wrappers."""
+    def predict_noise(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """One evaluation of the guided model."""
+        ...
+
+    def calc_cond_batch(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """One evaluation of the model under several lists of conds."""
+        ...
+
+    def diffusion_model(
+        self, executor: WrapperExecutor, entry: Entry, *args: Any, **kwargs: Any
+    ) -> Any:
+        """One pass of the diffusion model, in a call that ``entry`` tells of."""
         ...
 
 

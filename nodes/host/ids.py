@@ -22,7 +22,9 @@ Routing = io.Custom("ANYSTORY_ROUTING")
 Maps = io.Custom("ANYSTORY_MAPS")
 
 WRAPPER_KEY = "anystory"  # our wrappers and additional models on a ModelPatcher
+RUN_KEY = "anystory_run"  # transformer_options: they are of the run that goes on
 EVALUATION_KEY = "anystory_evaluation"  # transformer_options: what its lists of conds are
+ALONE_KEY = "anystory_alone"  # transformer_options: slots that another pack filled while sampling
 CALL_KEY = "anystory_call"  # transformer_options: the Call of this forward pass
 STATES_KEY = "anystory_states"  # options of one block: its norm2 output, while Eq. 5 is to come
 

@@ -1,8 +1,8 @@
-"""One sampling run inside the host: ApplyAnyStory's only trace on a model is this wrapper.
+"""One sampling run inside the host.
 
 ``SamplingWrapper`` is an OUTER_SAMPLE wrapper. It runs before the host loads the model: it prepares
-the subjects, puts this run's patches and inner wrappers into the guider's own copy of
-``model_options``, and takes everything away in ``finally``.
+the subjects, lets the model's :class:`~.handover.Handover` lead every call to them, and takes
+everything away in ``finally``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from ...anystory_core.injection.prepare import Settings
 from ...anystory_core.routing.record import RoutingRecord
 from .base import HostBase, Passes, RunRequest
+from .handover import Handover
 from .ids import named
 from .sockets import Routing, RoutingMaps
 from .windows import Window
@@ -33,6 +34,7 @@ class SamplingWrapper:
     start: float
     end: float
     maps: RoutingMaps
+    handover: Handover
     node: str | None = None  # whose settings these are, when it is not the node that samples
     bar: bool = True  # the preparations move the progress bar of the node that samples
 
@@ -63,8 +65,6 @@ class SamplingWrapper:
             return latent
         with contextlib.nullcontext() if self.node is None else named(self.node):
             passes = self._prepare(guider, windows, sigmas, noise.shape[0])
-        options = guider.model_options
-        before = options["transformer_options"]
 
         denoised: list[Tensor] = []
 
@@ -73,13 +73,10 @@ class SamplingWrapper:
             denoised[:] = [x0] if isinstance(x0, Tensor) else []
             return None if callback is None else callback(step, x0, *rest)
 
-        try:
-            options["transformer_options"] = passes.installed(before)
+        with self.handover.to(passes, guider.model_options):
             latent = executor(
                 noise, latent_image, sampler, sigmas, denoise_mask, reported, *args, **kwargs
             )
-        finally:
-            options["transformer_options"] = before
         passes.record.finish()
         # As the host's samplers with two results give the denoised one, to the bit.
         out = guider.model_patcher.model.process_latent_out

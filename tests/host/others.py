@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -154,6 +155,89 @@ def late_couple(scene: Scene, model: Any) -> Any:
     return patched
 
 
+def hook_couple(scene: Scene, positive: Any) -> Any:
+    """The same, put on a cond by a hook, whose patches the host merges anew for every call, in
+    front of all others (prompt-control)."""
+    hooks = module("comfy.hooks")
+    repeat, merge = couple(scene, None)
+    patches = {"attn2_patch": [repeat], "attn2_output_patch": [merge]}
+    group = hooks.HookGroup()
+    group.add(hooks.TransformerOptionsHook({"patches": patches}, hooks.EnumHookScope.HookedOnly))
+    return hooks.set_hooks_for_conditioning(positive, hooks=group, append_hooks=True)
+
+
+def copied_options(scene: Scene, model: Any) -> Any:
+    """Evaluates the conditional once more, with a copy of the model's options that was made when
+    its node ran, and takes only that (AutomaticCFG)."""
+    samplers = module("comfy.samplers")
+    kept = copy.deepcopy(model.model_options)
+
+    def again(args: dict[str, Any]) -> Tensor:
+        given = args["model"], [args["input_cond"]], args["input"], args["sigma"]
+        return args["input"] - samplers.calc_cond_batch(*given, copy.deepcopy(kept))[0]
+
+    patched = model.clone()
+    patched.set_model_sampler_cfg_function(again)
+    return patched
+
+
+def _around_unet(model: Any, wrapper: Any) -> Any:
+    patched = model.clone()
+    kind = module("comfy.patcher_extension").WrappersMP.DIFFUSION_MODEL
+    patched.add_wrapper_with_key(kind, "other", wrapper)
+    return patched
+
+
+def second_pass(scene: Scene, model: Any) -> Any:
+    """Runs the U-Net on another latent before each pass (reference-only control), and throws that
+    away."""
+
+    def wrapper(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        executor(x.flip(-1) + 1, *args, **kwargs)
+        return executor(x, *args, **kwargs)
+
+    return _around_unet(model, wrapper)
+
+
+def more_keys(scene: Scene, model: Any) -> Any:
+    """Self-attention over more than a block's own tokens: all of them turned over as well."""
+
+    def patch(q: Tensor, k: Tensor, v: Tensor, options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return q, torch.cat((k, 2 * k.flip(1)), dim=1), torch.cat((v, v.flip(1)), dim=1)
+
+    patched = model.clone()
+    patched.set_model_attn1_patch(patch)
+    return patched
+
+
+def nag(scene: Scene, model: Any, scale: float = 4.0) -> Any:
+    """Text states of more rows than the latent has, which each attn2 takes apart in a forward of
+    its own (NAG). ``scale`` 1 changes nothing."""
+    negative = scene.text("a kite")[0][0]
+    unet = model.model.diffusion_model
+    blocks = [unet.get_submodule(site.ldm).attn2 for site in scene.mini.anystory.model.sites]
+
+    def apart(forward: Any) -> Any:
+        def attend(x: Tensor, context: Tensor, value: Any = None, **options: Any) -> Tensor:
+            own = forward(x, context=context[: x.shape[0]], **options)
+            others = context[x.shape[0] :].expand_as(context[: x.shape[0]])
+            return own * scale - forward(x, context=others, **options) * (scale - 1)
+
+        return attend
+
+    def wrapper(executor: Any, x: Tensor, t: Tensor, context: Tensor, *args: Any, **kw: Any) -> Any:
+        before = [block.forward for block in blocks]
+        for block, forward in zip(blocks, before, strict=True):
+            block.forward = apart(forward)
+        try:
+            return executor(x, t, torch.cat((context, negative.to(context))), *args, **kw)
+        finally:
+            for block in blocks:
+                del block.forward
+
+    return _around_unet(model, wrapper)
+
+
 def tiles(scene: Scene, model: Any) -> Any:
     """A model function wrapper that runs the left and the right half on their own."""
 
@@ -237,6 +321,8 @@ PATCHES: dict[str, Patch] = {
         upscale_method="bicubic",
     ),
     "Attention Couple": attention_couple,
+    "more keys": more_keys,
+    "NAG": nag,
     "tiling wrapper": tiles,
     "batched tiles": batched_tiles,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from scene import Scene, halves, module
 from torch import Tensor, equal, testing
 
@@ -65,3 +66,77 @@ def test_another_packs_attention_gets_no_masks(scene: Scene) -> None:
     patched.model_options["transformer_options"]["optimized_attention_override"] = override
     assert equal(scene.sample(patched, steps=1), wanted)
     assert calls and all(mask is None for mask in calls)
+
+
+def far_apart(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """q, k, v and a mask: each token's own keys score far less than those that are closed to it, by
+    40 in half precision and by 160 in float32; its result is the mean of its own values."""
+    apart = 40.0 if dtype.itemsize == 2 else 160.0
+    q = torch.ones(1, 64, 16, dtype=dtype)
+    k = torch.zeros(1, 320, 16, dtype=dtype)
+    k[:, ::2] = apart / 4  # times 16 channels / sqrt(16)
+    v = torch.randn(1, 320, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mask = torch.zeros(1, 64, 320, dtype=dtype)
+    mask[:, :, ::2] = -torch.inf
+    return q, k, v, mask
+
+
+@pytest.mark.parametrize("free", [2.0**14, 2.0**40], ids=["little memory", "much memory"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_masked_calls_of_the_sub_quadratic_way(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, free: float
+) -> None:
+    backends, memory = module("comfy.ldm.modules.attention"), module("comfy.model_management")
+    patcher = module("anystory_pack.nodes.host.sdxl.patcher")
+    monkeypatch.setattr(backends, "optimized_attention_masked", backends.attention_sub_quad)
+    monkeypatch.setattr(memory, "get_free_memory", lambda *_: (free, free))
+    q, k, v, mask = far_apart(dtype)
+    out = patcher.HostAttention({})(q, k, v, 1, mask)
+    wanted = v[:, 1::2].double().mean(dim=1, keepdim=True).expand(-1, 64, -1)
+    accuracy = 2 * torch.finfo(dtype).eps  # of values up to 1
+    testing.assert_close(out.double(), wanted, rtol=0, atol=accuracy)
+
+
+def test_the_sub_quadratic_way_keeps_what_it_does_well(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 with room for all keys at once it is right, and pictures stay what they were."""
+    backends, memory = module("comfy.ldm.modules.attention"), module("comfy.model_management")
+    patcher = module("anystory_pack.nodes.host.sdxl.patcher")
+    monkeypatch.setattr(backends, "optimized_attention_masked", backends.attention_sub_quad)
+    q, k, v, mask = far_apart(torch.float32)
+    room = 320 * 4 * 4096 * 4  # the host's rule for 320 keys of one head
+    used: list[str] = []
+    monkeypatch.setattr(backends, "attention_pytorch", lambda *_, **__: used.append("pytorch"))
+    for free in (room, room - 1):
+        monkeypatch.setattr(memory, "get_free_memory", lambda *_, free=free: (free, free))
+        out = patcher.HostAttention({})(q, k, v, 1, mask)
+        assert (out is None) == (free < room)
+    assert used == ["pytorch"]
+
+
+def test_a_picture_on_the_sub_quadratic_way_in_little_memory(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backends, memory = module("comfy.ldm.modules.attention"), module("comfy.model_management")
+    model = scene.apply(routing=scene.route(mode="masks", masks=halves()))
+    wanted = scene.sample(model, steps=1)
+    sub_quad = backends.attention_sub_quad
+    masked: list[Any] = []
+
+    def spy(*args: Any, **options: Any) -> Any:
+        masked.append(args[4] if len(args) > 4 else options.get("mask"))
+        return sub_quad(*args, **options)
+
+    for name in ("attention_sub_quad", "optimized_attention", "optimized_attention_masked"):
+        monkeypatch.setattr(backends, name, spy)
+    free = memory.get_free_memory
+
+    def little(device: Any = None, torch_free_too: bool = False) -> Any:
+        return (1e6, 1e6) if torch_free_too else free(device)
+
+    monkeypatch.setattr(memory, "get_free_memory", little)
+    out = scene.sample(model, steps=1)
+    assert masked and all(mask is None for mask in masked)
+    scale = wanted.abs().max()
+    testing.assert_close(out / scale, wanted / scale, **CLOSE)

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import comfy.patcher_extension
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor
 
 from ....anystory_core.injection.call import Call, Recording, Shown
@@ -19,13 +18,20 @@ from ....anystory_core.routing.grids import Crop
 from ....anystory_core.routing.modes import build_source
 from ....anystory_core.routing.record import RoutingRecord
 from ....anystory_core.subject.grounding import ground_subjects
-from ..base import RunRequest
+from ..base import Entry, RunRequest
 from ..conds import Evaluation, Roles, rows_of
-from ..ids import CALL_KEY, EVALUATION_KEY, WRAPPER_KEY
+from ..ids import ALONE_KEY, CALL_KEY, EVALUATION_KEY, RUN_KEY
 from ..managed import load, release
 from ..texts import route_texts
 from ..windows import Window
-from .patcher import HostAttention, install
+from .patcher import (
+    BlockTable,
+    HostAttention,
+    Replacements,
+    installed,
+    replaced_since,
+    replacements,
+)
 
 
 @dataclass
@@ -37,26 +43,18 @@ class UNetPasses:
     record: RoutingRecord
     roles: Roles
     precision: Any  # of attention, where the user forces one
-    unet: Any
+    table: BlockTable
+    replaced: Replacements  # what stood in the blocks' slots when the run began
     batch: Tensor | None = None  # (B,C,h,w) that this evaluation of the model is about
     seen: set[int] = field(default_factory=set[int])  # its rows that were recorded
 
     def active(self, sigma: float) -> tuple[bool, ...]:
         return tuple(window.holds(sigma) for window in self.windows)
 
-    def installed(self, before: dict[str, Any]) -> dict[str, Any]:
-        """A copy of the guider's transformer options with this run's patches and wrappers."""
-        options = comfy.patcher_extension.copy_nested_dicts(before)
-        install(options, self.record.sites, self.unet)
-        for kind, wrapper in (
-            (WrappersMP.PREDICT_NOISE, self.predict_noise),
-            (WrappersMP.CALC_COND_BATCH, self.calc_cond_batch),
-            (WrappersMP.DIFFUSION_MODEL, self.diffusion_model),
-        ):
-            comfy.patcher_extension.add_wrapper_with_key(kind, WRAPPER_KEY, wrapper, options)
-        return options
+    def __deepcopy__(self, memo: dict[int, Any]) -> UNetPasses:
+        return self  # in the options, which other packs copy
 
-    # The inner wrappers, outermost first.
+    # The wrappers, outermost first.
 
     def predict_noise(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One evaluation of the guided model; each row is recorded from its first call."""
@@ -77,16 +75,20 @@ class UNetPasses:
         options = dict(model_options.get("transformer_options", {}))
         rows = range(x.shape[0]) if self.batch is None else rows_of(x, self.batch, self.seen)
         options[EVALUATION_KEY] = Evaluation.of(self.roles, conds, x, timestep, rows)
+        if options.get(RUN_KEY) is self:
+            options[ALONE_KEY] = replaced_since(self.replaced, options)
         return executor(
             model, conds, x, timestep, {**model_options, "transformer_options": options}
         )
 
-    def diffusion_model(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Hands a fresh :class:`Call` to the patches of this forward pass."""
+    def diffusion_model(
+        self, executor: WrapperExecutor, entry: Entry, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Puts a fresh :class:`Call` and the patches that ask it into the options of this pass."""
         position = 5  # x, timesteps, context, y, control, transformer_options
         values = list(args)
         options = values[position] if len(values) > position else kwargs["transformer_options"]
-        options = {**options, CALL_KEY: self._begin(options, values[0])}
+        options = self._with_call(options, values[0], values[2], entry, executor.class_obj)
         if len(values) > position:
             values[position] = options
         else:
@@ -94,7 +96,18 @@ class UNetPasses:
         return executor(*values, **kwargs)
 
     @torch.compiler.disable
-    def _begin(self, options: dict[str, Any], x: Tensor) -> Call | None:
+    def _with_call(
+        self, options: dict[str, Any], x: Tensor, context: Tensor, entry: Entry, unet: Any
+    ) -> dict[str, Any]:
+        """``options`` for a pass of ``unet``; themselves where nothing acts."""
+        call = self._begin(options, x, entry)
+        if call is None:
+            return options
+        # Where another pack gives text states of more rows than x has (NAG), attn2 is its own.
+        late = context.shape[0] != x.shape[0]
+        return {**installed(options, self.table, unet, late=late), CALL_KEY: call}
+
+    def _begin(self, options: dict[str, Any], x: Tensor, entry: Entry) -> Call | None:
         sigma = float(options["sigmas"][0])
         active = self.active(sigma)
         if self.prepared.is_idle(active):
@@ -131,13 +144,18 @@ class UNetPasses:
                     self.record.tiled = True  # its routes are not the picture's
                 elif len(evaluation.rows) == size:
                     shown = zip(evaluation.rows, rows[:size], strict=True)
-                    recorded = {row: place for row, place in shown if row not in self.seen}
+                    passed = self.seen - entry.recorded
+                    recorded = {row: place for row, place in shown if row not in passed}
         recording = None
         if recorded:
+            entry.recorded.update(recorded)
             if self.batch is not None:
                 self.seen.update(recorded)
             recorder = self.record.call(sigma, active, tuple(recorded))
             recording = Recording(recorder, tuple(recorded.values()))
+        if entry.passes == 0:
+            entry.kind = evaluation.kind(routed, size * times, x)
+        entry.passes += 1
         return Call(
             self.prepared,
             Rows(tuple(cond), tuple(uncond)),
@@ -147,7 +165,8 @@ class UNetPasses:
             Shown(
                 crops=tuple(crops) if any(crops) else (),
                 apart=tuple(apart),
-                kind=evaluation.kind(routed, size * times, x),
+                kind=entry.kind,
+                again=entry.passes > 1,
             ),
             recording,
         )
@@ -178,9 +197,15 @@ def prepare_passes(request: RunRequest) -> UNetPasses:
     finally:
         release(used)
     advance(1)
-    unet = model.model.diffusion_model
-    precision = _attention_precision(unet)
-    return UNetPasses(prepared, request.windows, request.record, roles, precision, unet)
+    return UNetPasses(
+        prepared,
+        request.windows,
+        request.record,
+        roles,
+        _attention_precision(model.model.diffusion_model),
+        BlockTable(request.record.sites),
+        replacements(guider.model_options["transformer_options"]),
+    )
 
 
 def _attention_precision(unet: Any) -> Any:

@@ -1,8 +1,9 @@
-"""The patch objects of one sampling run, at the points of a block and in the host's protocol.
+"""The patch objects of one pass of the U-Net, at the points of a block and in the host's protocol.
 
-They live in the guider's own copy of ``model_options`` while it samples, and chain whatever
-occupies their slots. Which :class:`Call` they serve comes with every forward pass in
-``extra_options``. A compiled U-Net breaks its graph at each of them: what they run depends on the
+They are put into the options of a pass when it begins, because only then all others are there:
+those of the model, of the evaluation, of a cond's hooks, of other packs' wrappers; and they chain
+whatever occupies their slots. Which :class:`Call` they serve lies in the same options. A compiled
+U-Net breaks its graph at each of them: what they run depends on the
 sizes of regions, which change with every step.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from ....anystory_core.bases.sdxl.sites import UNetSite
 from ....anystory_core.injection.call import Call
 from ....anystory_core.routing.grids import Grid
-from ..ids import CALL_KEY, STATES_KEY
+from ..ids import ALONE_KEY, CALL_KEY, STATES_KEY
 
 Options = Mapping[str, Any]
 OVERRIDE = "optimized_attention_override"  # the host's place for another attention
@@ -34,7 +35,10 @@ class HostAttention:
     """Dense attention as the host computes it, with its own choice of backend; except that masked
     calls never go to SageAttention, which takes a mask and ignores it (the host itself avoids that
     only in newer versions), nor to FlashAttention, which fails on one and says so in the log at
-    every call, nor to another pack's override, which mostly is SageAttention."""
+    every call, nor to another pack's override, which mostly is SageAttention, nor to the
+    sub-quadratic way where it would take the keys in parts: it measures scores against the largest
+    one of a part, masked or not, so that a row whose own keys score much less (18 in half
+    precision) is 0 / 0."""
 
     options: Options
     precision: Any = None
@@ -46,6 +50,8 @@ class HostAttention:
         if mask is None:
             return backends.optimized_attention(q, k, v, heads, **kwargs)
         attention, kwargs["transformer_options"] = self._masked
+        if attention is backends.attention_sub_quad and not _holds_all_keys(q, k, heads):
+            attention = backends.attention_pytorch
         return attention(q, k, v, heads, mask, **kwargs)
 
     @cached_property
@@ -55,6 +61,16 @@ class HostAttention:
         if mm.sage_attention_enabled() or mm.flash_attention_enabled():
             attention = backends.attention_pytorch
         return attention, {name: x for name, x in self.options.items() if name != OVERRIDE}
+
+
+def _holds_all_keys(q: Tensor, k: Tensor, heads: int) -> bool:
+    """Whether free memory lets the sub-quadratic way take all keys of (B,K,D) at once, for as many
+    queries as it takes at most: the host's own rule, on its safe side. In half precision never: the
+    host may count scores in float32 or not."""
+    if q.dtype != torch.float32:
+        return False
+    free = mm.get_free_memory(q.device, True)[0]
+    return free >= q.shape[0] * heads * k.shape[1] * q.element_size() * 4096 * 4
 
 
 @dataclass
@@ -176,6 +192,7 @@ class SelfAttentionPatch:
 
     table: BlockTable
     previous: Replace | None
+    attended: set[int]  # blocks of this pass that have attended with all their rows
 
     @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: Options, **_: Any) -> Tensor:
@@ -184,9 +201,13 @@ class SelfAttentionPatch:
         if call is not None:
             index = self.table.site(options)
             grid = self.table.grid(options, q)
-            if grid is None:
-                self.table.warn(options, q, index, "it goes without the subjects' references")
-            elif k.shape[1] == q.shape[1]:
+            if grid is None or k.shape[0] != q.shape[0]:
+                # Reference-only control runs the unconditional rows once more on their own.
+                if index not in self.attended or q.shape[0] != call.plain_rows:
+                    self.table.warn(options, q, index, "it goes without the subjects' references")
+            else:
+                self.attended.add(index)
+                # The block's own keys may be more than its tokens (reference-only control).
                 routed = call.self_attention(index, q, k, v, grid)
         if routed is None:
             return _plain(self.previous, q, k, v, options)
@@ -203,28 +224,57 @@ def _plain(previous: Replace | None, q: Tensor, k: Tensor, v: Tensor, options: O
     return attention(q, k, v, options["n_heads"])
 
 
-def install(transformer_options: dict[str, Any], sites: Sequence[UNetSite], unet: Any) -> None:
-    """Put one run's patches into ``transformer_options`` (the guider's own nested copy).
+Slot = tuple[str, tuple[Any, ...]]  # attn1 or attn2, and the place of a block or its layer
+Replacements = Mapping[Slot, Replace]
+
+
+def replacements(transformer_options: Options) -> Replacements:
+    """Every replacement of attention in some options, by its slot."""
+    return {
+        (name, place): replace
+        for name, found in transformer_options.get("patches_replace", {}).items()
+        for place, replace in found.items()
+    }
+
+
+def replaced_since(before: Replacements, transformer_options: Options) -> frozenset[Slot]:
+    """Slots with another replacement than ``before``."""
+    now = replacements(transformer_options)
+    return frozenset(slot for slot, replace in now.items() if before.get(slot) is not replace)
+
+
+def installed(options: Options, table: BlockTable, unet: Any, *, late: bool) -> dict[str, Any]:
+    """The options of a pass of ``unet`` with our patches among the others.
 
     A slot is (name, number, index) or (name, number), and the host looks at the first form first.
     So ours goes where another's triple stands, chaining it, and on the pair elsewhere, chaining
-    that: a pair that another pack sets while sampling (PAG, SAG) is then never hidden by us. Of the
-    patches around attn2 ours read first and add last: the block's own rows.
+    that. What another pack has put into a slot to evaluate the model once more without a part of
+    its attention (PAG, SAG) stays alone there. Of the patches around attn2 ours read first and add
+    last: the block's own rows. ``late``: attn2 is left to the block, and Eq. 5 added to its output.
     """
-    table = BlockTable(sites)
-    patches = transformer_options.setdefault("patches", {})
+    out = dict(options)
+    patches = out["patches"] = dict(options.get("patches", {}))
     others = patches.get("attn2_patch", ())
-    patches["attn2_patch"] = [RoutePatch(table, bool(others)), *others]
-    if others:
+    patches["attn2_patch"] = [RoutePatch(table, late or bool(others)), *others]
+    if late or others:
         after_attn2 = patches.get("attn2_output_patch", ())
         patches["attn2_output_patch"] = [*after_attn2, LatePatch(table, unet)]
-    replacements = transformer_options.setdefault("patches_replace", {})
-    for name, kind in (("attn1", SelfAttentionPatch), ("attn2", CrossAttentionPatch)):
-        before: dict[Any, Replace] = replacements.get(name, {})
+    replace = out["patches_replace"] = dict(options.get("patches_replace", {}))
+    alone: frozenset[Slot] = options.get(ALONE_KEY, frozenset())
+    kinds: dict[str, Callable[[Replace | None], Replace]] = {
+        "attn1": partial(SelfAttentionPatch, table, attended=set()),
+        "attn2": partial(CrossAttentionPatch, table),
+    }
+    if late:
+        del kinds["attn2"]
+    for name, kind in kinds.items():
+        before: dict[Any, Replace] = replace.get(name, {})
         after = dict(before)
-        for site in sites:
+        for site in table.sites:
             pair = (site.part, site.number)
             triple = (*pair, site.block_index)
-            slot = triple if triple in before else pair
-            after[slot] = kind(table, before.get(slot))
-        replacements[name] = after
+            place = triple if triple in before else pair
+            if (name, place) not in alone:
+                after[place] = kind(before.get(place))
+        replace[name] = after
+    return out

@@ -56,10 +56,12 @@ _FLAT = 1e-4  # the least deviation: below it is rounding
 @dataclass(frozen=True)
 class Texts:
     """Text states of the labels, one (T_i,C) per subject, its own tokens only; and the maps that
-    make keys of them."""
+    make keys of them. ``constant``: those maps are the same in all calls, so that keys are made
+    once."""
 
     labels: tuple[Tensor, ...]
     keys: KeyMap
+    constant: bool = True
 
     def __post_init__(self) -> None:
         for number, states in enumerate(self.labels, 1):
@@ -123,10 +125,7 @@ class TextRoutes:
 
     def scores(self, site: Site, q: Tensor) -> Tensor:
         """s (B,N,Q) float32 of one block."""
-        if site.index not in self._keys:
-            states = torch.cat(self.texts.labels)[None].to(q)
-            self._keys[site.index] = self.texts.keys(site, states)[0]
-        keys = self._keys[site.index].to(q)  # (T,D), all labels' tokens in a row
+        keys = self._keys_of(site, q).to(q)  # (T,D), all labels' tokens in a row
         q = q.reshape(*q.shape[:2], site.heads, -1).transpose(1, 2)  # (B,H,Q,d)
         keys = keys.reshape(keys.shape[0], site.heads, -1).permute(1, 2, 0)  # (H,d,T)
         logits = torch.matmul(q, keys).float() / q.shape[-1] ** 0.5  # (B,H,Q,T)
@@ -134,6 +133,14 @@ class TextRoutes:
         parts = torch.split(_centred(logits, dim=-2), sizes, dim=-1)
         best = torch.stack([x.amax(dim=-1) for x in parts], dim=1)  # (B,N,H,Q)
         return best.logsumexp(dim=2) - math.log(site.heads)
+
+    def _keys_of(self, site: Site, q: Tensor) -> Tensor:
+        if site.index in self._keys:
+            return self._keys[site.index]
+        keys = self.texts.keys(site, torch.cat(self.texts.labels)[None].to(q))[0]
+        if self.texts.constant:
+            self._keys[site.index] = keys
+        return keys
 
     def resize(self, soft: SoftMaps, grid: Grid, crops: Crops) -> SoftMaps:
         """The same maps on another grid, inside the masks there: resizing blurs their borders."""

@@ -17,7 +17,9 @@ from ...anystory_core.routing.words import Texts
 def encode_label(clip: Any, label: str, config: AnyStoryConfig) -> tuple[Tensor, int]:
     """States (S,C) of a label on its own, and the number of its own tokens: positions 1 ... n.
 
-    ModelMismatchError unless they have the width of the U-Net's text states."""
+    An encoder that answers with a key and a value for each token in turn (CLIPNegPip) is read by
+    its keys. ModelMismatchError unless the states have the width of the U-Net's text states, one
+    for each token."""
     tokens, empty = clip.tokenize(label), clip.tokenize("")
     states = clip.encode_from_tokens(tokens)[0]
     if states.shape[-1] != config.unet.context_dim:
@@ -29,6 +31,15 @@ def encode_label(clip: Any, label: str, config: AnyStoryConfig) -> tuple[Tensor,
     end = empty[name][0][1][0]  # start, end, padding
     ids = [entry[0] for entry in tokens[name][0]]
     own = next((i for i, x in enumerate(ids) if i > 0 and isinstance(x, int) and x == end), None)
+    given = sum(len(part) for part in tokens[name])
+    if states.shape[0] == 2 * given and torch.equal(states[::2], states[1::2]):
+        states = states[::2]
+    if states.shape[0] != given:
+        raise ModelMismatchError(
+            f"clip: it gives {states.shape[0]} text states for the {given} tokens of the label "
+            f"{label!r}, expected one each, or each twice in turn; connect the clip as its loader "
+            "gives it"
+        )
     return states.float().cpu(), (len(ids) if own is None else own) - 1
 
 
@@ -70,12 +81,15 @@ def label_states(clip: Any, labels: Sequence[str], config: AnyStoryConfig) -> tu
     return tuple(found)
 
 
-def route_texts(labels: Sequence[Tensor], model: Any, device: Any) -> Texts:
-    """What routing by text needs of one sampling run. Keys are made by each block's own ``to_k``
-    when the U-Net is loaded, patched weights (LoRA) included."""
-    unet = model.model.diffusion_model
+def route_texts(labels: Sequence[Tensor], guider: Any, device: Any) -> Texts:
+    """What routing by text needs of a sampling run of ``guider``. Keys are made by each block's own
+    ``to_k`` when the U-Net is loaded, patched weights (LoRA) included; anew for every call where
+    conds bring weights of their own (LoRA hooks)."""
+    unet = guider.model_patcher.model.diffusion_model
 
     def keys(site: UNetSite, states: Tensor) -> Tensor:
         return unet.get_submodule(site.ldm).attn2.to_k(states)
 
-    return Texts(tuple(states.to(device, torch.float32) for states in labels), keys)
+    hooked = any("hooks" in entry for entries in guider.conds.values() for entry in entries)
+    moved = tuple(states.to(device, torch.float32) for states in labels)
+    return Texts(moved, keys, constant=not hooked)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from scene import Scene, halves, module
+from torch import Tensor
 
 
 @pytest.fixture
@@ -147,3 +148,84 @@ def test_prompts_in_calls_of_their_own_do_not_share_a_mean(
     apart = scene.sample(model, positive=both, steps=1)
     scale = together.abs().max()  # float32 rounding of other batch sizes, one step
     torch.testing.assert_close(apart / scale, together / scale, rtol=1e-2, atol=1e-3)
+
+
+def hooked(scene: Scene, words: str, seed: int, keyframes: Any = None) -> Any:
+    """A prompt with a LoRA of its own on every attn2.to_k, as a hook."""
+    hooks = module("comfy.hooks")
+    make = torch.Generator().manual_seed(seed)
+    weights = {}
+    for site in scene.mini.anystory.model.sites:
+        name = "lora_unet_" + f"{site.ldm}.attn2.to_k".replace(".", "_")
+        weights[f"{name}.lora_up.weight"] = torch.randn(site.channels, 4, generator=make)
+        weights[f"{name}.lora_down.weight"] = torch.randn(4, 256, generator=make) / 16
+    group = hooks.create_hook_lora(weights, 1.0, 0.0)
+    if keyframes is not None:
+        group.set_keyframes_on_hooks(keyframes)
+    return hooks.set_hooks_for_conditioning(scene.text(words), hooks=group)
+
+
+def test_keys_belong_to_the_weights_they_were_made_with(scene: Scene) -> None:
+    """Prompts with LoRA hooks: their order means nothing."""
+    combine = scene.comfy.ConditioningCombine().combine
+    first, second = hooked(scene, "a ball", 1), hooked(scene, "a box", 2)
+    model = scene.apply(routing=route(scene))
+    one = scene.sample(model, positive=combine(first, second)[0])
+    other = scene.sample(model, positive=combine(second, first)[0])
+    assert not torch.allclose(one, scene.sample(model, positive=first), rtol=0.01, atol=0.01)
+    scale = one.abs().max()
+    # The host adds up the two prompts in the other order.
+    torch.testing.assert_close(other / scale, one / scale, rtol=1e-3, atol=1e-4)
+
+
+def test_keyframes_of_hooks_change_the_keys(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys follow the weights from step to step."""
+    hooks = module("comfy.hooks")
+    frames = hooks.HookKeyframeGroup()
+    for strength, start in ((1.0, 0.0), (0.0, 0.5)):
+        frames.add(hooks.HookKeyframe(strength=strength, start_percent=start))
+    words = module("anystory_pack.anystory_core.routing.words").TextRoutes
+    made: list[Tensor] = []
+    scores = words.scores
+
+    def spy(self: Any, site: Any, q: Tensor) -> Tensor:
+        if site.index == 1:
+            states = torch.cat(self.texts.labels)[None].to(q)
+            made.append(self.texts.keys(site, states))
+            assert torch.equal(self._keys_of(site, q), made[-1][0])
+        return scores(self, site, q)
+
+    monkeypatch.setattr(words, "scores", spy)
+    positive = hooked(scene, "a ball", 1, frames)
+    scene.sample(scene.apply(routing=route(scene)), positive=positive, steps=4)
+    assert len(made) == 4 and torch.equal(made[0], made[1]) and torch.equal(made[2], made[3])
+    assert not torch.allclose(made[1], made[2], rtol=0.1, atol=0.1)
+
+
+class Interleaving:
+    """An encoder that gives each token's key and value in turn (CLIPNegPip): the state, times each
+    of ``factors``."""
+
+    def __init__(self, clip: Any, *factors: float) -> None:
+        self.clip, self.factors = clip, factors
+
+    def tokenize(self, text: str) -> Any:
+        return self.clip.tokenize(text)
+
+    def encode_from_tokens(self, tokens: Any) -> Any:
+        states = self.clip.encode_from_tokens(tokens)
+        return torch.stack([states * factor for factor in self.factors], dim=2).flatten(1, 2)
+
+
+def test_an_encoder_that_interleaves_keys_and_values(scene: Scene) -> None:
+    plain, both = route(scene), route(scene, clip=Interleaving(scene.mini.clip, 1.0, 1.0))
+    for own, other in zip(plain.labels, both.labels, strict=True):
+        assert torch.equal(own, other)
+
+
+@pytest.mark.parametrize("factors", [(1.0, -1.0), (1.0, 1.0, 1.0)])
+def test_an_encoder_of_another_layout_is_refused(scene: Scene, factors: tuple[float, ...]) -> None:
+    count = 77 * len(factors)
+    message = f"SubjectRouter: clip: it gives {count} text states for the 77 tokens of the label"
+    with pytest.raises(scene.errors.ModelMismatchError, match=message):
+        route(scene, clip=Interleaving(scene.mini.clip, *factors))

@@ -182,7 +182,7 @@ def prepare_passes(request: RunRequest) -> UNetPasses:
     roles = Roles.of(guider)
     texts = None
     if routing.mode.startswith("text"):
-        texts = route_texts(routing.labels, model, device)
+        texts = route_texts(routing.labels, guider, device)
     # Only tokens that know their places are made here: the others were made with the subject.
     grounded = any(subject.states is not None for subject in subjects)
     used = anystory.having("projections", *(("encoder",) if grounded else ()))

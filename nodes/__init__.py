@@ -4,6 +4,7 @@ from .apply import ApplyAnyStory
 from .build import BuildAnyStory
 from .encode import AnyStorySubjectOptions, EncodeSubject
 from .load import LoadAnyStory
+from .masks import AnyStorySplitMasks
 from .mini import LoadAnyStoryMini
 from .preview import RoutingMapPreview
 from .route import SubjectRouter
@@ -16,6 +17,7 @@ NODES = (
     LoadAnyStory,
     EncodeSubject,
     AnyStorySubjectOptions,
+    AnyStorySplitMasks,
     SubjectRouter,
     ApplyAnyStory,
     RoutingMapPreview,

@@ -12,6 +12,7 @@ from ..anystory_core.injection.prepare import Settings
 from ..anystory_core.subject.subject import SubjectOptions
 from .bases import base_of
 from .host import ids
+from .host.base import Kept
 from .host.handover import Handover
 from .host.sockets import Routing, RoutingMaps
 from .host.wrapper import SamplingWrapper
@@ -108,11 +109,12 @@ def apply_routing(
     *,
     node: str | None = None,
     bar: bool = True,
+    kept: Kept | None = None,
 ) -> Any:
     """A clone of ``model`` (a ModelPatcher) whose sampling runs are routed, and recorded in
     ``maps``; a plain clone without subjects. Values as in :class:`ApplyAnyStory`. ``node`` is named
     by what goes wrong in another node's sampling; ``bar``: that node's progress bar shows the
-    preparations of a run."""
+    preparations of a run; ``kept``: is shared with other models for the same subjects."""
     # The overall values obey the same rules as a subject's own.
     SubjectOptions(
         strength=settings.strength,
@@ -134,7 +136,7 @@ def apply_routing(
     base.check(model, anystory)
     handover = Handover()
     handover.attach(patched)
-    wrapper = SamplingWrapper(base, routing, settings, start, end, maps, handover, node, bar)
+    wrapper = SamplingWrapper(base, routing, settings, start, end, maps, handover, node, bar, kept)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, ids.WRAPPER_KEY, wrapper)
     if routing.routers():
         patched.set_additional_models(ids.WRAPPER_KEY, routing.routers())

@@ -21,7 +21,7 @@ from ..anystory_core.subject.encoder import (
 from ..anystory_core.subject.label import clean_label
 from ..anystory_core.subject.masks import MASK_SHOWS
 from ..anystory_core.subject.preprocess import Views, prepare_views, zero_clip
-from ..anystory_core.subject.subject import Subject, SubjectOptions
+from ..anystory_core.subject.subject import EASINGS, Subject, SubjectOptions
 from ..anystory_core.weights.fingerprint import weights_fingerprint
 from .host import ids, tensors
 from .host.managed import (
@@ -251,6 +251,24 @@ class AnyStorySubjectOptions(io.ComfyNode):
                     **fraction,
                     tooltip="Fraction of the sampling at which the subject stops to act.",
                 ),
+                io.Float.Input(
+                    "strength_at_start",
+                    **strength,
+                    tooltip="Factor of both strengths at start. From here it goes to that at end.",
+                ),
+                io.Float.Input(
+                    "strength_at_end",
+                    **strength,
+                    tooltip="Factor of both strengths at end. With 1 at both ends they stay as "
+                    "they are.",
+                ),
+                io.Combo.Input(
+                    "easing",
+                    options=list(EASINGS),
+                    default="linear",
+                    tooltip="How the factor goes from one end to the other: evenly, slowly at the "
+                    "beginning, slowly at the end, or slowly at both.",
+                ),
             ],
             outputs=[ids.Subject.Output(display_name="subject")],
         )
@@ -258,11 +276,25 @@ class AnyStorySubjectOptions(io.ComfyNode):
     @classmethod
     @ids.named_errors
     def execute(
-        cls, subject: Subject, strength: float, reference_strength: float, start: float, end: float
+        cls,
+        subject: Subject,
+        strength: float,
+        reference_strength: float,
+        start: float,
+        end: float,
+        strength_at_start: float = 1.0,
+        strength_at_end: float = 1.0,
+        easing: str = "linear",
     ) -> io.NodeOutput:
         if not isinstance(subject, Subject):
             raise SubjectError(f"subject: got {type(subject).__name__}, expected a subject")
         options = SubjectOptions(
-            strength=strength, reference_strength=reference_strength, start=start, end=end
+            strength=strength,
+            reference_strength=reference_strength,
+            start=start,
+            end=end,
+            at_start=strength_at_start,
+            at_end=strength_at_end,
+            easing=easing,
         )
         return io.NodeOutput(subject.with_options(options))

@@ -7,11 +7,13 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..anystory_core.errors import RoutingError
+from ..anystory_core.routing.masks import lost_subjects
 from ..anystory_core.routing.modes import MODES, check_routing
 from ..anystory_core.subject.grounding import check_phrases
 from ..anystory_core.subject.subject import Subject
 from .host import ids, tensors
 from .host.managed import ManagedAnyStory
+from .host.saying import say
 from .host.sockets import Routing
 from .host.texts import label_states
 
@@ -35,8 +37,8 @@ class SubjectRouter(io.ComfyNode):
                     f"mask_{number}",
                     optional=True,
                     tooltip=f"Where subject {number} goes (1 = subject, of the whole picture, any "
-                    "size). Used by the modes 'masks', 'learned within masks' and 'text within "
-                    "masks'.",
+                    "size; of a batch, each picture of the latent batch takes its own). Used by "
+                    "the modes 'masks', 'learned within masks' and 'text within masks'.",
                 )
             )
         return ids.schema(
@@ -79,8 +81,9 @@ class SubjectRouter(io.ComfyNode):
     @classmethod
     @ids.named_errors
     def execute(cls, anystory: ManagedAnyStory, mode: str, **inputs: Any) -> io.NodeOutput:
-        subjects: list[Subject] = []
-        masks: list[Any] = []
+        subjects: dict[int, Subject] = {}
+        masks: dict[int, Any] = {}
+        notes: list[str] = []
         clip, agree = inputs.pop("clip", None), inputs.pop("agreement", True)
         known = {f"{kind}_{n + 1}" for kind in ("subject", "mask") for n in range(ids.MAX_SUBJECTS)}
         unknown = sorted(set(inputs) - known)
@@ -91,21 +94,32 @@ class SubjectRouter(io.ComfyNode):
             )
         for number in range(1, ids.MAX_SUBJECTS + 1):
             subject, mask = inputs.get(f"subject_{number}"), inputs.get(f"mask_{number}")
-            if subject is None:
-                if mask is not None:
-                    raise RoutingError(
-                        f"mask_{number}: connected without subject_{number}; connect that subject "
-                        "or disconnect the mask"
-                    )
-                continue
-            subjects.append(subject)
-            masks.append(None if mask is None else tensors.routing_mask(mask, f"mask_{number}"))
+            if subject is not None:
+                subjects[number] = subject
+                name = f"mask_{number}"
+                masks[number] = None if mask is None else tensors.routing_mask(mask, name)
+            elif mask is not None:
+                notes.append(f"mask_{number} is left out: subject_{number} is missing or muted.")
+        chosen, given = tuple(subjects.values()), tuple(masks.values())
         if subjects:
-            check_routing(mode, anystory.model, subjects, masks, text=clip is not None)
-            check_phrases(mode, subjects)
+            check_routing(mode, anystory.model, chosen, given, text=clip is not None)
+            check_phrases(mode, chosen)
+            if mode.endswith("masks"):
+                notes += lost_places(mode, subjects, masks)
         labels: tuple[Any, ...] = ()
         if mode.startswith("text"):
-            names = [subject.label for subject in subjects]
+            names = [subject.label for subject in chosen]
             labels = label_states(clip, names, anystory.model.config)
-        routing = Routing(anystory, tuple(subjects), tuple(masks), mode, labels, agree)
-        return io.NodeOutput(routing)
+        routing = Routing(anystory, chosen, given, mode, labels, agree)
+        return io.NodeOutput(routing, ui={"text": say(notes)})
+
+
+def lost_places(mode: str, subjects: dict[int, Subject], masks: dict[int, Any]) -> list[str]:
+    """One sentence for each subject that its mask leaves without any place in the picture."""
+    named = {f"mask_{number}": mask for number, mask in masks.items()}
+    lost = lost_subjects(named, exclusive=mode == "masks")
+    return [
+        f"Subject {number} ('{subject.label}') gets no place: {lost[f'mask_{number}']}."
+        for number, subject in subjects.items()
+        if f"mask_{number}" in lost
+    ]

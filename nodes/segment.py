@@ -15,9 +15,11 @@ from torch import Tensor
 from ..anystory_core.errors import RoutingError
 from ..anystory_core.injection.prepare import Settings
 from ..anystory_core.routing import segment
+from ..anystory_core.routing.masks import check_batch, mask_of
 from .apply import apply_routing, is_applied
 from .bases import base_of
 from .host import ids, tensors
+from .host.base import Kept
 from .host.sockets import Routing, RoutingMaps
 
 _AT_ONCE = 4  # noises in one pass of the U-Net
@@ -36,14 +38,20 @@ def encode_picture(vae: Any, picture: Tensor) -> Tensor:
 
 
 def soft_maps(
-    model: Any, routing: Routing, positive: Any, latent: Tensor, noise: Tensor, level: float
+    model: Any,
+    routing: Routing,
+    positive: Any,
+    latent: Tensor,
+    noise: Tensor,
+    level: float,
+    kept: Kept | None = None,
 ) -> Tensor:
     """Mean soft map (N+1,h,w) of one routed pass over ``latent`` (1,4,h,w) at a noise level in
-    (0,1], with every noise of ``noise`` (R,4,h,w) as a row."""
+    (0,1], with every noise of ``noise`` (R,4,h,w) as a row. ``kept``: is shared by the passes."""
     maps = RoutingMaps(keep_soft=True)
     # Agreement looks for a place for every subject; here the picture says whether it has one.
     alone = dataclasses.replace(routing, agree=False)
-    patched = apply_routing(model, alone, Settings(), 0.0, 1.0, maps, bar=False)
+    patched = apply_routing(model, alone, Settings(), 0.0, 1.0, maps, bar=False, kept=kept)
     sampling = patched.get_model_object("model_sampling")
     # The host's noise level at 0 % is a number beyond all of the model's.
     sigma = min(float(sampling.percent_to_sigma(1 - level)), float(sampling.sigma_max))
@@ -153,21 +161,32 @@ class AnyStorySegment(io.ComfyNode):
             anystory = routing.anystory
             positive = base_of(anystory).empty_conditioning(anystory)
         passes = [min(_AT_ONCE, noises - i) for i in range(0, noises, _AT_ONCE)]
+        if routing.mode.endswith("masks"):
+            check_batch(routing.masks, image.shape[0])
+        kept = Kept()
         progress = comfy.utils.ProgressBar(image.shape[0] * (len(passes) + 1))
         masks: list[Tensor] = []
-        for picture in image:
+        for number, picture in enumerate(image):
+            own = of_picture(routing, number)
             latent = encode_picture(vae, picture)
             progress.update(1)
             drawn = segment.noises(latent.shape[1:], noises, seed)
             total: Tensor | None = None
             for part in drawn.split(passes[0]):
-                maps = soft_maps(model, routing, positive, latent, part, noise) * part.shape[0]
+                maps = soft_maps(model, own, positive, latent, part, noise, kept)
+                maps = maps * part.shape[0]
                 total = maps if total is None else total + maps
                 progress.update(1)
             assert total is not None  # noises >= 1
             size = picture.shape[0], picture.shape[1]
             masks.append(segment.masks_of(total / noises, size))
         return io.NodeOutput(torch.cat(masks))
+
+
+def of_picture(routing: Routing, number: int) -> Routing:
+    """The routing with the masks of one picture alone."""
+    masks = (None if mask is None else mask_of(mask, number) for mask in routing.masks)
+    return dataclasses.replace(routing, masks=tuple(masks))
 
 
 def check_mode(routing: Routing) -> None:

@@ -98,13 +98,13 @@ class BlockRoute:
 class Call:
     """One forward pass of the U-Net; holds the route of the block that ran last.
 
-    ``active`` (N) says which subjects are inside their window. ``recording``: whose routes are
-    recorded.
+    ``factors`` (N): how much of its strengths each subject has now, 0 outside of its window.
+    ``recording``: whose routes are recorded.
     """
 
     prepared: PreparedSubjects
     rows: Rows
-    active: tuple[bool, ...]
+    factors: tuple[float, ...]
     sites: Sequence[Site]
     attention: Attention
     shown: Shown = Shown()
@@ -118,10 +118,11 @@ class Call:
         self._crops = (
             tuple(self.shown.crops[row] for row in self._routed) if self.shown.crops else ()
         )
-        on = (*self.active, True)
-        self._eta = tuple(e if a else 0.0 for e, a in zip(self.prepared.strengths, on, strict=True))
+        factors = (*self.factors, 1.0)
+        self._eta = tuple(e * f for e, f in zip(self.prepared.strengths, factors, strict=True))
         self._gamma = tuple(
-            g if a else -math.inf for g, a in zip(self.prepared.biases, on, strict=True)
+            g + math.log(f) if f > 0 else -math.inf
+            for g, f in zip(self.prepared.biases, factors, strict=True)
         )
         subjects = zip(self._eta[:-1], self._gamma[:-1], strict=True)
         acting = sum(e > 0 or g > -math.inf for e, g in subjects)

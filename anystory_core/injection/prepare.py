@@ -77,11 +77,12 @@ class PreparedSubjects:
         """N."""
         return len(self.strengths) - 1
 
-    def is_idle(self, active: Sequence[bool]) -> bool:
-        """Nothing to inject: the host then runs the plain model, bit for bit."""
+    def is_idle(self, factors: Sequence[float]) -> bool:
+        """Nothing to inject with these factors of the subjects' strengths: the host then runs the
+        plain model, bit for bit."""
         return not any(
-            on and (eta > 0 or gamma > -math.inf)
-            for on, eta, gamma in zip(active, self.strengths, self.biases, strict=False)
+            factor > 0 and (eta > 0 or gamma > -math.inf)
+            for factor, eta, gamma in zip(factors, self.strengths, self.biases, strict=False)
         )
 
 

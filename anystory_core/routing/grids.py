@@ -16,7 +16,8 @@ Grid = tuple[int, int]  # height and width in tokens
 
 @dataclass(frozen=True)
 class Crop:
-    """The part of the latent that a call sees, in latent pixels (area conditioning)."""
+    """The part of the latent that a row of a call sees, in latent pixels (area conditioning); and
+    which picture of the batch, where masks differ from picture to picture."""
 
     y: int
     x: int
@@ -24,6 +25,7 @@ class Crop:
     width: int
     full_height: int
     full_width: int
+    picture: int = 0
 
     def narrow(self, mask: Tensor) -> Tensor:
         """Cut a mask (H,W) to the same part, at least one pixel of it."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..bases.base import Site
 from ..errors import ModelMismatchError, RoutingError
 from ..subject.subject import UNNAMED, Subject
+from .masks import check_counts
 from .router import Routers
 from .sources import LearnedRoutes, MaskRoutes, RouteSource, SingleRoute
 from .words import TextRoutes, Texts
@@ -59,6 +60,8 @@ def check_routing(
             f"mode {mode!r}: the mask of subject {missing} is missing; connect one mask for each "
             "subject, or choose a mode without masks"
         )
+    if mode.endswith("masks"):
+        check_counts(masks)
     if mode.startswith("text"):
         _check_labels(mode, subjects, text)
         return
@@ -125,3 +128,16 @@ def build_source(
     return LearnedRoutes.prepare(
         model.routers, torch.stack([f for f in features if f is not None])[None], masks=within
     )
+
+
+def source_of_run(
+    source: RouteSource | TextRoutes, mode: str, masks: Sequence[Tensor | None]
+) -> RouteSource | TextRoutes:
+    """A source that :func:`build_source` has made, for another run of the same subjects with other
+    masks; nothing is made anew but what belongs to a run."""
+    given = MaskRoutes(tuple(m for m in masks if m is not None))
+    if isinstance(source, MaskRoutes):
+        return given
+    if isinstance(source, (LearnedRoutes, TextRoutes)):
+        return source.of_run(given if mode.endswith("within masks") else None)
+    return source

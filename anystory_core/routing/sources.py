@@ -7,7 +7,7 @@ conditioner takes their argmax as the route. Masks live in picture space, 1 = su
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..bases.base import Site
 from .grids import Crop, Crops, Grid, SoftMaps, area_mean, resize_soft
+from .masks import count_of, mask_of
 from .router import RouterKeys, Routers
 
 
@@ -24,6 +25,11 @@ class RouteSource(Protocol):
     @property
     def candidates(self) -> int:
         """N + 1."""
+        ...
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures of a batch have masks of their own; 1: all have the same or none."""
         ...
 
     def maps(self, site: Site, z: Tensor, grid: Grid, crops: Crops) -> SoftMaps:
@@ -39,7 +45,8 @@ class RouteSource(Protocol):
 class MaskRoutes:
     """The user's masks as routes: background 1 - max, ties to the lower number.
 
-    ``masks``: one (H,W) tensor in [0,1] per subject, of any size; each covers the whole picture."""
+    ``masks``: one (H,W) or (M,H,W) tensor in [0,1] per subject, of any size; each covers the whole
+    picture. Of M, row b takes the one that its crop names; all M are the same or 1."""
 
     masks: tuple[Tensor, ...]
     _cache: dict[tuple[Grid, Crop | None, torch.device], Tensor] = field(
@@ -51,6 +58,10 @@ class MaskRoutes:
     @property
     def candidates(self) -> int:
         return len(self.masks) + 1
+
+    @property
+    def pictures(self) -> int:
+        return max((count_of(mask) for mask in self.masks), default=1)
 
     def subject_weights(self, grid: Grid, crops: Crops, device: torch.device) -> Tensor:
         """Area-resized masks: (rows,N,Q) for as many rows as there are crops, else (1,N,Q)."""
@@ -78,7 +89,8 @@ class MaskRoutes:
         its device once."""
         key = grid, crop, device
         if key not in self._cache:
-            masks = [m if crop is None else crop.narrow(m) for m in self.masks]
+            masks = [mask_of(mask, 0 if crop is None else crop.picture) for mask in self.masks]
+            masks = [m if crop is None else crop.narrow(m) for m in masks]
             weights = torch.stack([area_mean(m, grid).flatten() for m in masks])
             self._cache[key] = weights.to(device)
         return self._cache[key]
@@ -133,12 +145,21 @@ class LearnedRoutes:
         resized = resize_soft(soft, grid)
         return resized if self.masks is None else self.masks.confine(resized, crops)
 
+    @property
+    def pictures(self) -> int:
+        return 1 if self.masks is None else self.masks.pictures
+
+    def of_run(self, masks: MaskRoutes | None) -> LearnedRoutes:
+        """The same routes within other masks."""
+        return replace(self, masks=masks)
+
 
 @dataclass(frozen=True)
 class SingleRoute:
     """Every token belongs to the only subject: files without a router, and training stage 1."""
 
     candidates: int = 2
+    pictures: int = 1
 
     def maps(self, site: Site, z: Tensor, grid: Grid, crops: Crops) -> SoftMaps:
         maps = torch.zeros(z.shape[0], 2, z.shape[1], device=z.device)

@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -106,6 +106,15 @@ class TextRoutes:
         """N + 1."""
         return len(self.texts.labels) + 1
 
+    @property
+    def pictures(self) -> int:
+        """How many pictures of a batch have masks of their own; 1: all have the same or none."""
+        return 1 if self.masks is None else self.masks.pictures
+
+    def of_run(self, masks: MaskRoutes | None) -> TextRoutes:
+        """The same words within other masks, which remember nothing yet."""
+        return replace(self, masks=masks, _memories={})
+
     def memory(self, kind: Hashable | None, *, again: bool = False) -> Memory:
         """What all calls of one kind remember together, for the next of them; None: a new memory,
         for one call alone. ``again``: the next takes the place of the last."""
@@ -137,7 +146,8 @@ class TextRoutes:
     def _keys_of(self, site: Site, q: Tensor) -> Tensor:
         if site.index in self._keys:
             return self._keys[site.index]
-        keys = self.texts.keys(site, torch.cat(self.texts.labels)[None].to(q))[0]
+        # On the device of the labels, where the model is: q may be another device's.
+        keys = self.texts.keys(site, torch.cat(self.texts.labels)[None].to(q.dtype))[0]
         if self.texts.constant:
             self._keys[site.index] = keys
         return keys
@@ -158,7 +168,7 @@ class TextRoutes:
             return fresh
         finest = max(memory.mean.grid, fresh.grid, key=lambda g: g[0] * g[1])
         mean, new = resize_soft(memory.mean, finest).maps, resize_soft(fresh, finest).maps
-        memory.mean = SoftMaps(torch.lerp(mean, new.to(mean), weight / memory.weight), finest)
+        memory.mean = SoftMaps(torch.lerp(mean.to(new), new, weight / memory.weight), finest)
         return memory.mean
 
 

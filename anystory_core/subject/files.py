@@ -73,7 +73,7 @@ def save_subject(path: str | os.PathLike[str], subject: Subject, *, overwrite: b
     header = {
         "anystory.subject": FORMAT,
         "label": subject.label,
-        "options": json.dumps(asdict(subject.options)),
+        "options": json.dumps(_options(subject.options)),
         "weights": subject.fingerprint,
         "clip": subject.clip_fingerprint,
         "modelspec.thumbnail": thumbnail(subject.cutout[0]),
@@ -208,6 +208,16 @@ def _check_cutout(name: str, cutout: Tensor, model: Encoders) -> None:
         raise SubjectError(
             f"{name}: cutout has shape {tuple(cutout.shape)}, expected ({views}, {size}, {size}, 3)"
         )
+
+
+def _options(options: SubjectOptions) -> dict[str, float | str]:
+    """What a file says of them; a strength that does not change is not spoken of, so that earlier
+    versions can read it."""
+    said: dict[str, float | str] = asdict(options)
+    if options.is_constant:
+        for name in ("at_start", "at_end", "easing"):
+            del said[name]
+    return said
 
 
 def _expected(model: Encoders, views: int) -> dict[str, tuple[int, ...]]:

@@ -11,6 +11,13 @@ from torch import Tensor
 
 from ..errors import SubjectError
 
+EASINGS: dict[str, Callable[[float], float]] = {  # [0,1] -> [0,1], from 0 to 1
+    "linear": lambda t: t,
+    "ease in": lambda t: t * t,
+    "ease out": lambda t: t * (2 - t),
+    "ease in and out": lambda t: t * t * (3 - 2 * t),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SubjectOptions:
@@ -18,16 +25,22 @@ class SubjectOptions:
 
     strength: eta_i >= 0 of Eq. 5, times the overall strength. reference_strength: s_i >= 0, where
     gamma of Eq. 7 is ln(overall s * s_i); 1 is the paper, 0 is off. start, end in [0,1]: fraction
-    of the sampling, 0 = pure noise.
+    of the sampling, 0 = pure noise. Both strengths are multiplied by a factor >= 0 that goes from
+    ``at_start`` to ``at_end`` between the two, by one of :data:`EASINGS`.
     """
 
     strength: float = 1.0
     reference_strength: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    at_start: float = 1.0
+    at_end: float = 1.0
+    easing: str = "linear"
 
     def __post_init__(self) -> None:
-        for name in ("strength", "reference_strength"):
+        if self.easing not in EASINGS:
+            raise SubjectError(f"easing: got {self.easing!r}, expected one of {list(EASINGS)}")
+        for name in ("strength", "reference_strength", "at_start", "at_end"):
             value = getattr(self, name)
             # Files may hold integers of any size; those beyond every float count as infinite.
             if not 0 <= value <= sys.float_info.max:
@@ -40,6 +53,15 @@ class SubjectOptions:
             raise SubjectError(
                 f"start: got {self.start}, after end = {self.end}; expected start <= end"
             )
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the strengths are the same over the whole window."""
+        return self.at_start == self.at_end == 1
+
+    def factor(self, progress: float) -> float:
+        """Of both strengths, at ``progress`` in [0,1] from start to end."""
+        return self.at_start + (self.at_end - self.at_start) * EASINGS[self.easing](progress)
 
 
 UNNAMED = "subject"  # the label of a subject that was given none

@@ -64,7 +64,7 @@ def sample(
 
 def _fresh(call: TrainingCall, rows: Rows) -> TrainingCall:
     """A call of the same prepared subjects for another forward pass over ``rows``."""
-    return TrainingCall(call.prepared, rows, call.active, call.sites, call.attention)
+    return TrainingCall(call.prepared, rows, call.factors, call.sites, call.attention)
 
 
 def draw_sheet(stage: Stage, batch: Batch, encodings: Encodings, path: Path) -> None:

@@ -11,17 +11,24 @@ from typing import Any, Protocol
 
 from comfy.patcher_extension import WrapperExecutor
 
-from ...anystory_core.injection.prepare import Settings
+from ...anystory_core.injection.prepare import PreparedSubjects, Settings
 from ...anystory_core.routing.record import RoutingRecord
 from .managed import ManagedAnyStory
 from .sockets import Routing
 from .windows import Window
 
 
+@dataclass
+class Kept:
+    """What the runs of one node share, if they differ in the latent and the masks alone."""
+
+    prepared: PreparedSubjects | None = None  # None before the first of them
+
+
 @dataclass(frozen=True)
 class RunRequest:
     """What one sampling run asks of a base. Its routes go into ``record``; ``advance`` is told of
-    both parts of the preparations."""
+    both parts of the preparations. ``kept``: what an earlier run has prepared is taken over."""
 
     guider: Any
     routing: Routing
@@ -29,6 +36,7 @@ class RunRequest:
     windows: tuple[Window, ...]  # one per subject
     record: RoutingRecord
     advance: Callable[[int], None]
+    kept: Kept | None = None
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -130,6 +130,13 @@ class Evaluation:
         """The part of the latent that a cond's rows show; None: all of it."""
         return None if self.areas is None else self.areas.crop(uuid, x)
 
+    def view(self, crop: Crop | None, picture: int, x: Tensor) -> Crop:
+        """What a row of latent ``x`` shows, its picture's number included."""
+        if crop is None:
+            height, width = x.shape[-2:]
+            crop = Crop(0, 0, height, width, height, width)
+        return replace(crop, picture=picture)
+
     def layout(self, conds: int, x: Tensor) -> tuple[int, int]:
         """Rows of each of the ``conds`` in a call with latent ``x``, and how many times they all
         follow one another: packs that draw tiles stack them so, each with the rows of all conds."""
@@ -177,3 +184,13 @@ def rows_of(x: Tensor, batch: Tensor, seen: Collection[int]) -> tuple[int, ...]:
             return ()
         rows.append(min(free, key=lambda row: (row in seen, row)))
     return tuple(rows)
+
+
+def window_rows(options: Mapping[str, Any], x: Tensor) -> tuple[int, ...]:
+    """Which rows of the batch the host's context window over it shows in latent ``x`` (b,C,h,w), as
+    these transformer options have it; empty where none is open."""
+    window = options.get("context_window")
+    if window is None or getattr(window, "dim", None) != 0:
+        return ()
+    rows = tuple(window.index_list)
+    return rows if len(rows) == x.shape[0] else ()

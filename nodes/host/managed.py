@@ -6,6 +6,7 @@ it may be stored in fp8 or fp16, be partly offloaded, and is on the load device 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,21 @@ OPERATIONS = comfy.ops.manual_cast
 def make_patcher(module: nn.Module) -> Any:
     """A ModelPatcher around a module, of the class that this host uses for its own models."""
     kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    return kind(module, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+    patcher = kind(
+        module, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device()
+    )
+    # Where the host spreads conds over several devices it makes each of them a module of its own.
+    patcher.cached_patcher_init = (_copied, (module,))
+    return patcher
+
+
+def _copied(module: nn.Module, *, disable_dynamic: bool = False) -> Any:
+    """A patcher around a copy of ``module``; ``disable_dynamic``: of the host's plain class."""
+    copied = make_patcher(copy.deepcopy(module))
+    if not disable_dynamic:
+        return copied
+    plain = comfy.model_patcher.ModelPatcher
+    return plain(copied.model, copied.load_device, copied.offload_device)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

@@ -39,15 +39,16 @@ def vae_latents(vae: Any, picture: Tensor) -> Tensor:
 
 
 def routing_mask(mask: Tensor, name: str) -> Tensor:
-    """The host's MASK (1,H,W) or (H,W) -> (H,W) float32 on the CPU in [0,1], 1 = subject."""
-    mask = mask.detach().to("cpu", torch.float32)
-    if mask.ndim == 3 and mask.shape[0] > 1:
+    """The host's MASK (M,H,W) or (H,W) -> float32 on the CPU in [0,1], 1 = subject: (H,W), or
+    (M,H,W) of several."""
+    flat = mask.detach().to("cpu", torch.float32)
+    if flat.ndim > 2 and flat.shape[0] == 1:
+        flat = flat.reshape(-1, flat.shape[-1])
+    if flat.ndim not in (2, 3) or 0 in flat.shape:
         raise SubjectError(
-            f"{name}: got {mask.shape[0]} masks, expected one; pick one of the batch first"
+            f"{name}: got shape {tuple(mask.shape)}, expected (height, width), or (pictures, "
+            "height, width)"
         )
-    flat = mask.reshape(-1, mask.shape[-1]) if mask.ndim == 3 else mask
-    if flat.ndim != 2 or 0 in flat.shape:
-        raise SubjectError(f"{name}: got shape {tuple(mask.shape)}, expected (height, width)")
     if not bool(torch.isfinite(flat).all()):
         raise SubjectError(f"{name}: it has NaN or infinite values, expected numbers from 0 to 1")
     return flat.clamp(0, 1)

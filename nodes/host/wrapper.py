@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import comfy.utils
 from torch import Tensor
 
 from ...anystory_core.injection.prepare import Settings
+from ...anystory_core.routing.masks import check_batch
 from ...anystory_core.routing.record import RoutingRecord
-from .base import HostBase, Passes, RunRequest
+from .base import HostBase, Kept, Passes, RunRequest
 from .handover import Handover
 from .ids import named
 from .sockets import Routing, RoutingMaps
@@ -37,6 +39,7 @@ class SamplingWrapper:
     handover: Handover
     node: str | None = None  # whose settings these are, when it is not the node that samples
     bar: bool = True  # the preparations move the progress bar of the node that samples
+    kept: Kept | None = None  # shared with other runs of the same subjects
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SamplingWrapper:
         return self
@@ -63,7 +66,10 @@ class SamplingWrapper:
             record = RoutingRecord(labels, (), rows=latent.shape[0], idle=True)
             self.maps.file([latent], record)
             return latent
-        with contextlib.nullcontext() if self.node is None else named(self.node):
+        told = contextlib.nullcontext if self.node is None else partial(named, self.node)
+        with told():
+            if self.routing.mode.endswith("masks"):
+                check_batch(self.routing.masks, noise.shape[0])
             passes = self._prepare(guider, windows, sigmas, noise.shape[0])
 
         denoised: list[Tensor] = []
@@ -73,7 +79,7 @@ class SamplingWrapper:
             denoised[:] = [x0] if isinstance(x0, Tensor) else []
             return None if callback is None else callback(step, x0, *rest)
 
-        with self.handover.to(passes, guider.model_options):
+        with told(), self.handover.to(passes, guider.model_options):
             latent = executor(
                 noise, latent_image, sampler, sigmas, denoise_mask, reported, *args, **kwargs
             )
@@ -86,12 +92,9 @@ class SamplingWrapper:
 
     def _windows(self, model: Any) -> tuple[Window, ...]:
         """Percents become noise levels: own window and overall window together."""
-        to_sigma = model.get_model_object("model_sampling").percent_to_sigma
+        sampling = model.get_model_object("model_sampling")
         return tuple(
-            Window(
-                float(to_sigma(max(self.start, subject.options.start))),
-                float(to_sigma(min(self.end, subject.options.end))),
-            )
+            Window.of(subject.options, self.start, self.end, sampling)
             for subject in self.routing.subjects
         )
 
@@ -100,6 +103,7 @@ class SamplingWrapper:
         settings = self.settings
         return not any(
             window.start > window.end
+            and max(subject.options.at_start, subject.options.at_end) > 0
             and (
                 settings.strength * subject.options.strength > 0
                 or settings.reference_strength * subject.options.reference_strength > 0
@@ -119,7 +123,15 @@ class SamplingWrapper:
             keep_soft=self.maps.keep_soft,
         )
         return self.base.prepare(
-            RunRequest(guider, self.routing, self.settings, windows, record, advance)
+            RunRequest(
+                guider,
+                self.routing,
+                self.settings,
+                windows,
+                record,
+                advance,
+                self.kept,
+            )
         )
 
     def _progress(self, steps: int) -> Callable[[int], None]:

@@ -19,7 +19,11 @@ GOLDEN: dict[str, tuple[list[str], list[str]]] = {
         ],
         ["ANYSTORY_SUBJECT"],
     ),
-    "AnyStorySubjectOptions": (["subject", *OPTIONS], ["ANYSTORY_SUBJECT"]),
+    "AnyStorySubjectOptions": (
+        ["subject", *OPTIONS, "strength_at_start", "strength_at_end", "easing"],
+        ["ANYSTORY_SUBJECT"],
+    ),
+    "AnyStorySplitMasks": (["masks", "order"], ["MASK"] * 8),
     "SubjectRouter": (["anystory", "mode", *PAIRS, "clip", "agreement"], ["ANYSTORY_ROUTING"]),
     "ApplyAnyStory": (
         ["model", "routing", *OPTIONS, "references_in_uncond"], ["MODEL", "ANYSTORY_MAPS"],

@@ -194,13 +194,20 @@ CASES: dict[str, Case] = {
         lambda s: s.route(mode="masks", masks=halves()[:1]),
         r"SubjectRouter: .*the mask of subject \[2\] is missing; connect one mask for each",
     ),
-    "a mask without its subject": (
-        lambda s: route_with(s, s.mini.anystory, s.subjects[0], mask_2=halves()[0]),
-        "SubjectRouter: mask_2: connected without subject_2",
+    "other numbers of masks": (
+        lambda s: s.route(mode="masks", masks=[torch.ones(3, 8, 8), torch.ones(2, 8, 8)]),
+        "SubjectRouter: masks: one subject has 2 masks and another 3",
     ),
-    "a batch of masks": (
-        lambda s: s.route(mode="masks", masks=[torch.ones(3, 8, 8)] * 2),
-        "SubjectRouter: mask_1: got 3 masks, expected one",
+    "masks for another batch": (
+        lambda s: s.sample(
+            s.apply(routing=s.route(mode="masks", masks=[torch.ones(3, 8, 8)] * 2)),
+            latent_image=s.latent(batch=2),
+        ),
+        "ApplyAnyStory: masks: subject 1 has 3 masks, the latent batch has 2 pictures; give it one",
+    ),
+    "a mask of other axes": (
+        lambda s: s.route(mode="masks", masks=[torch.ones(2, 3, 8, 8)] * 2),
+        r"SubjectRouter: mask_1: got shape \(2, 3, 8, 8\), expected \(height, width\), or",
     ),
     "unknown mode": (
         lambda s: s.route(mode="guess"),

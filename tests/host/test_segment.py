@@ -56,6 +56,27 @@ def test_many_noises_are_the_mean_of_their_maps(scene: Any, pack: Any) -> None:
     assert differing < 0.01  # pixels where two maps tie within that precision
 
 
+@pytest.mark.parametrize("mode", ["learned", "text"])
+def test_subjects_are_projected_once(
+    scene: Any, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Three pictures in nine passes; each has the masks that it has alone."""
+    projected: list[Any] = []
+    prepare = scene.passes.prepare_subjects
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        projected.append(args)
+        return prepare(*args, **kwargs)
+
+    monkeypatch.setattr(scene.passes, "prepare_subjects", spy)
+    routing = scene.route(mode=mode, clip=scene.mini.clip)
+    pictures = picture(batch=3)
+    masks = segment(scene, image=pictures, noises=12, routing=routing)
+    assert len(projected) == 1
+    last = segment(scene, image=pictures[2:], noises=12, routing=routing)
+    assert torch.equal(masks[4:], last)
+
+
 def test_noise_only(scene: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The end of the range is the model's own highest noise level, and works as the one below."""
     levels: list[float] = []

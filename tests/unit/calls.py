@@ -98,7 +98,7 @@ class World:
         """Its maps are recorded for :func:`maps_of`, all routed rows of them, unless told else."""
         routed = rows.cond + (rows.uncond if run.keep_references_in_uncond else ())
         values = dict(
-            active=(True,) * self.subjects,
+            factors=(1.0,) * self.subjects,
             sites=SITES,
             attention=naive.dense_attention,
             recording=Recording(Maps(), routed),

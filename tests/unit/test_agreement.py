@@ -213,7 +213,7 @@ def test_blocks_agree_in_rows_that_mean_the_whole_picture() -> None:
 def test_a_subject_that_acts_alone_decides_alone(active: tuple[bool, ...]) -> None:
     world = World(subjects=len(active))
     calls = [
-        world.call(world.run(agree=agree), Rows((0, 1, 2)), active=active)
+        world.call(world.run(agree=agree), Rows((0, 1, 2)), factors=active)
         for agree in (True, False)
     ]
     first, second = (world.forward(call) for call in calls)

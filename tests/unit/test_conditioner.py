@@ -64,7 +64,7 @@ def test_numbers_of_subjects(subjects: int) -> None:
 def test_an_inactive_subject_keeps_its_region_but_gives_nothing() -> None:
     world = World()
     active = (False, True)
-    call = world.call(world.run(), Rows((0, 1), (2,)), active=active)
+    call = world.call(world.run(), Rows((0, 1), (2,)), factors=active)
     got = world.forward(call)
     wanted = world.expected("cond", 0, active=active)
     for index in wanted:
@@ -146,7 +146,7 @@ def test_the_same_subject_twice_equals_once() -> None:
         strengths=(world.eta[0], *world.eta),
         biases=(world.gamma[0], *world.gamma),
     )
-    call = world.call(twice, Rows((0, 1, 2)), active=(True, True))
+    call = world.call(twice, Rows((0, 1, 2)), factors=(1.0, 1.0))
     for index, pair in world.forward(call).items():
         for a, b in zip(pair, once[index], strict=True):
             assert torch.allclose(a, b, atol=1e-9)

@@ -4,22 +4,23 @@ that give each forward pass its :class:`~....anystory_core.injection.call.Call`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor
 
+from ....anystory_core.errors import RoutingError
 from ....anystory_core.injection.call import Call, Recording, Shown
 from ....anystory_core.injection.prepare import PreparedSubjects, prepare_subjects
 from ....anystory_core.injection.rows import Rows
 from ....anystory_core.routing.grids import Crop
-from ....anystory_core.routing.modes import build_source
+from ....anystory_core.routing.modes import build_source, source_of_run
 from ....anystory_core.routing.record import RoutingRecord
 from ....anystory_core.subject.grounding import ground_subjects
 from ..base import Entry, RunRequest
-from ..conds import Evaluation, Roles, rows_of
+from ..conds import Evaluation, Roles, rows_of, window_rows
 from ..ids import ALONE_KEY, CALL_KEY, EVALUATION_KEY, RUN_KEY
 from ..managed import load, release
 from ..texts import route_texts
@@ -48,9 +49,6 @@ class UNetPasses:
     batch: Tensor | None = None  # (B,C,h,w) that this evaluation of the model is about
     seen: set[int] = field(default_factory=set[int])  # its rows that were recorded
 
-    def active(self, sigma: float) -> tuple[bool, ...]:
-        return tuple(window.holds(sigma) for window in self.windows)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> UNetPasses:
         return self  # in the options, which other packs copy
 
@@ -73,7 +71,9 @@ class UNetPasses:
         """Tells the calls inside which ``conds`` index is conditional. ``cond_or_uncond`` alone
         does not: SAG runs the negative as number 0, DualCFG has two positives."""
         options = dict(model_options.get("transformer_options", {}))
-        rows = range(x.shape[0]) if self.batch is None else rows_of(x, self.batch, self.seen)
+        rows = window_rows(options, x)
+        if not rows:
+            rows = range(x.shape[0]) if self.batch is None else rows_of(x, self.batch, self.seen)
         options[EVALUATION_KEY] = Evaluation.of(self.roles, conds, x, timestep, rows)
         if options.get(RUN_KEY) is self:
             options[ALONE_KEY] = replaced_since(self.replaced, options)
@@ -109,8 +109,9 @@ class UNetPasses:
 
     def _begin(self, options: dict[str, Any], x: Tensor, entry: Entry) -> Call | None:
         sigma = float(options["sigmas"][0])
-        active = self.active(sigma)
-        if self.prepared.is_idle(active):
+        factors = tuple(window.factor(sigma) for window in self.windows)
+        active = tuple(factor > 0 for factor in factors)
+        if self.prepared.is_idle(factors):
             self.record.call(sigma, active)
             return None
         chunks: list[int] = options["cond_or_uncond"]
@@ -135,8 +136,8 @@ class UNetPasses:
             crop = evaluation.crop(uuid, x)
             if evaluation.is_cond(index) or self.prepared.keep_references_in_uncond:
                 routed.append((index, uuid, crop))
-            for row in rows:
-                crops[row] = crop
+            for row, view in zip(rows, self._views(evaluation, crop, size, x) * times, strict=True):
+                crops[row] = view
             if crop is not None or uuid in evaluation.masked:
                 apart.extend(rows)
             if uuid is not None and (index, uuid) == evaluation.recorded:
@@ -159,7 +160,7 @@ class UNetPasses:
         return Call(
             self.prepared,
             Rows(tuple(cond), tuple(uncond)),
-            active,
+            factors,
             self.record.sites,
             HostAttention(options, self.precision),
             Shown(
@@ -171,15 +172,53 @@ class UNetPasses:
             recording,
         )
 
+    def _views(
+        self, evaluation: Evaluation, crop: Crop | None, size: int, x: Tensor
+    ) -> list[Crop | None]:
+        """What each of the ``size`` rows of a cond shows. RoutingError where every picture has
+        masks of its own and nobody knows which ones these are."""
+        if self.prepared.source.pictures == 1:
+            return [crop] * size
+        numbers = evaluation.rows
+        if len(numbers) != size:
+            raise RoutingError(
+                f"masks: each picture of the batch has its own, but another node draws {size} of "
+                f"{self.record.rows} pictures at once and does not say which; give each subject "
+                "one mask for all"
+            )
+        return [evaluation.view(crop, number, x) for number in numbers]
+
 
 def prepare_passes(request: RunRequest) -> UNetPasses:
-    """Project the subjects for a run."""
+    """Project the subjects for a run, unless an earlier one has."""
+    routing, guider, kept = request.routing, request.guider, request.kept
+    model = guider.model_patcher
+    if kept is not None and kept.prepared is not None:
+        earlier = kept.prepared
+        source = source_of_run(earlier.source, routing.mode, routing.masks)
+        prepared = replace(earlier, source=source)
+        request.advance(2)
+    else:
+        prepared = _project(request)
+        if kept is not None:
+            kept.prepared = prepared
+    return UNetPasses(
+        prepared,
+        request.windows,
+        request.record,
+        Roles.of(guider),
+        _attention_precision(model.model.diffusion_model),
+        BlockTable(request.record.sites),
+        replacements(guider.model_options["transformer_options"]),
+    )
+
+
+def _project(request: RunRequest) -> PreparedSubjects:
     routing, guider, advance = request.routing, request.guider, request.advance
     anystory, subjects = routing.anystory, routing.subjects
     model = guider.model_patcher
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
     device = model.load_device
-    roles = Roles.of(guider)
     texts = None
     if routing.mode.startswith("text"):
         texts = route_texts(routing.labels, guider, device)
@@ -197,15 +236,7 @@ def prepare_passes(request: RunRequest) -> UNetPasses:
     finally:
         release(used)
     advance(1)
-    return UNetPasses(
-        prepared,
-        request.windows,
-        request.record,
-        roles,
-        _attention_precision(model.model.diffusion_model),
-        BlockTable(request.record.sites),
-        replacements(guider.model_options["transformer_options"]),
-    )
+    return prepared
 
 
 def _attention_precision(unet: Any) -> Any:

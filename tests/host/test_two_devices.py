@@ -1,0 +1,57 @@
+"""A host that spreads the conds of an evaluation over several devices, in threads."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from scene import Scene, halves, module
+
+
+@pytest.mark.parametrize("mode", ["learned", "masks", "text", "learned within masks"])
+def test_conds_in_threads(scene: Scene, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """The positive and the negative at the same time give what they give one after the other."""
+    routing = scene.route(mode=mode, masks=halves(), clip=scene.mini.clip)
+    model, maps = scene.apply_with_maps(routing=routing)
+    scene.split(monkeypatch)
+    wanted = scene.sample(model, steps=3)
+    samplers = module("comfy.samplers")
+    one = samplers._calc_cond_batch
+
+    def at_once(model: Any, conds: list[Any], *args: Any) -> list[Any]:
+        found: dict[int, Any] = {}
+        start = threading.Barrier(len(conds))
+
+        def work(place: int) -> None:
+            alone = [cond if i == place else None for i, cond in enumerate(conds)]
+            start.wait()
+            with torch.inference_mode():
+                found[place] = one(model, alone, *args)[place]
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(conds))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [found[i] for i in range(len(conds))]
+
+    monkeypatch.setattr(samplers, "_calc_cond_batch", at_once)
+    assert torch.equal(scene.sample(model, steps=3), wanted)
+    assert len(maps.find(wanted).levels) == 3
+
+
+def test_the_host_can_make_routers_for_another_device(scene: Scene) -> None:
+    """Each of its devices gets a module of its own with the same weights."""
+    (routers,) = scene.apply().get_additional_models_with_key(scene.ids.WRAPPER_KEY)
+    make, args = routers.cached_patcher_init
+    for options in ({}, {"disable_dynamic": True}):
+        other = make(*args, **options)
+        assert other.model is not routers.model
+        own, copied = routers.model.state_dict(), other.model.state_dict()
+        assert own.keys() == copied.keys()
+        assert all(torch.equal(own[name], copied[name]) for name in own)
+        other.model.requires_grad_(False)
+        next(other.model.parameters()).zero_()
+    assert any(bool(x.any()) for x in routers.model.parameters())

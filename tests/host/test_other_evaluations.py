@@ -49,11 +49,11 @@ def test_another_pass_before_each_is_not_the_pictures(scene: Scene, mode: str) -
     routing = scene.route(mode=mode, masks=halves(), clip=scene.mini.clip)
     model, maps = scene.apply_with_maps(routing=routing)
     alone = scene.sample(model, steps=3)
-    record = maps.find(alone)
+    record = maps.find(alone).record
     model, maps = scene.apply_with_maps(routing=routing)
     both = scene.sample(second_pass(scene, model), steps=3)
     assert torch.equal(both, alone)
-    again = maps.find(both)
+    again = maps.find(both).record
     assert len(again.levels) == len(record.levels) == 3
     for level, other in zip(record.levels, again.levels, strict=True):
         assert list(level.ids) == list(other.ids)

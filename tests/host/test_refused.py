@@ -203,7 +203,7 @@ CASES: dict[str, Case] = {
             s.apply(routing=s.route(mode="masks", masks=[torch.ones(3, 8, 8)] * 2)),
             latent_image=s.latent(batch=2),
         ),
-        "ApplyAnyStory: masks: subject 1 has 3 masks, the latent batch has 2 pictures; give it one",
+        "ApplyAnyStory: masks: subject 1 has 3 masks, the batch has 2 pictures; give it one mask",
     ),
     "a mask of other axes": (
         lambda s: s.route(mode="masks", masks=[torch.ones(2, 3, 8, 8)] * 2),

@@ -39,7 +39,7 @@ def test_conds_in_threads(scene: Scene, monkeypatch: pytest.MonkeyPatch, mode: s
 
     monkeypatch.setattr(samplers, "_calc_cond_batch", at_once)
     assert torch.equal(scene.sample(model, steps=3), wanted)
-    assert len(maps.find(wanted).levels) == 3
+    assert len(maps.find(wanted).record.levels) == 3
 
 
 def test_the_host_can_make_routers_for_another_device(scene: Scene) -> None:

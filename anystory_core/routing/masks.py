@@ -82,7 +82,8 @@ def lost_subjects(masks: Mapping[str, Tensor], *, exclusive: bool) -> dict[str, 
 def _winners(masks: Sequence[Tensor]) -> Tensor:
     """(M,H,W): number of the candidate that each place goes to, the background's last."""
     size = max((mask.shape[-2:] for mask in masks), key=lambda s: s[0] * s[1])
-    weights = torch.stack(torch.broadcast_tensors(*(_on(mask, size) for mask in masks)))
+    pictures = max(count_of(mask) for mask in masks)
+    weights = torch.stack([_on(mask, size).expand(pictures, -1, -1) for mask in masks])
     return torch.cat((weights, 1 - weights.amax(dim=0, keepdim=True))).argmax(dim=0)
 
 

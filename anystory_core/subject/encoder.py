@@ -164,6 +164,7 @@ def encode_subject(
         check_finite(f"anystory: {part}", x)
         return None if x is None else x.to(store).contiguous()
 
+    grounded = model.config.clip_branch.grounding is not None
     return Subject(
         label=label,
         tokens=keep("subject encoder", None if tokens is None else tokens.flatten(0, 1)),
@@ -179,8 +180,8 @@ def encode_subject(
         cutout=views.cutout,
         fingerprint=model.fingerprint,
         clip_fingerprint=states.clip_fingerprint,
-        states=keep(states.clip) if model.config.clip_branch.grounding is not None else None,
-        phrase=keep(states.phrase),
+        states=keep("clip_vision", states.clip) if grounded else None,
+        phrase=keep("clip", states.phrase),
     )
 
 

@@ -72,7 +72,7 @@ def level_record(call: TrainingCall, row: int) -> LevelRecord:
     soft = call.soft_maps.items()
     return LevelRecord(
         sigma=0.0,
-        factors=(),
+        active=(),
         grids={index: maps.grid for index, maps in soft},
         soft={index: maps.maps[row : row + 1].float() for index, maps in soft},
     )

@@ -11,21 +11,8 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
-from ...config import from_dict
+from ...config import LARGEST, MOST_LAYERS, bounded, from_dict
 from ...errors import ConfigError
-
-_LARGEST = 65_536  # far above any real size; keeps a damaged file from asking for the absurd
-_MOST_BLOCKS = 128
-
-
-def _bounded(owner: object, largest: int, *names: str, least: int = 1) -> None:
-    """ConfigError unless each named value lies in [least, largest]."""
-    for name in names:
-        value = getattr(owner, name)
-        if not least <= value <= largest:
-            raise ConfigError(
-                f"{type(owner).__name__}.{name}: got {value}, expected {least} to {largest}"
-            )
 
 
 def _fractions(owner: object, *names: str) -> None:
@@ -51,8 +38,8 @@ class FluxTransformerConfig:
     mlp_ratio: int = 4
 
     def __post_init__(self) -> None:
-        _bounded(self, _LARGEST, "width", "heads", "context_dim", "channels", "patch_size")
-        _bounded(self, _MOST_BLOCKS, "double_blocks", "single_blocks", "mlp_ratio")
+        bounded(self, LARGEST, "width", "heads", "context_dim", "channels", "patch_size")
+        bounded(self, MOST_LAYERS, "double_blocks", "single_blocks", "mlp_ratio")
         if self.width % self.heads:
             raise ConfigError(
                 f"FluxTransformerConfig.width: got {self.width}, expected a multiple of heads = "
@@ -89,8 +76,8 @@ class SiglipConfig:
     std: float = 0.5
 
     def __post_init__(self) -> None:
-        _bounded(self, _LARGEST, "width", "image_size", "patch_size")
-        _bounded(self, _MOST_BLOCKS, "layers")
+        bounded(self, LARGEST, "width", "image_size", "patch_size")
+        bounded(self, MOST_LAYERS, "layers")
         if not self.std > 0:
             raise ConfigError(f"SiglipConfig.std: got {self.std}, expected > 0")
         if self.patch_size > self.image_size:
@@ -116,8 +103,8 @@ class ReduxConfig:
     rank: int = 128
 
     def __post_init__(self) -> None:
-        _bounded(self, _LARGEST, "subject_grid", "routing_grid", "rank")
-        _bounded(self, _MOST_BLOCKS, "hidden_ratio")
+        bounded(self, LARGEST, "subject_grid", "routing_grid", "rank")
+        bounded(self, MOST_LAYERS, "hidden_ratio")
 
     @property
     def subject_tokens(self) -> int:
@@ -142,7 +129,7 @@ class BranchConfig:
     routing_map_rank: int = 128
 
     def __post_init__(self) -> None:
-        _bounded(self, _LARGEST, "reference_rank", "router_rank", "routing_map_rank")
+        bounded(self, LARGEST, "reference_rank", "router_rank", "routing_map_rank")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +144,7 @@ class FluxReferenceConfig:
     latent_stride: int = 8
 
     def __post_init__(self) -> None:
-        _bounded(self, _LARGEST, "size", "latent_stride")
+        bounded(self, LARGEST, "size", "latent_stride")
         if not self.latent_scale > 0:
             raise ConfigError(
                 f"FluxReferenceConfig.latent_scale: got {self.latent_scale}, expected > 0"

@@ -69,9 +69,7 @@ def drawn(draw: st.DrawFn) -> dict[str, Any]:
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(drawn())
-def test_forward(
-    pack: ModuleType, net: Any, model: Any, least: int, case: dict[str, Any]
-) -> None:
+def test_forward(pack: ModuleType, net: Any, model: Any, least: int, case: dict[str, Any]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flux_call, "LEAST_SORTED", least)
         compare(pack, net, model, **case)
@@ -110,9 +108,7 @@ def compare(
         router=scene.router(model, subjects) if routed else None,
         allowed=allowed if mode == "router within masks" else None,
     )
-    out = flux_host.run(
-        pack, net, x, t, concepts.behind(context), pooled, guidance, call
-    )
+    out = flux_host.run(pack, net, x, t, concepts.behind(context), pooled, guidance, call)
     naive = scene.naive_of(net, model)
     for row in range(batch):
         acts = row < cond

@@ -3,7 +3,8 @@
 They count steps: of n, step i acts where ``floor(n start + 1/2) <= i < floor(n end + 1/2)``. A
 sampler of the host shows only the noise level of a call, so the edges lie half a step before the
 fraction: step i of n has the noise level of the fraction i / n, and ``i > n f - 1/2`` is the same
-as ``i / n > f - 1 / (2 n)``.
+as ``i / n > f - 1 / (2 n)``. A step that falls on an edge is not yet inside; rounding must not let
+it in, so the edge is a hair later.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+
+
+_HAIR = 0.005  # of a step: more than tables of noise levels are off, less than 0.01 of a fraction
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,10 @@ def sigma_window(
     its end, one until 1 every level down to 0, whatever a sampler asks between its steps."""
 
     def edge(fraction: float) -> float:
-        return to_sigma(fraction - 0.5 / steps)
+        return to_sigma(fraction - (0.5 - _HAIR) / steps)
 
-    first = math.inf if start <= 0.5 / steps else edge(start)
-    last = 0.0 if end >= 1 else math.inf if end <= 0.5 / steps else edge(end)
+    first = math.inf if start < 0.5 / steps else edge(start)
+    last = 0.0 if end >= 1 else math.inf if end < 0.5 / steps else edge(end)
     return SigmaWindow(first, last)
 
 

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-
 _HAIR = 0.005  # of a step: more than tables of noise levels are off, less than 0.01 of a fraction
 
 

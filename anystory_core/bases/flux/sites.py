@@ -10,20 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..base import Site
 from .config import FluxTransformerConfig
 
 Kind = Literal["double", "single"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FluxSite:
-    """Block ``index`` (1-based, forward order): number ``number`` of its kind."""
+class FluxSite(Site):
+    """A block of FLUX: number ``number`` of its kind."""
 
-    index: int
     kind: Kind
     number: int
-    channels: int
-    heads: int
 
     @property
     def slot(self) -> tuple[str, int]:
@@ -48,7 +46,7 @@ class FluxSite:
 
     @property
     def short_label(self) -> str:
-        """The same for the narrow columns of a figure, e.g. ``d4``."""
+        """As :attr:`label`, e.g. ``d4``."""
         return f"{self.kind[0]}{self.number}"
 
 
@@ -68,6 +66,7 @@ def build_sites(transformer: FluxTransformerConfig) -> tuple[FluxSite, ...]:
             number=number,
             channels=transformer.width,
             heads=transformer.heads,
+            stride=transformer.patch_size,
         )
         for index, (kind, number) in enumerate(blocks, 1)
     )

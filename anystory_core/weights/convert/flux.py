@@ -31,7 +31,9 @@ from ...bases.flux.config import (
 from ...bases.flux.model import PARTS, build_model
 from ...bases.flux.names import reference_sources, router_sources
 from ...errors import CheckpointError, ConfigError
-from ..checkpoint import FLOATS, FORMAT
+from ...tensor_files import FLOATS
+from ..checkpoint import FORMAT
+from ..fingerprint import file_sha256
 from .flux_pieces import (
     EMBEDDER,
     MIXED_RANKS,
@@ -45,7 +47,7 @@ from .flux_pieces import (
 )
 from .flux_release import REPORT, Release, open_release
 from .plan import DTYPES, Converted, Progress
-from .sources import Source, sha256
+from .sources import Source
 from .write import is_written, write_streaming
 
 _HEAD_DIM = 128  # of FLUX.1; no tensor of the file tells it
@@ -85,7 +87,7 @@ def convert_flux(
         metadata = {
             "anystory.format": FORMAT,
             "anystory.config": plan.config.to_json(),
-            "anystory.source.anystory": f"{release.name} sha256:{sha256(release.path)}",
+            "anystory.source.anystory": f"{release.name} sha256:{file_sha256(release.path)}",
             "anystory.source.redux": base.describe(),
             "anystory.source.mixed_ranks": mixed_ranks,
         }

@@ -4,48 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.model_management as mm
 import comfy.utils
-import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..anystory_core.bases.sdxl.config import AnyStoryConfig
-from ..anystory_core.errors import ModelMismatchError, SubjectError
-from ..anystory_core.subject.encoder import PictureStates, encode_subject, reference_latents
+from ..anystory_core.errors import SubjectError
 from ..anystory_core.subject.masks import MASK_SHOWS
-from ..anystory_core.subject.preprocess import prepare_views, zero_clip
-from ..anystory_core.subject.subject import UNNAMED, Subject, SubjectOptions
-from ..anystory_core.weights.fingerprint import weights_fingerprint
+from ..anystory_core.subject.subject import UNNAMED, EncodedSubject, SubjectOptions
+from .bases import base_of
 from .host import ids, tensors
-from .host.managed import ManagedAnyStory, compute_dtype, load, release
+from .host.base import EncodeRequest
+from .host.managed import ManagedAnyStory
 from .host.saying import say
-from .host.texts import encode_label
-
-
-def clip_states(clip_vision: Any, pixels: Tensor, config: AnyStoryConfig) -> Tensor:
-    """Penultimate states (V,S,W) of normalised pixels (V,3,S,S), past the host's own preprocessing
-    (which rounds to 8 bits and crops). ModelMismatchError unless the encoder is the config's."""
-    found = _clip_sizes(clip_vision)
-    wanted = (config.clip.width, config.clip.layers, config.clip.image_size)
-    if found != wanted:
-        raise ModelMismatchError(
-            f"clip_vision: got width, layers, picture size {found}, the AnyStory weights expect "
-            f"{wanted}; load the CLIP vision model that they were trained with"
-        )
-    mm.load_model_gpu(clip_vision.patcher)
-    out = clip_vision.model(pixel_values=pixels.to(clip_vision.load_device), intermediate_output=-2)
-    return out[1].float()
-
-
-def _clip_sizes(clip_vision: Any) -> tuple[int, int, int] | None:
-    """(width, layers, picture size) of a CLIP vision tower; None for another kind of encoder."""
-    tower = getattr(clip_vision.model, "vision_model", None)
-    embeddings = getattr(tower, "embeddings", None)
-    if embeddings is None or not hasattr(embeddings, "class_embedding"):
-        return None
-    layers = len(tower.encoder.layers)
-    return embeddings.class_embedding.shape[-1], layers, clip_vision.image_size
 
 
 class EncodeSubject(io.ComfyNode):
@@ -120,52 +90,24 @@ class EncodeSubject(io.ComfyNode):
         clip: Any = None,
         mask_shows: str = "subject",
     ) -> io.NodeOutput:
-        model, config = anystory.model, anystory.model.config
-        progress = comfy.utils.ProgressBar(3)
-        views = prepare_views(image, mask, config, invert_mask=invert_mask, mask_shows=mask_shows)
-        device = mm.get_torch_device()
-        dtype = compute_dtype(device)
-        with torch.inference_mode():
-            clip_out = background = latents = label_out = None
-            if "encoder" in anystory.patchers:
-                clip_out = clip_states(clip_vision, views.clip, config).to(device, dtype)
-                background = clip_states(clip_vision, zero_clip(config), config).to(device, dtype)
-            progress.update(1)
-            if model.reference_net is not None:
-                pictures = tensors.vae_latents(vae, tensors.vae_picture(views.vae))
-                latents = reference_latents(model, pictures.float()).to(device, dtype)
-                if config.reference.cross_attention:
-                    label_out = label_context(clip, label, config).to(device, dtype)
-            states = PictureStates(
-                clip=clip_out,
-                background=background,
-                latents=latents,
-                label=label_out,
-                clip_fingerprint=weights_fingerprint(clip_vision.model),
+        subject, notes = base_of(anystory).encode(
+            EncodeRequest(
+                anystory=anystory,
+                clip_vision=clip_vision,
+                vae=vae,
+                image=image,
+                mask=mask,
+                invert_mask=invert_mask,
+                mask_shows=mask_shows,
+                label=label,
+                name=clean_label(label),
+                clip=clip,
+                advance=comfy.utils.ProgressBar(3).update,
             )
-            progress.update(1)
-            patchers = anystory.having("encoder", "reference_net")
-            load(patchers)
-            try:
-                subject = encode_subject(
-                    model, views, states, label=clean_label(label), store=mm.unet_offload_device()
-                )
-            finally:
-                release(patchers)
-        progress.update(1)
-        preview = ui.PreviewImage(tensors.uint8_picture(views.cutout), cls=cls).as_dict()
-        preview["text"] = say(views.notes)
-        return io.NodeOutput(subject, ui=preview)
-
-
-def label_context(clip: Any, label: str, config: AnyStoryConfig) -> Tensor:
-    """Text states (1,S,C) of the label, for a ReferenceNet with cross-attention."""
-    if clip is None:
-        raise ModelMismatchError(
-            "clip: the ReferenceNet of these AnyStory weights reads the label's text; connect the "
-            "clip of the model that will sample"
         )
-    return encode_label(clip, label, config)[0][None]
+        preview = ui.PreviewImage(tensors.uint8_picture(subject.cutout), cls=cls).as_dict()
+        preview["text"] = say(notes)
+        return io.NodeOutput(subject, ui=preview)
 
 
 def clean_label(label: str) -> str:
@@ -219,9 +161,14 @@ class AnyStorySubjectOptions(io.ComfyNode):
     @classmethod
     @ids.named_errors
     def execute(
-        cls, subject: Subject, strength: float, reference_strength: float, start: float, end: float
+        cls,
+        subject: EncodedSubject,
+        strength: float,
+        reference_strength: float,
+        start: float,
+        end: float,
     ) -> io.NodeOutput:
-        if not isinstance(subject, Subject):
+        if not isinstance(subject, EncodedSubject):
             raise SubjectError(f"subject: got {type(subject).__name__}, expected a subject")
         options = SubjectOptions(
             strength=strength, reference_strength=reference_strength, start=start, end=end

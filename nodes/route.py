@@ -7,12 +7,12 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..anystory_core.errors import RoutingError
-from ..anystory_core.routing.modes import MODES, check_routing
-from ..anystory_core.subject.subject import Subject
+from ..anystory_core.routing.modes import MODES
+from ..anystory_core.subject.subject import EncodedSubject
+from .bases import base_of
 from .host import ids, tensors
 from .host.managed import ManagedAnyStory
 from .host.sockets import Routing
-from .host.texts import label_states
 
 
 class SubjectRouter(io.ComfyNode):
@@ -78,7 +78,7 @@ class SubjectRouter(io.ComfyNode):
     @classmethod
     @ids.named_errors
     def execute(cls, anystory: ManagedAnyStory, mode: str, **inputs: Any) -> io.NodeOutput:
-        subjects: list[Subject] = []
+        subjects: list[EncodedSubject] = []
         masks: list[Any] = []
         clip, agree = inputs.pop("clip", None), inputs.pop("agreement", True)
         known = {f"{kind}_{n + 1}" for kind in ("subject", "mask") for n in range(ids.MAX_SUBJECTS)}
@@ -99,11 +99,6 @@ class SubjectRouter(io.ComfyNode):
                 continue
             subjects.append(subject)
             masks.append(None if mask is None else tensors.routing_mask(mask, f"mask_{number}"))
-        if subjects:
-            check_routing(mode, anystory.model, subjects, masks, text=clip is not None)
-        labels: tuple[Any, ...] = ()
-        if mode.startswith("text"):
-            names = [subject.label for subject in subjects]
-            labels = label_states(clip, names, anystory.model.config)
+        labels = base_of(anystory).check_routing(anystory, mode, subjects, masks, clip)
         routing = Routing(anystory, tuple(subjects), tuple(masks), mode, labels, agree)
         return io.NodeOutput(routing)

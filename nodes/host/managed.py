@@ -16,6 +16,7 @@ import comfy.ops
 import torch
 from torch import nn
 
+from ...anystory_core.bases.flux.model import FluxModel
 from ...anystory_core.weights.model import AnyStoryModel
 
 OPERATIONS = comfy.ops.manual_cast
@@ -52,7 +53,7 @@ def release(patchers: Sequence[Any]) -> None:
 class ManagedAnyStory:
     """The ANYSTORY socket: a model and one ModelPatcher per module."""
 
-    model: AnyStoryModel
+    model: AnyStoryModel | FluxModel
     name: str
     patchers: dict[str, Any] = field(default_factory=dict)
 

@@ -8,7 +8,7 @@ the subjects, puts this run's patches and inner wrappers into the guider's own c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ from ...anystory_core.routing.record import RoutingRecord
 from .base import HostBase, Passes, RunRequest
 from .ids import named
 from .sockets import Routing, RoutingMaps
-from .windows import Window
 
 
 @dataclass(frozen=True)
@@ -52,16 +51,14 @@ class SamplingWrapper:
         **kwargs: Any,
     ) -> Tensor:
         guider = executor.class_obj
-        windows = self._windows(guider.model_patcher)
-        if self._idle(windows):
+        with contextlib.nullcontext() if self.node is None else named(self.node):
+            passes = self._prepare(guider, sigmas)
+        if passes is None:
             latent = executor(
                 noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs
             )
-            labels = tuple(subject.label for subject in self.routing.subjects)
-            self.maps.file(latent, RoutingRecord(labels, (), idle=True))
+            self.maps.file(latent, RoutingRecord(self._labels, (), idle=True))
             return latent
-        with contextlib.nullcontext() if self.node is None else named(self.node):
-            passes = self._prepare(guider, windows, sigmas.shape[-1] - 1)
         options = guider.model_options
         before = options["transformer_options"]
 
@@ -80,38 +77,23 @@ class SamplingWrapper:
         self.maps.file(latent, passes.record)
         return latent
 
-    def _windows(self, model: Any) -> tuple[Window, ...]:
-        """Percents become noise levels: own window and overall window together."""
-        to_sigma = model.get_model_object("model_sampling").percent_to_sigma
-        return tuple(
-            Window(
-                float(to_sigma(max(self.start, subject.options.start))),
-                float(to_sigma(min(self.end, subject.options.end))),
-            )
-            for subject in self.routing.subjects
-        )
+    @property
+    def _labels(self) -> tuple[str, ...]:
+        return tuple(subject.label for subject in self.routing.subjects)
 
-    def _idle(self, windows: Sequence[Window]) -> bool:
-        """All strengths 0 or all windows empty: the model must run as if we were not there."""
-        settings = self.settings
-        return not any(
-            window.start > window.end
-            and (
-                settings.strength * subject.options.strength > 0
-                or settings.reference_strength * subject.options.reference_strength > 0
-            )
-            for subject, window in zip(self.routing.subjects, windows, strict=True)
-        )
-
-    def _prepare(self, guider: Any, windows: tuple[Window, ...], steps: int) -> Passes:
-        advance = self._progress(steps)
-        record = RoutingRecord(
-            tuple(subject.label for subject in self.routing.subjects),
-            self.routing.anystory.model.sites,
-            self.maps.keep_soft,
-        )
+    def _prepare(self, guider: Any, sigmas: Tensor) -> Passes | None:
+        sites = self.routing.anystory.model.sites
         return self.base.prepare(
-            RunRequest(guider, self.routing, self.settings, windows, record, advance)
+            RunRequest(
+                guider=guider,
+                routing=self.routing,
+                settings=self.settings,
+                start=self.start,
+                end=self.end,
+                sigmas=sigmas,
+                record=RoutingRecord(self._labels, sites, self.maps.keep_soft),
+                advance=self._progress(sigmas.shape[-1] - 1),
+            )
         )
 
     def _progress(self, steps: int) -> Callable[[int], None]:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from anystory_core.bases.flux import call as flux_call
 from anystory_core.bases.flux.call import RowGroup
@@ -32,21 +31,6 @@ def net(pack: ModuleType) -> Any:
 @pytest.fixture(scope="module")
 def model() -> Any:
     return scene.tiny_model()
-
-
-def tokens_of(latent: Tensor) -> Tensor:
-    """(C,h,w) -> (M,4C); an odd side is filled from its other end, as the host does."""
-    height, width = latent.shape[1:]
-    latent = torch.cat((latent, latent[:, : height % 2]), dim=1)
-    latent = torch.cat((latent, latent[:, :, : width % 2]), dim=2)
-    return scene.packed(latent[None])[0]
-
-
-def latent_of(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The way back, cut to size."""
-    rows, columns = -(-height // 2), -(-width // 2)
-    image = tokens.reshape(rows, columns, -1, 2, 2).permute(2, 0, 3, 1, 4)
-    return image.reshape(image.shape[0], 2 * rows, 2 * columns)[:, :height, :width]
 
 
 @st.composite
@@ -113,7 +97,7 @@ def compare(
     for row in range(batch):
         acts = row < cond
         expected = naive.forward(
-            tokens_of(x[row]),
+            scene.tokens_of(x[row]),
             grid,
             float(t[row]),
             context[row],
@@ -125,5 +109,5 @@ def compare(
             allowed=allowed[row] if mode == "router within masks" and acts else None,
         )
         assume(expected.margin > 1e-4)
-        wanted = latent_of(expected.tokens, *size)
+        wanted = scene.latent_of(expected.tokens, *size)
         assert (out[row] - wanted).norm() / wanted.norm() < 1e-4

@@ -179,3 +179,18 @@ def inputs(generator: torch.Generator, rows: int, text: int, grid: tuple[int, in
         normal(rows, POOLED),
         torch.full((rows,), 3.5, dtype=torch.float64),
     )
+
+
+def tokens_of(latent: Tensor) -> Tensor:
+    """(C,h,w) -> (M,4C); an odd side is filled from its other end, as the host does."""
+    height, width = latent.shape[1:]
+    latent = torch.cat((latent, latent[:, : height % 2]), dim=1)
+    latent = torch.cat((latent, latent[:, :, : width % 2]), dim=2)
+    return packed(latent[None])[0]
+
+
+def latent_of(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The way back, cut to size."""
+    rows, columns = -(-height // 2), -(-width // 2)
+    image = tokens.reshape(rows, columns, -1, 2, 2).permute(2, 0, 3, 1, 4)
+    return image.reshape(image.shape[0], 2 * rows, 2 * columns)[:, :height, :width]

@@ -111,8 +111,11 @@ class FluxCall:
         """The attention of block ``index``: q, k, v (B,H,L,h) after norm and rotation -> (B,L,d).
         mask: the host's own over the sequence, or None."""
         ids = self._ids.get(index) if self.regions is None else self.regions
-        if ids is not None and self.regions is not None:
-            self._record(index, ids, None)
+        if self.regions is not None:
+            self._record(index, self.regions, None)
+        elif ids is None and len(self.biases) == 1:  # all is the only subject's
+            shape = len(self._acting), self.layout.image
+            self._record(index, torch.zeros(shape, dtype=torch.long, device=q.device), None)
         outs: list[Tensor] = []
         rows: tuple[int, ...] = ()
         first = 0

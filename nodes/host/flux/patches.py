@@ -28,10 +28,16 @@ Replace = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 class HeadAttention:
     """Attention of split heads as the host computes it, by its own choice of backend or by the
     override of another pack (``previous``). Masked calls go to PyTorch's: SageAttention ignores a
-    mask, FlashAttention fails on one, and the sub-quadratic backend copies it for every head."""
+    mask, FlashAttention fails on one, and the sub-quadratic backend copies it for every head.
 
-    options: Options
+    ``options`` are the pass's own without our call, which would hold itself by them."""
+
+    options: dict[str, Any]
     previous: Any = None
+
+    def at(self, site: FluxSite) -> None:
+        """Say which block runs, for an override that asks."""
+        self.options["block_type"], self.options["block_index"] = site.kind, site.number
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         options = {name: x for name, x in self.options.items() if name != OVERRIDE}
@@ -45,6 +51,11 @@ class HeadAttention:
         return backends.optimized_attention(
             q, k, v, heads, skip_reshape=True, transformer_options=options
         )
+
+
+def _enter(call: FluxCall, site: FluxSite) -> None:
+    if isinstance(call.attention, HeadAttention):
+        call.attention.at(site)
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,7 @@ class AttentionOverride:
             if self.previous is not None:
                 return self.previous(function, q, k, v, heads, mask, *args, **kwargs)
             return function(q, k, v, heads, mask, *args, **kwargs)
+        _enter(call, site)
         return call.attend(site.index, q, k, v, mask)
 
 
@@ -93,6 +105,7 @@ class BlockReplace:
         options: Options = args.get("transformer_options") or {}
         call: FluxCall | None = options.get(CALL_KEY)
         if call is not None and call.routes_itself:
+            _enter(call, self.site)
             ours = self._double if self.site.kind == "double" else self._single
             extra = {**extra, "original_block": lambda given: ours(call, given)}
         if self.previous is not None:

@@ -3,7 +3,7 @@ that give each forward pass its :class:`~....anystory_core.injection.call.Call`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,7 +143,33 @@ class UNetPasses:
         )
 
 
-def prepare_passes(request: RunRequest) -> UNetPasses:
+def windows_of(request: RunRequest) -> tuple[Window, ...] | None:
+    """Percents become noise levels: own window and overall window together. None: all strengths
+    are 0 or all windows empty."""
+    model, settings = request.guider.model_patcher, request.settings
+    to_sigma = model.get_model_object("model_sampling").percent_to_sigma
+    subjects = request.routing.subjects
+    windows = tuple(
+        Window(
+            float(to_sigma(max(request.start, subject.options.start))),
+            float(to_sigma(min(request.end, subject.options.end))),
+        )
+        for subject in subjects
+    )
+    acts = any(
+        window.start > window.end
+        and (
+            settings.strength * subject.options.strength > 0
+            or settings.reference_strength * subject.options.reference_strength > 0
+        )
+        for subject, window in zip(subjects, windows, strict=True)
+    )
+    return windows if acts else None
+
+
+def prepare_passes(
+    request: RunRequest, windows: tuple[Window, ...], routers: Sequence[Any]
+) -> UNetPasses:
     """Project the subjects for a run."""
     routing, guider, advance = request.routing, request.guider, request.advance
     anystory, subjects = routing.anystory, routing.subjects
@@ -154,7 +180,7 @@ def prepare_passes(request: RunRequest) -> UNetPasses:
     texts = None
     if routing.mode.startswith("text"):
         texts = route_texts(routing.labels, model, device)
-    load([*anystory.having("projections"), *routing.routers()])
+    load([*anystory.having("projections"), *routers])
     advance(1)
     try:
         moved = [s.map(lambda x: x.to(device, dtype)) for s in subjects]
@@ -166,7 +192,7 @@ def prepare_passes(request: RunRequest) -> UNetPasses:
     advance(1)
     unet = model.model.diffusion_model
     precision = _attention_precision(unet)
-    return UNetPasses(prepared, request.windows, request.record, roles, precision, unet)
+    return UNetPasses(prepared, windows, request.record, roles, precision, unet)
 
 
 def _attention_precision(unet: Any) -> Any:

@@ -61,6 +61,19 @@ def scene(comfy: ModuleType, pack: ModuleType, mini: SimpleNamespace) -> Any:
     return Scene(comfy, pack, mini)
 
 
+@pytest.fixture(scope="session")
+def flux(
+    comfy: ModuleType,
+    pack: ModuleType,
+    mini: SimpleNamespace,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Any:
+    """The same with a tiny FLUX."""
+    from flux_world import FluxWorld
+
+    return FluxWorld(comfy, pack, mini, tmp_path_factory.mktemp("flux"))
+
+
 @pytest.fixture
 def split(scene: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every cond is a call of its own."""

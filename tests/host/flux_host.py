@@ -61,6 +61,7 @@ def run(
     options = {"patches": {}, **(options or {})}
     previous = glue.install(options, call.sites, net, routed=call.router is not None)
     options[glue.CALL_KEY] = call
-    call.attention = glue.HeadAttention(options, previous)
+    call.attention = glue.HeadAttention({**options}, previous)
+    call.aside = glue.HeadAttention({**options})
     call.enter(net, context)
     return net(x, t, context, pooled, guidance, transformer_options=options, **kwargs)

@@ -160,6 +160,7 @@ def call_of(
         groups,
         tuple(s.gamma for s in subjects),
         attention,
+        attention,
         **kw,
     )
     return call, concepts

@@ -74,7 +74,7 @@ class FluxCall:
     ids given from outside, for the rows of the groups that act, in their order. ``router`` decides
     where regions is None, on image tokens that ``allowed`` (A or 1,N,M) leaves to a subject. With
     neither, every token looks at all subjects. ``recorder`` gets the route of the rows in
-    ``record``.
+    ``record``. ``attention`` serves the main sequence, ``aside`` the router's tokens.
     """
 
     sites: Sequence[FluxSite]
@@ -82,6 +82,7 @@ class FluxCall:
     groups: tuple[RowGroup, ...]
     biases: tuple[float, ...]
     attention: HeadAttention
+    aside: HeadAttention
     regions: Tensor | None = None
     router: Router | None = None
     allowed: Tensor | None = None
@@ -227,7 +228,7 @@ class FluxCall:
             take=lambda x: take(x, self._acting),
             found=found,
             attend=lambda q, k, v: self.attend(index, q, k, v, mask),
-            attention=self.attention,
+            attention=self.aside,
             last=index == len(self.sites),
         )
 

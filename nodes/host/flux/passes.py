@@ -146,6 +146,7 @@ class FluxPasses:
             tuple(groups),
             biases,
             HeadAttention({**options}, self.previous),
+            HeadAttention(options),
             regions=regions,
             router=self.run.router,
             allowed=self.run.allowed(grid, crops, x.device),
@@ -237,7 +238,7 @@ class FluxPasses:
             guidance=guidance,
             pooled=pooled,
             like=x,
-            attention=HeadAttention({**options}, self.previous),
+            attention=HeadAttention(options),
         )
         kept = (None if part is None else part.clone() for part in (pooled, guidance))
         self.prompts.append(Prompt(*kept, references))

@@ -27,8 +27,9 @@ Replace = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 @dataclass(frozen=True)
 class HeadAttention:
     """Attention of split heads as the host computes it, by its own choice of backend or by the
-    override of another pack (``previous``). Masked calls go to PyTorch's: SageAttention ignores a
-    mask, FlashAttention fails on one, and the sub-quadratic backend copies it for every head.
+    override of another pack (``previous``: for the main sequence; it may be written for no other).
+    Masked calls go to PyTorch's: SageAttention ignores a mask, FlashAttention fails on one, and the
+    sub-quadratic backend copies it for every head.
 
     ``options`` are the pass's own without our call, which would hold itself by them."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import importlib
 from typing import Any
@@ -39,11 +38,9 @@ def test_a_lora_acts_before_and_after(flux: FluxWorld, count: int) -> None:
     before = flux.sample(flux.apply(routing, lora(flux.model)))
     after = flux.sample(lora(flux.apply(routing)))
     assert torch.equal(before, after)
-    merged = copy.deepcopy(flux.model.model)
-    for name, (patch,) in ((name, patch[0][1]) for name, patch in lora(flux.model).patches.items()):
-        merged.get_parameter(name).data += patch
-    kind = type(flux.model)
-    whole = kind(merged, load_device=flux.model.load_device, offload_device=torch.device("cpu"))
+    whole = flux_world.flux_patcher()
+    for name, patches in lora(flux.model).patches.items():
+        whole.model.get_parameter(name).data += patches[0][1][0]
     assert close(flux.sample(flux.apply(routing, whole)), before)
     assert not close(flux.sample(flux.apply(routing)), before, 1e-2)
 
@@ -82,30 +79,21 @@ def test_a_block_replacement_of_another_pack_is_chained(flux: FluxWorld) -> None
     assert not close(chained, flux.sample(model), 1e-2)
 
 
-class Control:
+def control_net() -> Any:
     """A ControlNet for FLUX: residuals for the image tokens of both kinds of blocks."""
+    from comfy.controlnet import ControlBase
 
-    extra_hooks = None
+    class Residuals(ControlBase):
+        def get_control(self, x: Tensor, *_: Any) -> Any:
+            generator = torch.Generator().manual_seed(4)
+            size = -(-x.shape[-2] // 2) * -(-x.shape[-1] // 2)
+            shape = x.shape[0], size, CONFIG.transformer.width
+            return {
+                kind: [torch.randn(shape, generator=generator) for _ in range(2)]
+                for kind in ("input", "output")
+            }
 
-    def get_control(self, x: Tensor, t: Any, cond: Any, batched: int, *_: Any) -> Any:
-        generator = torch.Generator().manual_seed(4)
-        size = -(-x.shape[-2] // 2) * -(-x.shape[-1] // 2)
-        shape = x.shape[0], size, CONFIG.transformer.width
-        return {
-            "input": [torch.randn(shape, generator=generator) for _ in range(2)],
-            "output": [torch.randn(shape, generator=generator) for _ in range(2)],
-        }
-
-    def pre_run(self, *_: Any) -> None: ...
-    def cleanup(self) -> None: ...
-    def get_models(self) -> list[Any]:
-        return []
-
-    def get_extra_hooks(self) -> list[Any]:
-        return []
-
-    def inference_memory_requirements(self, dtype: Any) -> int:
-        return 0
+    return Residuals()
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -114,7 +102,7 @@ def test_a_control_net_reaches_the_image_alone(flux: FluxWorld, count: int) -> N
     import node_helpers
 
     control = node_helpers.conditioning_set_values(
-        flux.positive, {"control": Control(), "control_apply_to_uncond": False}
+        flux.positive, {"control": control_net(), "control_apply_to_uncond": False}
     )
     routing = flux.route(*flux.subjects[:count])
     out = flux.sample(flux.apply(routing), positive=control)

@@ -76,6 +76,12 @@ def file_family(path: str | os.PathLike[str]) -> str:
     return family if isinstance(family, str) else SDXL
 
 
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The fields of a file's header, whatever base it is for. CheckpointError: it is none of
+    ours."""
+    return {key: str(value) for key, value in _fields(Path(path))[1].items()}
+
+
 def _fields(path: Path) -> tuple[dict[str, object], dict[str, object]]:
     """The entries of a file's tensors, and the fields of its header."""
     entries = raw_header(path)

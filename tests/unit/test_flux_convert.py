@@ -17,9 +17,12 @@ from torch import Tensor
 
 from anystory_core.bases.flux.config import FluxConfig, ReduxConfig, SiglipConfig
 from anystory_core.bases.flux.model import PARTS, build_model
+from anystory_core.convert import main
 from anystory_core.errors import CheckpointError
+from anystory_core.weights.checkpoint import read_header
 from anystory_core.weights.convert import flux_release as opening
 from anystory_core.weights.convert.flux import convert_flux
+from anystory_core.weights.flux import load_flux_model
 
 # What no tensor of the file tells is the release's.
 TINY = dataclasses.replace(
@@ -339,6 +342,30 @@ def test_files_of_other_kinds_are_refused(files: tuple[Path, Path]) -> None:
         convert(files)
     with pytest.raises(CheckpointError, match="cannot be opened"):
         convert((files[0].parent / "none.bin", files[1]))
+
+
+def test_a_file_that_was_not_converted_is_kept(files: tuple[Path, Path]) -> None:
+    out = files[0].parent / "out.safetensors"
+    save_file({"a": torch.ones(1)}, out)
+    with pytest.raises(CheckpointError, match="not made by conversion"):
+        convert(files)
+
+
+def test_command_line(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """With the head width of FLUX.1, which a width of 32 does not have."""
+    out = str(files[0].parent / "out.safetensors")
+    assert main(["flux", *map(str, files), out]) == 1
+    assert "error: anystory_flux.bin: FluxTransformerConfig.heads: got 0" in capsys.readouterr().err
+    wide = dataclasses.replace(
+        TINY, transformer=dataclasses.replace(TINY.transformer, width=128, heads=1)
+    )
+    files = flux_release.write(files[0].parent, wide)
+    assert main(["flux", *map(str, files), out, "--dtype", "bf16"]) == 0
+    assert "subject_redux, routing_redux" in capsys.readouterr().out
+    model = load_flux_model(out)
+    assert model.config == wide and model.routes and model.fingerprint
+    with pytest.raises(CheckpointError, match="for flux, expected some for sdxl"):
+        read_header(out)
 
 
 def test_names_of_the_result(files: tuple[Path, Path]) -> None:

@@ -12,14 +12,12 @@ one.
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ...bases.flux.config import (
     BranchConfig,
@@ -32,7 +30,6 @@ from ...bases.flux.model import PARTS, build_model
 from ...bases.flux.names import reference_sources, router_sources
 from ...errors import CheckpointError, ConfigError
 from ...tensor_files import FLOATS
-from ..checkpoint import FORMAT
 from ..fingerprint import file_sha256
 from .flux_pieces import (
     EMBEDDER,
@@ -46,9 +43,8 @@ from .flux_pieces import (
     map_pieces,
 )
 from .flux_release import REPORT, Release, open_release
-from .plan import DTYPES, Converted, Progress
 from .sources import Source
-from .write import is_written, write_streaming
+from .target import DTYPES, Converted, Progress, check_target, make_target
 
 _HEAD_DIM = 128  # of FLUX.1; no tensor of the file tells it
 
@@ -71,41 +67,29 @@ def convert_flux(
     "one": 1; "ask": an error with the question. A file that was made from the same sources in the
     same way is kept. CheckpointError says what is wrong; nothing is left behind then.
     """
-    out = Path(out)
-    if out.suffix != ".safetensors":
-        raise CheckpointError(f"{out.name}: expected a name that ends in .safetensors")
     if mixed_ranks not in MIXED_RANKS:
         raise CheckpointError(
             f"mixed_ranks: got {mixed_ranks!r}, expected one of {list(MIXED_RANKS)}"
         )
-    if out.resolve() in (Path(anystory).resolve(), Path(redux).resolve()):
-        raise CheckpointError(f"{out.name}: is one of the sources; choose another name")
+    out = Path(out)
+    check_target(out, [Path(anystory), Path(redux)])
     release = open_release(Path(anystory))
     with Source.open([Path(redux)], Path(redux).name) as base:
         plan = _Plan.of(release, base, mixed_ranks, head_dim)
-        stored = dtype or plan.dtype
-        metadata = {
-            "anystory.format": FORMAT,
-            "anystory.config": plan.config.to_json(),
-            "anystory.source.anystory": f"{release.name} sha256:{file_sha256(release.path)}",
-            "anystory.source.redux": base.describe(),
-            "anystory.source.mixed_ranks": mixed_ranks,
-        }
-        kept = is_written(out, plan.shapes, dtype=stored, metadata=metadata)
-        if not kept:
-            done = 0
-
-            def make(name: str) -> Tensor:
-                nonlocal done
-                tensor = plan.pieces[name].make()
-                done += 1
-                if progress is not None:
-                    progress(done, len(plan.pieces))
-                return tensor
-
-            write_streaming(out, plan.shapes, make, dtype=stored, metadata=metadata)
-    parameters = sum(math.prod(shape) for shape in plan.shapes.values())
-    return Converted(out, out.stat().st_size, parameters, tuple(PARTS), plan.notes, kept)
+        return make_target(
+            out,
+            plan.pieces,
+            config=plan.config.to_json(),
+            sources={
+                "anystory": f"{release.name} sha256:{file_sha256(release.path)}",
+                "redux": base.describe(),
+                "mixed_ranks": mixed_ranks,
+            },
+            dtype=dtype or plan.dtype,
+            parts=tuple(PARTS),
+            notes=plan.notes,
+            progress=progress,
+        )
 
 
 @dataclass(frozen=True)
@@ -113,7 +97,6 @@ class _Plan:
     """Every tensor of the file to be: its shape, and how it is made."""
 
     config: FluxConfig
-    shapes: Mapping[str, tuple[int, ...]]
     pieces: Pieces
     dtype: torch.dtype
     notes: tuple[str, ...]
@@ -159,7 +142,7 @@ class _Plan:
         dtype = functools.reduce(torch.promote_types, dtypes)
         if dtype not in DTYPES.values():
             dtype = torch.float32
-        return cls(config, shapes, {name: pieces[name] for name in shapes}, dtype, tuple(notes))
+        return cls(config, {name: pieces[name] for name in shapes}, dtype, tuple(notes))
 
 
 def _depths(release: Release) -> FluxTransformerConfig:

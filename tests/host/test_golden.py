@@ -9,6 +9,7 @@ import pytest
 
 PAIRS = [f"{kind}_{n}" for n in range(1, 9) for kind in ("subject", "mask")]
 OPTIONS = ["strength", "reference_strength", "start", "end"]
+TIMING = ["concept_start", "concept_end", "reference_start"]
 GOLDEN: dict[str, tuple[list[str], list[str]]] = {
     "LoadAnyStoryMini": ([], ["MODEL", "CLIP", "VAE", "CLIP_VISION", "ANYSTORY"]),
     "LoadAnyStory": (["anystory_name"], ["ANYSTORY"]),
@@ -22,7 +23,7 @@ GOLDEN: dict[str, tuple[list[str], list[str]]] = {
     "AnyStorySubjectOptions": (["subject", *OPTIONS], ["ANYSTORY_SUBJECT"]),
     "SubjectRouter": (["anystory", "mode", *PAIRS, "clip", "agreement"], ["ANYSTORY_ROUTING"]),
     "ApplyAnyStory": (
-        ["model", "routing", *OPTIONS, "references_in_uncond"], ["MODEL", "ANYSTORY_MAPS"],
+        ["model", "routing", *OPTIONS, "references_in_uncond", *TIMING], ["MODEL", "ANYSTORY_MAPS"],
     ),
     "RoutingMapPreview": (
         ["maps", "latent", "steps", "batch_index", "show_background", "image"], ["IMAGE", "MASK"],

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 from .bases.sdxl.config import AnyStoryConfig
 from .errors import AnyStoryError
+from .weights.convert.conversion import REFERENCE_NETS, convert
 from .weights.convert.flux import convert_flux
 from .weights.convert.flux_pieces import MIXED_RANKS
-from .weights.convert.conversion import REFERENCE_NETS, convert
 from .weights.convert.target import DTYPES, Converted
 
 _PROGRAM = "python -m anystory_core.convert"

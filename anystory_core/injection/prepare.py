@@ -24,6 +24,28 @@ from .projections import Projections
 
 
 @dataclass(frozen=True, kw_only=True)
+class Timing:
+    """When the parts of a subject act on FLUX, in fractions of the sampling; None: as the weights
+    file says. concept: first and last of the tokens in the text stream. reference_start: first of
+    the references."""
+
+    concept: tuple[float, float] | None = None
+    reference_start: float | None = None
+
+    def __post_init__(self) -> None:
+        ends = () if self.concept is None else self.concept
+        start = () if self.reference_start is None else (self.reference_start,)
+        for value in (*ends, *start):
+            if not 0 <= value <= 1:
+                raise RoutingError(f"timing: got {value}, expected a fraction from 0 to 1")
+        if self.concept is not None and self.concept[0] > self.concept[1]:
+            raise RoutingError(
+                f"concept_start: got {self.concept[0]}, after concept_end = {self.concept[1]}; "
+                "expected concept_start <= concept_end"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Overall strengths; each subject's own are multiplied in
     (:class:`~..subject.subject.SubjectOptions`).
@@ -35,6 +57,7 @@ class Settings:
     strength: float = 1.0
     reference_strength: float = 1.0
     keep_references_in_uncond: bool = False
+    timing: Timing = Timing()
 
 
 class InjectionModel(Protocol):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..bases.base import Site
 from ..errors import ModelMismatchError, RoutingError
-from ..subject.subject import UNNAMED, Subject
+from ..subject.subject import UNNAMED, EncodedSubject, Subject
 from .masks import check_counts
 from .router import Routers
 from .sources import LearnedRoutes, MaskRoutes, RouteSource, SingleRoute
@@ -30,20 +30,28 @@ class RoutingModel(Protocol):
     def fingerprint(self) -> str: ...
 
 
-def _check_subjects(model: RoutingModel, subjects: Sequence[Subject]) -> None:
+def _check_subjects(model: RoutingModel, subjects: Sequence[EncodedSubject]) -> list[Subject]:
+    found: list[Subject] = []
     for subject in subjects:
+        if not isinstance(subject, Subject):
+            raise ModelMismatchError(
+                f"subject {subject.label!r} was encoded for {subject.family}, the AnyStory weights "
+                f"are for {Subject.family}; encode it again with these"
+            )
         if subject.fingerprint != model.fingerprint:
             raise ModelMismatchError(
                 f"subject {subject.label!r} was encoded by other AnyStory weights "
                 f"({subject.fingerprint or 'unsaved'}) than those in use "
                 f"({model.fingerprint or 'unsaved'}); encode it again with these"
             )
+        found.append(subject)
+    return found
 
 
 def check_routing(
     mode: str,
     model: RoutingModel,
-    subjects: Sequence[Subject],
+    subjects: Sequence[EncodedSubject],
     masks: Sequence[Tensor | None],
     *,
     text: bool = False,
@@ -53,7 +61,7 @@ def check_routing(
     as text states."""
     if mode not in MODES:
         raise RoutingError(f"mode: got {mode!r}, expected one of {list(MODES)}")
-    _check_subjects(model, subjects)
+    own = _check_subjects(model, subjects)
     missing = [i + 1 for i, m in enumerate(masks) if m is None]
     if mode not in ("learned", "text") and missing:
         raise RoutingError(
@@ -74,14 +82,14 @@ def check_routing(
             "router, or choose the mode 'masks' with one mask for each subject, or 'text' with a "
             "clip"
         )
-    if any(s.routing is None or s.background_routing is None for s in subjects):
+    if any(s.routing is None or s.background_routing is None for s in own):
         raise RoutingError(
             f"mode {mode!r}: the subjects carry no routing feature; encode them with weights that "
             "hold the routing encoder"
         )
 
 
-def _check_labels(mode: str, subjects: Sequence[Subject], text: bool) -> None:
+def _check_labels(mode: str, subjects: Sequence[EncodedSubject], text: bool) -> None:
     """Routing by text needs the words, and words that differ where no mask tells them apart."""
     if not text:
         raise RoutingError(

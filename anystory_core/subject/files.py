@@ -11,9 +11,10 @@ import base64
 import io
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -25,9 +26,10 @@ from ..file_names import EXTENSION, check_name
 from ..tensor_files import open_tensors, save_tensors
 from .encoder import Encoders, feature_shapes
 from .label import clean_label
-from .subject import Subject, SubjectOptions
+from .subject import EncodedSubject, Subject, SubjectOptions
 
 FORMAT = "1"
+SDXL = Subject.family
 MOST_VIEWS = 64
 _HEADER_KEYS = ("label", "options", "weights", "clip")
 
@@ -48,7 +50,7 @@ def thumbnail(cutout: Tensor, side: int = 96) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def save_subject(path: str | os.PathLike[str], subject: Subject, *, overwrite: bool) -> bool:
+def save_subject(path: str | os.PathLike[str], subject: EncodedSubject, *, overwrite: bool) -> bool:
     """Write one subject atomically, unless the file holds it already; returns whether it was
     written. SubjectError when another one is there and ``overwrite`` is off, or of more pictures
     than :func:`load_subject` reads."""
@@ -58,16 +60,7 @@ def save_subject(path: str | os.PathLike[str], subject: Subject, *, overwrite: b
             f"subject: it was encoded from {subject.views} pictures, at most {MOST_VIEWS} can be "
             "saved; encode fewer of them"
         )
-    optional = {
-        "tokens": subject.tokens,
-        "routing": subject.routing,
-        "background_tokens": subject.background_tokens,
-        "background_routing": subject.background_routing,
-        "states": subject.states,
-        "phrase": subject.phrase,
-    }
-    tensors = {name: x for name, x in optional.items() if x is not None}
-    tensors |= {f"features.{i}": x for i, x in enumerate(subject.features, start=2)}
+    tensors = subject.tensors()
     tensors["cutout"] = subject.cutout
     ready = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}
     header = {
@@ -78,6 +71,8 @@ def save_subject(path: str | os.PathLike[str], subject: Subject, *, overwrite: b
         "clip": subject.clip_fingerprint,
         "modelspec.thumbnail": thumbnail(subject.cutout[0]),
     }
+    if subject.family != SDXL:  # those for SDXL were there first and do not say so
+        header["family"] = subject.family
     if path.exists():
         if _holds(path, ready, header):
             return False
@@ -109,8 +104,35 @@ def _holds(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str])
         return False  # whatever it is
 
 
-def load_subject(path: str | os.PathLike[str], model: Encoders) -> Subject:
-    """Read one subject and check that it fits ``model``.
+@dataclass(frozen=True)
+class SavedSubject:
+    """What every saved subject holds, checked."""
+
+    label: str
+    options: SubjectOptions
+    weights: str
+    clip: str
+    cutout: Tensor
+    tensors: Mapping[str, Tensor]
+
+
+class Weights(Protocol):
+    """The weights that are loaded."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+def read_subject(
+    path: str | os.PathLike[str],
+    model: Weights,
+    expected: Callable[[int], Mapping[str, tuple[int, ...]]],
+    *,
+    family: str,
+    size: int,
+) -> SavedSubject:
+    """Read one subject and check that it fits ``model``, which is of ``family`` and sees pictures
+    of ``size`` squared. expected: names and shapes of the tensors of so many pictures.
 
     ModelMismatchError when other AnyStory weights encoded it, with both fingerprints; SubjectError
     when the file is damaged or not a subject.
@@ -120,6 +142,12 @@ def load_subject(path: str | os.PathLike[str], model: Encoders) -> Subject:
         with open_tensors(path) as file:
             header = file.metadata() or {}
             options = _check_header(path.name, header)
+            own = header.get("family", SDXL)
+            if own != family:
+                raise ModelMismatchError(
+                    f"{path.name}: encoded for {own}, the loaded AnyStory weights are for "
+                    f"{family}; load those that encoded it"
+                )
             if header["weights"] != model.fingerprint:
                 raise ModelMismatchError(
                     f"{path.name}: encoded by AnyStory weights {header['weights'] or 'unsaved'}, "
@@ -130,42 +158,51 @@ def load_subject(path: str | os.PathLike[str], model: Encoders) -> Subject:
             if "cutout" not in names:
                 raise SubjectError(f"{path.name}: tensor cutout is missing; save the subject again")
             cutout = file.get_tensor("cutout")
-            _check_cutout(path.name, cutout, model)
-            expected = _expected(model, cutout.shape[0])
+            _check_cutout(path.name, cutout, size)
+            shapes = dict(expected(cutout.shape[0]))
             if "phrase" not in names:  # encoded without a label
-                expected.pop("phrase", None)
-            unknown = sorted(names - {*expected, "cutout"})
-            missing = sorted(set(expected) - names)
+                shapes.pop("phrase", None)
+            unknown = sorted(names - {*shapes, "cutout"})
+            missing = sorted(set(shapes) - names)
             if unknown or missing:
                 raise SubjectError(
                     f"{path.name}: tensors {missing[:3]} missing and {unknown[:3]} unknown; save "
                     "the subject again"
                 )
-            tensors = {name: file.get_tensor(name) for name in expected}
+            tensors = {name: file.get_tensor(name) for name in shapes}
     except (SafetensorError, OSError, RuntimeError, TypeError, UnicodeError) as error:
         raise SubjectError(
             f"{path.name}: not a subject file, or a damaged one ({error}); save it again"
         ) from error
-    for name, shape in expected.items():
+    for name, shape in shapes.items():
         _check_tensor(path.name, name, tensors[name], shape)
-    features = [name for name in expected if name.startswith("features.")]
+    return SavedSubject(
+        header["label"], options, header["weights"], header["clip"], cutout, tensors
+    )
+
+
+def load_subject(path: str | os.PathLike[str], model: Encoders) -> Subject:
+    """Read one subject for SDXL (:func:`read_subject`)."""
+    size = model.config.reference.size
+    saved = read_subject(path, model, lambda views: _expected(model, views), family=SDXL, size=size)
+    tensors = saved.tensors
     return Subject(
-        label=header["label"],
+        label=saved.label,
         tokens=tensors.get("tokens"),
-        features=tuple(tensors[name] for name in features),
+        features=tuple(x for name, x in tensors.items() if name.startswith("features.")),
         routing=tensors.get("routing"),
         background_tokens=tensors.get("background_tokens"),
         background_routing=tensors.get("background_routing"),
         states=tensors.get("states"),
         phrase=tensors.get("phrase"),
-        cutout=cutout,
-        fingerprint=header["weights"],
-        clip_fingerprint=header["clip"],
-        options=options,
+        cutout=saved.cutout,
+        fingerprint=saved.weights,
+        clip_fingerprint=saved.clip,
+        options=saved.options,
     )
 
 
-def check_clip(subject: Subject, name: str, fingerprint: str) -> None:
+def check_clip(subject: EncodedSubject, name: str, fingerprint: str) -> None:
     """ModelMismatchError unless ``fingerprint`` is that of the CLIP weights that encoded it."""
     if subject.clip_fingerprint != fingerprint:
         raise ModelMismatchError(
@@ -196,8 +233,7 @@ def _check_header(name: str, header: Mapping[str, str]) -> SubjectOptions:
         raise SubjectError(f"{name}: its options are damaged; save the subject again") from error
 
 
-def _check_cutout(name: str, cutout: Tensor, model: Encoders) -> None:
-    size = model.config.reference.size
+def _check_cutout(name: str, cutout: Tensor, size: int) -> None:
     views = cutout.shape[0] if cutout.ndim else 0
     if cutout.dtype != torch.uint8 or not 1 <= views <= MOST_VIEWS:
         raise SubjectError(

@@ -44,6 +44,9 @@ def zero_clip(config: AnyStoryConfig) -> Tensor:
     return torch.zeros(1, 3, size, size)
 
 
+Square = tuple[Tensor, Tensor]  # picture (1,3,s,s) and mask (1,1,s,s), both in [0,1]
+
+
 def prepare_views(
     image: Tensor,
     mask: Tensor | None,
@@ -52,7 +55,19 @@ def prepare_views(
     invert_mask: bool = False,
     mask_shows: str = "subject",
 ) -> Views:
-    """Cut the subject out of each picture.
+    """Cut the subject out of each picture (:func:`cut_squares`) and make the networks' inputs."""
+    crops, notes = cut_squares(image, mask, invert_mask=invert_mask, mask_shows=mask_shows)
+    return views_of(crops, config, notes)
+
+
+def cut_squares(
+    image: Tensor,
+    mask: Tensor | None,
+    *,
+    invert_mask: bool = False,
+    mask_shows: str = "subject",
+) -> tuple[list[Square], tuple[str, ...]]:
+    """Cut the subject out of each picture; also what was assumed, in words for the user.
 
     image (V,H,W,C), C = 1, 3 or 4; mask (V or 1,h,w) or None, read as ``mask_shows`` ("auto",
     "subject" or "background") after ``invert_mask``: see :func:`~.masks.find_subjects`.
@@ -61,14 +76,12 @@ def prepare_views(
     """
     rgb, found = find_subjects(image, mask, MaskReading(mask_shows, invert_mask))
     crops = [_crop_square(rgb[v], one.mask) for v, one in enumerate(found)]
-    return views_of(crops, config, notes_on(found))
+    return crops, notes_on(found)
 
 
-def views_of(
-    crops: Sequence[tuple[Tensor, Tensor]], config: AnyStoryConfig, notes: tuple[str, ...] = ()
-) -> Views:
-    """Resize and normalise square crops: pairs of picture (1,3,s,s) and mask (1,1,s,s), both in
-    [0,1]. The second half of :func:`prepare_views`; training augments between the two."""
+def views_of(crops: Sequence[Square], config: AnyStoryConfig, notes: tuple[str, ...] = ()) -> Views:
+    """Resize and normalise square crops. The second half of :func:`prepare_views`; training
+    augments between the two."""
     reference = config.reference.size
     vae_rgb = torch.cat([_resize(c, reference) for c, _ in crops])
     vae_mask = torch.cat([_resize(m, reference) for _, m in crops])
@@ -94,9 +107,9 @@ def _clip_view(picture: Tensor, mask: Tensor, config: AnyStoryConfig) -> Tensor:
     return (picture * mask + colour * (1 - mask) - mean) / std
 
 
-def cut_out(picture: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def cut_out(picture: Tensor, mask: Tensor | None) -> Square:
     """One picture (H,W,3 or 4) and mask (H,W) or None -> its square crop, as in
-    :func:`prepare_views`: picture (1,3,s,s) and mask (1,1,s,s)."""
+    :func:`prepare_views`."""
     rgb, (found,) = find_subjects(picture[None], mask, MaskReading())
     return _crop_square(rgb[0], found.mask)
 

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -64,33 +65,25 @@ class SubjectOptions:
         return self.at_start + (self.at_end - self.at_start) * EASINGS[self.easing](progress)
 
 
+AnySubject = TypeVar("AnySubject", bound="EncodedSubject")
+
 UNNAMED = "subject"  # the label of a subject that was given none
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """Everything the U-Net needs of one subject, from V pictures of it.
+class EncodedSubject:
+    """What an encoded subject is for any base model, from V pictures of it.
 
-    tokens (V*T, C) or None without a subject encoder; features: L-1 tensors (V*G_l, d_l), empty
-    without a ReferenceNet; routing (d_r,) or None without a routing encoder. background_tokens
-    (T,C) and background_routing (d_r,) are those of the zero image, the same for all subjects of a
-    model. cutout (V,R,R,3) uint8 is what was encoded; fingerprint and clip_fingerprint name the
-    AnyStory and the CLIP vision weights that encoded it ("" where nobody said). states (V,S,W), the
-    pictures' CLIP states, and phrase (P,), a pooled text state of the label, are there for weights
-    whose tokens depend on the subject's place (:mod:`.grounding`).
+    cutout (V,R,R,3) uint8 is what was encoded; fingerprint and clip_fingerprint name the AnyStory
+    and the vision encoder's weights that encoded it ("" where nobody said).
     """
 
+    family: ClassVar[str]  # the base model that it was encoded for
+
     label: str
-    tokens: Tensor | None
-    features: tuple[Tensor, ...]
-    routing: Tensor | None
-    background_tokens: Tensor | None
-    background_routing: Tensor | None
     cutout: Tensor
     fingerprint: str
     clip_fingerprint: str = ""
-    states: Tensor | None = None
-    phrase: Tensor | None = None
     options: SubjectOptions = SubjectOptions()
 
     @property
@@ -98,9 +91,47 @@ class Subject:
         """Number of pictures."""
         return self.cutout.shape[0]
 
-    def with_options(self, options: SubjectOptions) -> Subject:
+    def with_options(self: AnySubject, options: SubjectOptions) -> AnySubject:
         """The same subject under other options; no tensor is copied."""
         return dataclasses.replace(self, options=options)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the model uses, under the names of a saved subject."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject(EncodedSubject):
+    """Everything the U-Net needs of one subject.
+
+    tokens (V*T, C) or None without a subject encoder; features: L-1 tensors (V*G_l, d_l), empty
+    without a ReferenceNet; routing (d_r,) or None without a routing encoder. background_tokens
+    (T,C) and background_routing (d_r,) are those of the zero image, the same for all subjects of a
+    model. states (V,S,W), the pictures' CLIP states, and phrase (P,), a pooled text state of the
+    label, are there for weights whose tokens depend on the subject's place (:mod:`.grounding`).
+    """
+
+    family: ClassVar[str] = "sdxl"
+
+    tokens: Tensor | None
+    features: tuple[Tensor, ...]
+    routing: Tensor | None
+    background_tokens: Tensor | None
+    background_routing: Tensor | None
+    states: Tensor | None = None
+    phrase: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        optional = {
+            "tokens": self.tokens,
+            "routing": self.routing,
+            "background_tokens": self.background_tokens,
+            "background_routing": self.background_routing,
+            "states": self.states,
+            "phrase": self.phrase,
+        }
+        there = {name: x for name, x in optional.items() if x is not None}
+        return there | {f"features.{i}": x for i, x in enumerate(self.features, start=2)}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Subject:
         """Apply ``function`` to every tensor that the U-Net uses (device or dtype changes)."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ..checkpoint import FORMAT, read_header
+from ..checkpoint import FORMAT, read_metadata
 from .sources import Source
 from .write import is_written, write_streaming
 
@@ -78,7 +78,7 @@ def check_target(out: Path, sources: Iterable[Path]) -> None:
     if not out.exists():
         return
     try:
-        keys = read_header(out).metadata.keys()
+        keys = read_metadata(out).keys()
     except CheckpointError:
         keys = set[str]()
     converted = any(key.startswith(SOURCE) for key in keys)

@@ -1,0 +1,226 @@
+"""The subjects of one sampling run on FLUX: what every pass of the run needs of them.
+
+Keys and values of the references are not here: they depend on the prompt, and a pass makes them
+when it first needs them (:func:`~..bases.flux.reference.reference_pass`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..bases.flux.attention import Grid
+from ..bases.flux.call import Concepts
+from ..bases.flux.config import FluxConfig
+from ..bases.flux.low_rank import RoutingMaps, StreamBranches
+from ..bases.flux.router import Router
+from ..bases.flux.windows import SigmaWindow, sigma_window
+from ..errors import ModelMismatchError, RoutingError
+from ..routing.grids import Crops
+from ..routing.sources import MaskRoutes
+from ..subject.flux import FluxSubject
+from ..subject.subject import EncodedSubject
+from .prepare import Settings
+
+MODES = ("learned", "masks", "learned within masks")
+
+
+class FluxRoutingModel(Protocol):
+    """What of a model routes: a :class:`~..bases.flux.model.FluxModel`."""
+
+    @property
+    def config(self) -> FluxConfig: ...
+    @property
+    def router_branches(self) -> StreamBranches | None: ...
+    @property
+    def routing_maps(self) -> RoutingMaps | None: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class FluxRun:
+    """The subjects of one run. concepts: each one's tokens at their strength; biases: gamma of its
+    references, -inf where they are off; latents and keep: its pictures. ``router`` decides who is
+    where, on tokens that ``masks`` leave to a subject; without a router the masks decide, and
+    without both every token looks at all subjects.
+    """
+
+    concepts: tuple[Tensor | None, ...]
+    biases: tuple[float, ...]
+    latents: tuple[Tensor, ...]
+    keep: tuple[Tensor, ...]
+    concept_windows: tuple[SigmaWindow, ...]
+    reference_windows: tuple[SigmaWindow, ...]
+    router: Router | None = None
+    masks: MaskRoutes | None = None
+    keep_in_uncond: bool = False
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> FluxRun:
+        """With the tokens that every pass reads on a device; pictures stay where they are."""
+        router = self.router
+        if router is not None:
+            router = dataclasses.replace(router, tokens=router.tokens.to(device, dtype))
+        concepts = tuple(None if x is None else x.to(device, dtype) for x in self.concepts)
+        return dataclasses.replace(self, concepts=concepts, router=router)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing of any subject acts at any noise level: the model must run as without us."""
+        windows = zip(self.concept_windows, self.reference_windows, strict=True)
+        return all(
+            (concept is None or own.empty) and (bias == -math.inf or theirs.empty)
+            for concept, bias, (own, theirs) in zip(
+                self.concepts, self.biases, windows, strict=True
+            )
+        )
+
+    def concepts_at(self, sigma: float) -> Concepts:
+        """The subjects' tokens that are inside their windows."""
+        pairs = zip(self.concepts, self.concept_windows, strict=True)
+        return Concepts(tuple(x if window.holds(sigma) else None for x, window in pairs))
+
+    def biases_at(self, sigma: float) -> tuple[float, ...]:
+        """gamma of the references that are inside their windows, -inf for the others."""
+        pairs = zip(self.biases, self.reference_windows, strict=True)
+        return tuple(bias if window.holds(sigma) else -math.inf for bias, window in pairs)
+
+    def regions(self, grid: Grid, crops: Crops, rows: int, device: torch.device) -> Tensor | None:
+        """Region ids (rows,M) where the masks decide; N for nobody. Ties to the lower number."""
+        if self.masks is None or self.router is not None:
+            return None
+        weights = self.masks.subject_weights(grid, crops, device)
+        background = 1 - weights.amax(dim=1, keepdim=True)
+        return torch.cat((weights, background), dim=1).argmax(dim=1).expand(rows, -1)
+
+    def allowed(self, grid: Grid, crops: Crops, device: torch.device) -> Tensor | None:
+        """(1 or rows,N,M) bool: where the masks leave a token to a subject of the router's."""
+        if self.masks is None or self.router is None:
+            return None
+        return self.masks.allowed(grid, crops, device)[:, :-1]
+
+
+def check_flux_routing(
+    mode: str,
+    model: FluxRoutingModel,
+    subjects: Sequence[EncodedSubject],
+    masks: Sequence[Tensor | None],
+) -> list[FluxSubject]:
+    """The subjects, or a RoutingError or ModelMismatchError that says what to load or to connect,
+    unless :func:`prepare_flux` can work with this."""
+    if mode not in MODES:
+        raise RoutingError(
+            f"mode: got {mode!r}, expected one of {list(MODES)}; routing by text reads the "
+            "cross-attention of SDXL, which FLUX does not have"
+        )
+    found: list[FluxSubject] = []
+    for subject in subjects:
+        if not isinstance(subject, FluxSubject):
+            raise ModelMismatchError(
+                f"subject {subject.label!r} was encoded for {subject.family}, the AnyStory weights "
+                f"are for {FluxSubject.family}; encode it again with these"
+            )
+        if subject.fingerprint != model.fingerprint:
+            raise ModelMismatchError(
+                f"subject {subject.label!r} was encoded by other AnyStory weights "
+                f"({subject.fingerprint or 'unsaved'}) than those in use "
+                f"({model.fingerprint or 'unsaved'}); encode it again with these"
+            )
+        found.append(subject)
+    missing = [i + 1 for i, m in enumerate(masks) if m is None]
+    if mode != "learned" and missing:
+        raise RoutingError(
+            f"mode {mode!r}: the mask of subject {missing} is missing; connect one mask for each "
+            "subject, or choose the mode 'learned'"
+        )
+    if mode == "masks" or len(found) < 2:
+        return found
+    if model.router_branches is None or model.routing_maps is None:
+        raise RoutingError(
+            f"mode {mode!r}: these AnyStory weights hold no router, which this mode needs for "
+            f"{len(found)} subjects; convert the authors' whole file, or choose the mode 'masks'"
+        )
+    if any(subject.routing is None for subject in found):
+        raise RoutingError(
+            f"mode {mode!r}: the subjects carry no routing tokens; encode them with weights that "
+            "hold the router's embedder"
+        )
+    return found
+
+
+def prepare_flux(
+    mode: str,
+    model: FluxRoutingModel,
+    subjects: Sequence[EncodedSubject],
+    masks: Sequence[Tensor | None],
+    settings: Settings,
+    *,
+    window: tuple[float, float],
+    steps: int,
+    to_sigma: Callable[[float], float],
+) -> FluxRun:
+    """Bring strengths and windows of one run together. window: fractions of the sampling in which
+    subjects act at all; steps: of the whole schedule; to_sigma: the noise level of a fraction.
+    Errors as :func:`check_flux_routing`."""
+    found = check_flux_routing(mode, model, subjects, masks)
+    given = [m for m in masks if m is not None]
+    several = len(found) > 1
+    router = None
+    if several and mode.startswith("learned"):
+        tokens = [subject.routing for subject in found if subject.routing is not None]
+        assert model.router_branches is not None and model.routing_maps is not None
+        router = Router(
+            model.router_branches,
+            model.routing_maps,
+            torch.cat(tokens)[None],
+            tuple(x.shape[0] for x in tokens),
+        )
+    defaults = model.config.windows
+    timing = settings.timing
+    start = timing.reference_start
+    if start is None:
+        start = defaults.start(len(found))
+    concept_start, concept_end = timing.concept or (defaults.concept_start, defaults.concept_end)
+
+    def windows(first: float, last: float) -> tuple[SigmaWindow, ...]:
+        return tuple(
+            sigma_window(
+                max(first, window[0], s.options.start),
+                min(last, window[1], s.options.end),
+                steps,
+                to_sigma,
+            )
+            for s in found
+        )
+
+    return FluxRun(
+        concepts=tuple(
+            _scaled(s.concept, defaults.concept_scale * settings.strength * s.options.strength)
+            for s in found
+        ),
+        biases=tuple(
+            _log(settings.reference_strength * s.options.reference_strength) for s in found
+        ),
+        latents=tuple(s.latents for s in found),
+        keep=tuple(s.keep for s in found),
+        concept_windows=windows(concept_start, concept_end),
+        reference_windows=windows(start, defaults.reference_end),
+        router=router,
+        masks=MaskRoutes(tuple(given)) if mode != "learned" else None,
+        keep_in_uncond=settings.keep_references_in_uncond,
+    )
+
+
+def _scaled(tokens: Tensor | None, scale: float) -> Tensor | None:
+    return None if tokens is None or scale == 0 else tokens * scale
+
+
+def _log(strength: float) -> float:
+    """gamma = ln s for a multiplicative reference strength."""
+    return math.log(strength) if strength > 0 else -math.inf

@@ -338,7 +338,7 @@ def test_files_of_other_kinds_are_refused(files: tuple[Path, Path]) -> None:
     with pytest.raises(CheckpointError, match="holds a list"):
         convert(files)
     torch.save({"a": 1}, files[0], _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match="not a file of torch.save"):
+    with pytest.raises(CheckpointError, match="no file of torch.save"):
         convert(files)
     with pytest.raises(CheckpointError, match="cannot be opened"):
         convert((files[0].parent / "none.bin", files[1]))

@@ -1,15 +1,11 @@
 """Opening the authors' file for FLUX, ``anystory_flux.bin``.
 
 It is a ``torch.save`` of ``{"ref": {...}, "redux": {...}, "router": {...}}`` with tensors by name:
-a zip of pickled names and raw numbers. It is read by PyTorch's weights-only reader, which builds
-tensors and plain containers and runs nothing else; that reader is safe from PyTorch 2.6 on, so
-older ones are refused. Only this converter ever opens a pickle.
+a zip of pickled names and raw numbers (:mod:`.pickles`).
 """
 
 from __future__ import annotations
 
-import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
+from .pickles import read_pickle
 
 GROUPS = ("ref", "redux", "router")
-SAFE_SINCE = (2, 6)
 _EXPECTED = "expected the authors' anystory_flux.bin"
 REPORT = (
     "Nobody of this project has seen the authors' file: if its SHA-256 is the one on its page, "
@@ -47,47 +43,7 @@ class Release:
 def open_release(path: Path) -> Release:
     """Open the file. CheckpointError: PyTorch is too old, the file is damaged, holds code, or is
     something else."""
-    version = torch.__version__
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers is None or (int(numbers[1]), int(numbers[2])) < SAFE_SINCE:
-        raise CheckpointError(
-            f"{path.name}: is a pickle, which PyTorch {version} cannot read safely; update to "
-            f"PyTorch {SAFE_SINCE[0]}.{SAFE_SINCE[1]} or newer for the conversion"
-        )
-    _check_zip(path)
-    return _checked(path, _read(path))
-
-
-def _check_zip(path: Path) -> None:
-    """Every byte against the sums that the zip holds."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise CheckpointError(f"{path.name}: cannot be opened ({reason})") from error
-    # The library raises errors of many kinds on damaged bytes.
-    except Exception as error:
-        raise CheckpointError(
-            f"{path.name}: not a file of torch.save, cut off, or damaged ({error}); {_EXPECTED}; "
-            f"{_AGAIN}"
-        ) from error
-    if damaged is not None:
-        raise CheckpointError(f"{path.name}: its part {damaged} is damaged; {_AGAIN}")
-
-
-def _read(path: Path) -> object:
-    """What the weights-only reader makes of the file."""
-    try:
-        return cast(object, torch.load(str(path), map_location="cpu", weights_only=True, mmap=True))
-    # The reader raises errors of many kinds on what it does not know or cannot follow.
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"{path.name}: PyTorch's weights-only reader refuses it "
-            f"({reason[0][:200] if reason else type(error).__name__}); it is damaged, or holds "
-            f"code; {_EXPECTED}; {_AGAIN}"
-        ) from error
+    return _checked(path, read_pickle(path, f"{_AGAIN}; {_EXPECTED}"))
 
 
 def _checked(path: Path, content: object) -> Release:

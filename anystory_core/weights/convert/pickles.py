@@ -48,8 +48,19 @@ def open_pickle(path: Path) -> PickleFile:
     """Open a file of ``torch.save``. Groups of tensors become prefixes of their names:
     ``{"image_proj": {"latents": x}}`` gives ``image_proj.latents``.
 
-    CheckpointError: PyTorch is too old, the file is cut off or damaged, holds code, or is no table
-    of tensors."""
+    CheckpointError: as :func:`read_pickle`, or the file is no table of tensors."""
+    found: dict[str, Tensor] = {}
+    _flatten(path.name, read_pickle(path), "", found, _DEEPEST)
+    if not found:
+        raise CheckpointError(f"{path.name}: holds no tensors; get it again")
+    return PickleFile(found)
+
+
+def read_pickle(path: Path, remedy: str = "get it again from its authors") -> object:
+    """What the weights-only reader makes of a file of ``torch.save``.
+
+    CheckpointError, which ends with ``remedy``: PyTorch is too old, the file is cut off or damaged,
+    or holds code."""
     numbers = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if numbers is None or (int(numbers[1]), int(numbers[2])) < SAFE_SINCE:
         raise CheckpointError(
@@ -57,28 +68,22 @@ def open_pickle(path: Path) -> PickleFile:
             f"update to PyTorch {SAFE_SINCE[0]}.{SAFE_SINCE[1]} or newer, or get the file as "
             ".safetensors"
         )
-    _check_zip(path)
+    _check_zip(path, remedy)
     try:
         load = cast(Any, torch.load)
-        content: object = load(str(path), map_location="cpu", weights_only=True, mmap=True)
+        return cast(object, load(str(path), map_location="cpu", weights_only=True, mmap=True))
     # The reader raises errors of many kinds on what it does not know or cannot follow.
     except Exception as error:
         lines = str(error).strip().splitlines()
         raise CheckpointError(
             f"{path.name}: PyTorch's weights-only reader refuses it "
             f"({lines[0][:200] if lines else type(error).__name__}): it holds code, or is damaged; "
-            "get it again from its authors, and do not open it in another way"
+            f"do not open it in another way, and {remedy}"
         ) from error
-    found: dict[str, Tensor] = {}
-    _flatten(path.name, content, "", found, _DEEPEST)
-    if not found:
-        raise CheckpointError(f"{path.name}: holds no tensors; get it again")
-    return PickleFile(found)
 
 
-def _check_zip(path: Path) -> None:
+def _check_zip(path: Path, remedy: str) -> None:
     """CheckpointError unless it is whole, by the sums that the zip holds."""
-    again = "get it again, or get it as .safetensors"
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -88,10 +93,10 @@ def _check_zip(path: Path) -> None:
     # The library raises errors of many kinds on damaged bytes.
     except Exception as error:
         raise CheckpointError(
-            f"{path.name}: no file of torch.save, or cut off ({error}); {again}"
+            f"{path.name}: no file of torch.save, cut off, or damaged ({error}); {remedy}"
         ) from error
     if damaged is not None:
-        raise CheckpointError(f"{path.name}: its part {damaged} is damaged; {again}")
+        raise CheckpointError(f"{path.name}: its part {damaged} is damaged; {remedy}")
 
 
 def _flatten(name: str, content: object, prefix: str, found: dict[str, Tensor], depth: int) -> None:

@@ -126,6 +126,7 @@ def _read(window: Any, size: int) -> NDArray[np.uint8]:
     reader.SetInput(window)
     reader.SetInputBufferTypeToRGBA()
     reader.ReadFrontBufferOff()
+    reader.ShouldRerenderOff()
     reader.Update()
     pixels = to_numpy(reader.GetOutput().GetPointData().GetScalars())
     drawn = pixels.reshape(size, size, 4)[::-1].astype(np.float32)

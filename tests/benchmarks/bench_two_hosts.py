@@ -75,8 +75,8 @@ def main() -> None:
     for count in (0, 1, 3):
         inputs = hosts.UNetInputs(latents, timesteps, text, pooled, ids)
         ours = hosts.predict(twin, slot, call(count, hosts.dense_attention), inputs)
-        options: dict[str, Any] = {}
-        patches.install(options, model.sites)
+        table = patches.BlockTable(model.sites)
+        options = patches.installed({}, table, patcher.model.diffusion_model, late=False)
         options[ids_module.CALL_KEY] = call(count, patches.HostAttention(options))
         theirs = patcher.model.diffusion_model(
             latents, timesteps, context=text, y=label, transformer_options=options

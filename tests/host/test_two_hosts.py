@@ -58,8 +58,8 @@ def test_the_same_prediction(
     unet, slot = twin
     inputs = hosts.UNetInputs(latents, timesteps, text, pooled, time_ids)
     ours = hosts.predict(unet, slot, call(hosts.dense_attention), inputs)
-    options: dict[str, Any] = {}
-    patcher.install(options, model.sites, mini.model.model.diffusion_model)
+    table = patcher.BlockTable(model.sites)
+    options = patcher.installed({}, table, mini.model.model.diffusion_model, late=False)
     options[scene.ids.CALL_KEY] = call(patcher.HostAttention(options))
     size_label = torch.cat(
         [

@@ -15,8 +15,10 @@ from anystory_core.errors import SubjectError
 from anystory_core.subject.preprocess import (
     CLIP_MEAN,
     CLIP_STD,
+    cut_out,
     latent_mask,
     prepare_views,
+    views_of,
     zero_clip,
 )
 
@@ -46,7 +48,7 @@ def test_outside_is_zero_after_normalisation() -> None:
     outside = views.mask == 0
     assert torch.count_nonzero(views.vae * outside) == 0
     assert torch.all(views.cutout[outside[:, 0]] == 128)
-    assert torch.count_nonzero(zero_clip(CONFIG)) == 0
+    assert torch.equal(zero_clip(CONFIG), torch.zeros(1, 3, CLIP, CLIP))
 
 
 def test_inside_is_the_picture_normalised() -> None:
@@ -146,3 +148,9 @@ def test_the_mask_channel_is_an_area_average() -> None:
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :3, :] = 1
     assert torch.equal(latent_mask(mask, (2, 2))[0, 0], torch.tensor([[0.75, 0.75], [0, 0]]))
+
+
+def test_one_picture_of_training_data_is_cut_by_its_mask() -> None:
+    wanted = prepare_views(picture(), box(), CONFIG)
+    views = views_of([cut_out(picture()[0], box()[0])], CONFIG)
+    assert torch.equal(views.vae, wanted.vae) and torch.equal(views.clip, wanted.clip)

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from anystory_core.subject.files import (
     load_subject,
     save_subject,
     subject_path,
+    thumbnail,
 )
 from anystory_core.subject.subject import Subject, SubjectOptions
 from anystory_core.tensor_files import save_tensors
@@ -160,3 +162,134 @@ def test_mutated_files(model: AnyStoryModel, subject: Subject, tmp_path: Path) -
             assert loaded.tokens is not None and loaded.tokens.shape == subject.tokens.shape
     assert refused > 100
     assert [p.name for p in tmp_path.iterdir()] == ["fox.safetensors"]
+
+
+WIDE = "(2, 64, 64, 3)"
+# What is changed of a good file -> what its reader says. None: the entry is taken away.
+DAMAGED: dict[str, tuple[dict[str, str | None], dict[str, Any], str]] = {
+    "another kind of file": (
+        {"anystory.subject": None}, {},
+        "not a saved subject; expected a file made by Save AnyStory Subject",
+    ),
+    "a later format": (
+        {"anystory.subject": "2" * 30}, {},
+        f"subject format {'2' * 20!r}, this version reads '1'; update the node pack or save the "
+        "subject again",
+    ),
+    "header": (
+        {"clip": None, "label": None}, {},
+        "its header lacks ['label', 'clip']; save the subject again",
+    ),
+    "label": ({"label": "two  spaces"}, {}, "its label is damaged; save the subject again"),
+    "options": ({"options": "[1]"}, {}, "its options are damaged; save the subject again"),
+    "no weights": (
+        {"weights": ""}, {},
+        "encoded by AnyStory weights unsaved, loaded are weights-a; load those weights, or encode "
+        "the subject again",
+    ),
+    "no cutout": ({}, {"cutout": None}, "tensor cutout is missing; save the subject again"),
+    "cutout of floats": (
+        {}, {"cutout": torch.zeros(2, 64, 64, 3)},
+        "cutout holds 2 torch.float32 pictures, expected 1 to 64 of torch.uint8; save the subject "
+        "again",
+    ),
+    "no pictures": (
+        {}, {"cutout": torch.zeros(0, 64, 64, 3, dtype=torch.uint8)},
+        "cutout holds 0 torch.uint8 pictures, expected 1 to 64 of torch.uint8; save the subject "
+        "again",
+    ),
+    "a number": (
+        {}, {"cutout": torch.zeros((), dtype=torch.uint8)},
+        "cutout holds 0 torch.uint8 pictures, expected 1 to 64 of torch.uint8; save the subject "
+        "again",
+    ),
+    "too many pictures": (
+        {}, {"cutout": torch.zeros(65, 1, 1, 3, dtype=torch.uint8)},
+        "cutout holds 65 torch.uint8 pictures, expected 1 to 64 of torch.uint8; save the subject "
+        "again",
+    ),
+    "another size": (
+        {}, {"cutout": torch.zeros(2, 64, 32, 3, dtype=torch.uint8)},
+        f"cutout has shape (2, 64, 32, 3), expected {WIDE}",
+    ),
+    "missing": (
+        {}, {"tokens": None},
+        "tensors ['tokens'] missing and [] unknown; save the subject again",
+    ),
+    "unknown": (
+        {}, {"a": torch.zeros(1), "z": torch.zeros(1), "y": torch.zeros(1), "b": torch.zeros(1)},
+        "tensors [] missing and ['a', 'b', 'y'] unknown; save the subject again",
+    ),
+    "shape": (
+        {}, {"routing": torch.zeros(9)},
+        "tensor routing is torch.float32 (9,), expected floats of shape (8,); save the subject "
+        "again",
+    ),
+    "whole numbers": (
+        {}, {"routing": torch.zeros(8, dtype=torch.int64)},
+        "tensor routing is torch.int64 (8,), expected floats of shape (8,); save the subject again",
+    ),
+    "NaN": (
+        {}, {"routing": torch.full((8,), float("nan"))},
+        "tensor routing has NaN or infinite values; save it again",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_is_damaged_is_said(
+    model: AnyStoryModel, subject: Subject, tmp_path: Path, name: str
+) -> None:
+    header, tensors, said = DAMAGED[name]
+    path = subject_path(tmp_path, "fox")
+    save_subject(path, subject, overwrite=False)
+    with safe_open(path, "pt") as file:
+        known = {**file.metadata(), **header}
+    changed = {**load_file(path), **tensors}
+    save_tensors(
+        path,
+        {name: x for name, x in changed.items() if x is not None},
+        {key: value for key, value in known.items() if value is not None},
+    )
+    with pytest.raises(AnyStoryError) as caught:
+        load_subject(path, model)
+    assert str(caught.value) == f"fox.safetensors: {said}"
+
+
+def test_of_one_picture_and_of_the_most(
+    model: AnyStoryModel, subject: Subject, tmp_path: Path
+) -> None:
+    for count in (1, 64):
+        many = encode_subject(
+            model, small_views(CONFIG, count), small_states(CONFIG, count), label="x"
+        )
+        path = subject_path(tmp_path, f"of {count}")
+        assert save_subject(path, many, overwrite=False)
+        assert load_subject(path, model).views == count
+    more = dataclasses.replace(subject, cutout=subject.cutout[:1].expand(65, -1, -1, -1))
+    with pytest.raises(SubjectError) as caught:
+        save_subject(subject_path(tmp_path, "more"), more, overwrite=False)
+    assert str(caught.value) == (
+        "subject: it was encoded from 65 pictures, at most 64 can be saved; encode fewer of them"
+    )
+
+
+def test_the_thumbnail_is_of_the_first_picture(subject: Subject) -> None:
+    first, second = subject.cutout
+    assert not torch.equal(first, second)
+    data = base64.b64decode(thumbnail(first).split(",")[1])
+    with Image.open(io.BytesIO(data)) as picture:
+        small = torch.tensor(list(picture.convert("RGB").tobytes())).reshape(96, 96, 3)
+    plain = Image.fromarray(first.numpy()).resize((96, 96), Image.Resampling.LANCZOS)
+    wanted = torch.tensor(list(plain.tobytes())).reshape(96, 96, 3)
+    # JPEG at quality 85 over noise: a few steps of 255 on the mean.
+    assert float((small - wanted).abs().float().mean()) < 20
+
+
+def test_thumbnails_in_files_are_of_the_first_picture(
+    model: AnyStoryModel, subject: Subject, tmp_path: Path
+) -> None:
+    path = subject_path(tmp_path, "fox")
+    save_subject(path, subject, overwrite=False)
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["modelspec.thumbnail"] == thumbnail(subject.cutout[0])

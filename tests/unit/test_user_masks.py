@@ -1,0 +1,117 @@
+"""The user's masks: batches of them, and what leaves a subject without a place."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from anystory_core.bases.base import Site
+from anystory_core.errors import RoutingError, SubjectError
+from anystory_core.routing.grids import Crop
+from anystory_core.routing.masks import (
+    check_batch,
+    check_counts,
+    count_of,
+    lost_subjects,
+    mask_of,
+)
+from anystory_core.routing.sources import MaskRoutes
+from anystory_core.subject.subject import EASINGS, SubjectOptions
+
+LEFT = torch.tensor([[1.0, 1.0, 0.0, 0.0]]).repeat(4, 1)
+RIGHT = 1 - LEFT
+SITE = cast(Site, None)  # masks are the same at every block
+
+
+def whole(picture: int) -> Crop:
+    return Crop(0, 0, 4, 4, 4, 4, picture)
+
+
+def test_counts_of_masks() -> None:
+    batch = torch.stack((LEFT, RIGHT, LEFT))
+    assert (count_of(LEFT), count_of(LEFT[None]), count_of(batch)) == (1, 1, 3)
+    assert torch.equal(mask_of(LEFT, 2), LEFT) and torch.equal(mask_of(LEFT[None], 2), LEFT)
+    assert torch.equal(mask_of(batch, 0), LEFT) and torch.equal(mask_of(batch, 1), RIGHT)
+    check_counts((LEFT, None, batch, LEFT[None], batch))
+    with pytest.raises(RoutingError, match="one subject has 2 masks and another 3"):
+        check_counts((batch, batch[:2]))
+    check_batch((LEFT, None, batch, LEFT[None]), 3)
+    with pytest.raises(RoutingError, match="subject 3 has 3 masks, the batch has 2 pictures"):
+        check_batch((LEFT, None, batch), 2)
+    with pytest.raises(RoutingError, match="subject 1 has 3 masks, the batch has 1 pictures"):
+        check_batch((batch,), 1)
+
+
+def test_each_row_takes_the_mask_that_its_crop_names() -> None:
+    routes = MaskRoutes((torch.stack((LEFT, RIGHT, LEFT * 0)), RIGHT))
+    assert routes.pictures == 3 and MaskRoutes((LEFT, RIGHT)).pictures == 1
+    z = torch.zeros(4, 16, 2)
+    crops = (whole(1), whole(0), whole(2), whole(1))
+    ids = routes.maps(SITE, z, (4, 4), crops).maps.argmax(dim=1).reshape(4, 4, 4)
+    first = [RIGHT, LEFT, 0 * LEFT, RIGHT]
+    for found, mask in zip(ids, first, strict=True):
+        wanted = torch.where(mask >= 0.5, 0, torch.where(RIGHT >= 0.5, 1, 2))
+        assert torch.equal(found, wanted)
+    part = Crop(0, 2, 4, 2, 4, 4, 1)  # the right half of the second picture
+    half = routes.maps(SITE, z[:1, :8], (4, 2), (part,)).maps.argmax(dim=1)
+    assert bool((half == 0).all())
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_masks_that_are_empty_or_faint(exclusive: bool) -> None:
+    masks = {"mask_1": LEFT, "mask_2": 0 * LEFT, "mask_5": 0.49 * RIGHT, "mask_6": RIGHT}
+    lost = lost_subjects(masks, exclusive=exclusive)
+    assert list(lost) == ["mask_2", "mask_5"]
+    assert lost["mask_2"].startswith("mask_2 is empty")
+    assert "mask_5 is nowhere above 0.5 (its highest value is 0.49)" in lost["mask_5"]
+    assert lost_subjects({"mask_1": 0.5 * LEFT}, exclusive=exclusive) == {}
+
+
+def over(first: Tensor, second: Tensor, *, exclusive: bool = True) -> dict[str, str]:
+    return lost_subjects({"mask_1": first, "mask_2": second}, exclusive=exclusive)
+
+
+def test_masks_under_others() -> None:
+    assert list(over(LEFT, LEFT)) == ["mask_2"]
+    assert over(LEFT, LEFT)["mask_2"].startswith("mask_2 lies wholly under mask_1")
+    assert list(over(0.9 * LEFT, LEFT)) == ["mask_1"]
+    assert over(LEFT, LEFT, exclusive=False) == {}
+    assert over(LEFT, LEFT + 0.7 * RIGHT) == {}
+    large = LEFT.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert list(over(large, LEFT)) == list(over(LEFT, large)) == ["mask_2"]
+    three = {"mask_1": LEFT, "mask_2": RIGHT, "mask_3": RIGHT}
+    lost = lost_subjects(three, exclusive=True)
+    assert list(lost) == ["mask_3"] and "under mask_2" in lost["mask_3"]
+
+
+def test_a_place_in_one_picture_is_a_place() -> None:
+    assert over(LEFT, torch.stack((LEFT, RIGHT))) == {}
+    assert list(over(LEFT, torch.stack((LEFT, LEFT)))) == ["mask_2"]
+    assert over(torch.stack((LEFT, RIGHT)), LEFT) == {}
+
+
+@pytest.mark.parametrize(
+    ("easing", "quarter"),
+    [("linear", 0.25), ("ease in", 0.0625), ("ease out", 0.4375), ("ease in and out", 0.15625)],
+)
+def test_easings(easing: str, quarter: float) -> None:
+    """Of t = 1/4: t, t^2, 1 - (1 - t)^2, 3 t^2 - 2 t^3."""
+    curve = EASINGS[easing]
+    assert [curve(t) for t in (0.0, 0.25, 1.0)] == [0.0, quarter, 1.0]
+    options = SubjectOptions(at_start=2.0, at_end=0.5, easing=easing)
+    assert options.factor(0.25) == pytest.approx(2.0 - 1.5 * quarter)
+    assert not options.is_constant and SubjectOptions(easing=easing).is_constant
+    assert not SubjectOptions(at_start=2.0).is_constant
+    assert not SubjectOptions(at_end=2.0).is_constant
+    assert not SubjectOptions(at_start=2.0, at_end=2.0).is_constant
+
+
+def test_options_that_are_refused() -> None:
+    for name in ("at_start", "at_end"):
+        with pytest.raises(SubjectError, match=f"{name}: got -0.5, expected a number of 0 or more"):
+            SubjectOptions(**{name: -0.5})
+    with pytest.raises(SubjectError, match="easing: got 'no', expected one of .*ease in and out"):
+        SubjectOptions(easing="no")

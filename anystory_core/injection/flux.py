@@ -21,11 +21,11 @@ from ..bases.flux.config import FluxConfig
 from ..bases.flux.low_rank import RoutingMaps, StreamBranches
 from ..bases.flux.router import Router
 from ..bases.flux.windows import SigmaWindow, sigma_window
-from ..errors import ModelMismatchError, RoutingError
+from ..errors import RoutingError
 from ..routing.grids import Crops
 from ..routing.sources import MaskRoutes
 from ..subject.flux import FluxSubject
-from ..subject.subject import EncodedSubject
+from ..subject.subject import EncodedSubject, subjects_of
 from .prepare import Settings
 
 MODES = ("learned", "masks", "learned within masks")
@@ -119,20 +119,7 @@ def check_flux_routing(
             f"mode: got {mode!r}, expected one of {list(MODES)}; routing by text reads the "
             "cross-attention of SDXL, which FLUX does not have"
         )
-    found: list[FluxSubject] = []
-    for subject in subjects:
-        if not isinstance(subject, FluxSubject):
-            raise ModelMismatchError(
-                f"subject {subject.label!r} was encoded for {subject.family}, the AnyStory weights "
-                f"are for {FluxSubject.family}; encode it again with these"
-            )
-        if subject.fingerprint != model.fingerprint:
-            raise ModelMismatchError(
-                f"subject {subject.label!r} was encoded by other AnyStory weights "
-                f"({subject.fingerprint or 'unsaved'}) than those in use "
-                f"({model.fingerprint or 'unsaved'}); encode it again with these"
-            )
-        found.append(subject)
+    found = subjects_of(FluxSubject, subjects, model.fingerprint)
     missing = [i + 1 for i, m in enumerate(masks) if m is None]
     if mode != "learned" and missing:
         raise RoutingError(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..bases.base import Site
-from ..errors import ModelMismatchError, RoutingError
-from ..subject.subject import UNNAMED, EncodedSubject, Subject
+from ..errors import RoutingError
+from ..subject.subject import UNNAMED, EncodedSubject, Subject, subjects_of
 from .masks import check_counts
 from .router import Routers
 from .sources import LearnedRoutes, MaskRoutes, RouteSource, SingleRoute
@@ -30,24 +30,6 @@ class RoutingModel(Protocol):
     def fingerprint(self) -> str: ...
 
 
-def _check_subjects(model: RoutingModel, subjects: Sequence[EncodedSubject]) -> list[Subject]:
-    found: list[Subject] = []
-    for subject in subjects:
-        if not isinstance(subject, Subject):
-            raise ModelMismatchError(
-                f"subject {subject.label!r} was encoded for {subject.family}, the AnyStory weights "
-                f"are for {Subject.family}; encode it again with these"
-            )
-        if subject.fingerprint != model.fingerprint:
-            raise ModelMismatchError(
-                f"subject {subject.label!r} was encoded by other AnyStory weights "
-                f"({subject.fingerprint or 'unsaved'}) than those in use "
-                f"({model.fingerprint or 'unsaved'}); encode it again with these"
-            )
-        found.append(subject)
-    return found
-
-
 def check_routing(
     mode: str,
     model: RoutingModel,
@@ -57,11 +39,11 @@ def check_routing(
     text: bool = False,
 ) -> None:
     """RoutingError or ModelMismatchError, saying what to load or to connect, unless
-    :func:`build_source` and :func:`prepare_run` can work with this. ``text``: the labels are there
-    as text states."""
+    :func:`build_source` and :func:`~..injection.prepare.prepare_subjects` can work with this.
+    ``text``: the labels are there as text states."""
     if mode not in MODES:
         raise RoutingError(f"mode: got {mode!r}, expected one of {list(MODES)}")
-    own = _check_subjects(model, subjects)
+    own = subjects_of(Subject, subjects, model.fingerprint)
     missing = [i + 1 for i, m in enumerate(masks) if m is None]
     if mode not in ("learned", "text") and missing:
         raise RoutingError(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
-from ..errors import SubjectError
+from ..errors import ModelMismatchError, SubjectError
 
 EASINGS: dict[str, Callable[[float], float]] = {  # [0,1] -> [0,1], from 0 to 1
     "linear": lambda t: t,
@@ -149,3 +149,25 @@ class Subject(EncodedSubject):
             states=optional(self.states),
             phrase=optional(self.phrase),
         )
+
+
+def subjects_of(
+    kind: type[AnySubject], subjects: Sequence[EncodedSubject], fingerprint: str
+) -> list[AnySubject]:
+    """The subjects, for a model of the base of ``kind`` whose weights are named ``fingerprint``.
+    ModelMismatchError: one was encoded for another base, or by other weights."""
+    found: list[AnySubject] = []
+    for subject in subjects:
+        if not isinstance(subject, kind):
+            raise ModelMismatchError(
+                f"subject {subject.label!r} was encoded for {subject.family}, the AnyStory weights "
+                f"are for {kind.family}; encode it again with these"
+            )
+        if subject.fingerprint != fingerprint:
+            raise ModelMismatchError(
+                f"subject {subject.label!r} was encoded by other AnyStory weights "
+                f"({subject.fingerprint or 'unsaved'}) than those in use "
+                f"({fingerprint or 'unsaved'}); encode it again with these"
+            )
+        found.append(subject)
+    return found

@@ -64,7 +64,7 @@ def _resized(picture: Tensor, size: int, method: Image.Resampling) -> Tensor:
     image = Image.fromarray(pixels.contiguous().numpy())
     if image.size != (size, size):
         image = image.resize((size, size), method)
-    back = torch.from_numpy(np.array(image))  # pyright: ignore[reportUnknownMemberType]
+    back = torch.as_tensor(np.array(image))
     return back.movedim(-1, 0)[None].float() / 255
 
 

@@ -235,12 +235,13 @@ def test_the_command_says_one_line(world: Any, tmp_path: Path) -> None:
         tmp_path, world.base, world.scenes, "router", steps=1, router={"subject_file": "no"}
     )
     for arguments, words in (
-        ([str(path)], "error: no: cannot be opened (No such file or directory)"),
-        ([str(tmp_path / "absent.toml")], "cannot be opened"),
-        (["check", str(tmp_path / "nothing")], "neither a folder"),
+        (["training", str(path)], "error: no: cannot be opened (No such file or directory)"),
+        (["training", str(tmp_path / "absent.toml")], "cannot be opened"),
+        (["data", "check", str(tmp_path / "nothing")], "neither a folder"),
     ):
+        module, *rest = arguments
         done = subprocess.run(
-            [sys.executable, "-m", "anystory_core.training", *arguments],
+            [sys.executable, "-m", f"anystory_core.{module}", *rest],
             cwd=ROOT, capture_output=True, text=True,
         )  # fmt: skip
         (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]

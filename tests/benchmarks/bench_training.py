@@ -24,20 +24,21 @@ from torch import nn
 from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.mini.config import PICTURE_SIZE
 from anystory_core.training.batches import Batch
-from anystory_core.training.cache import Encodings
-from anystory_core.training.config import (
+from anystory_core.training.cache import Encoded, Encodings
+from anystory_core.training.config import TrainingConfig
+from anystory_core.training.hosts.frozen import FrozenNetworks
+from anystory_core.training.hosts.sizes import diffusers_unet_config
+from anystory_core.training.hosts.unet import time_ids
+from anystory_core.training.noise import draw_noise, draw_timesteps, make_noised
+from anystory_core.training.schedule import Schedule
+from anystory_core.training.settings import (
     BaseSettings,
     DataSettings,
     RouterSettings,
     RunSettings,
     SubjectSettings,
-    TrainingConfig,
 )
-from anystory_core.training.hosts.frozen import FrozenNetworks
-from anystory_core.training.hosts.sizes import diffusers_unet_config
-from anystory_core.training.hosts.unet import UNetInputs, time_ids
-from anystory_core.training.schedule import alphas_cumprod
-from anystory_core.training.stages import Noised, add_noise, build_stage
+from anystory_core.training.stages import build_stage
 from anystory_core.weights.model import build_model
 
 
@@ -121,12 +122,13 @@ def measure(
     text, pooled = torch.zeros(rows, 77, config.unet.context_dim), torch.zeros(rows, width)
     with torch.no_grad():
         clean = base.encode_picture(batch.target)
+    encoded = Encoded(clean, text, pooled, batch.time_ids)
+    schedule = Schedule(base.prediction)
     seconds: list[float] = []
     for step in range(steps):
-        latents, noise, t = add_noise(clean, range(rows), step, alphas_cumprod())
-        seeds = tuple(range(rows))
-        inputs = UNetInputs(latents, t, text, pooled, batch.time_ids)
-        noised = Noised(inputs, noise, seeds)
+        noise = draw_noise(clean.shape[1:], range(rows), step)
+        t = draw_timesteps(range(rows), step, len(schedule))
+        noised = make_noised(schedule, encoded, noise, t, tuple(range(rows)))
         start = time.monotonic()
         with torch.autocast("cpu", torch.bfloat16):
             loss = trained(batch, noised)["loss"]

@@ -16,6 +16,7 @@ from typing import Any, cast
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ...bases.sdxl.prediction import Prediction, prediction_of_file
 from ...errors import CheckpointError
 from ...tensor_files import FLOATS, TensorFile, open_tensors, raw_header
 from ..fingerprint import file_sha256
@@ -33,6 +34,7 @@ class Source:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     owner: dict[str, Path]
+    header: dict[str, str] = field(default_factory=dict[str, str])  # what headers say besides
     scaled: set[Path] = field(default_factory=set[Path])  # files that say so in their headers
     _open: dict[Path, TensorFile] = field(default_factory=dict[Path, TensorFile])
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -48,8 +50,11 @@ class Source:
                 # The library compares every offset with the file's size: a cut file ends here.
                 source._open[path] = source._stack.enter_context(open_tensors(path))
                 metadata = entries.pop("__metadata__", None)
-                if isinstance(metadata, dict) and "_quantization_metadata" in metadata:
-                    source.scaled.add(path)
+                if isinstance(metadata, dict):
+                    said = cast("dict[str, str]", metadata)
+                    source.header.update(said)
+                    if "_quantization_metadata" in said:
+                        source.scaled.add(path)
                 for key, entry in entries.items():
                     info = cast("dict[str, Any]", entry)
                     source.shapes[key] = tuple(int(n) for n in info["shape"])
@@ -64,6 +69,11 @@ class Source:
             source.close()
             raise
         return source
+
+    @property
+    def prediction(self) -> Prediction:
+        """What a U-Net in these files predicts, as they say themselves."""
+        return prediction_of_file(self.shapes, self.header)
 
     def get(self, key: str) -> Tensor:
         """One tensor, from the file that has it."""

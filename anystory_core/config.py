@@ -136,6 +136,12 @@ class ClipBranchConfig:
             )
 
 
+# Which reference features act (Eq. 6): of the whole cut-out, as in the paper; those of the subject
+# alone, without the empty space around it; and those in the U-Net's decoder alone.
+References = Literal["whole", "masked", "masked in the decoder"]
+REFERENCES: tuple[References, ...] = ("whole", "masked", "masked in the decoder")
+
+
 def later(default: T) -> T:
     """A field that older files do not have: it may be missing from a complete table, and
     :func:`to_dict` leaves it out at its default."""

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from .bases.sdxl.config import AnyStoryConfig
+from .config import REFERENCES
 from .errors import AnyStoryError
 from .weights.convert.conversion import REFERENCE_NETS, convert
 from .weights.convert.flux import convert_flux
@@ -61,6 +62,13 @@ def _sdxl(arguments: Sequence[str]) -> Converted:
         "none: IP-Adapter alone, no checkpoint needed (default: %(default)s)",
     )
     parser.add_argument(
+        "--references",
+        choices=REFERENCES,
+        default="masked",
+        help="which reference features act: of the whole cut-out, of the subject alone, or of the "
+        "subject in the U-Net's decoder alone (default: %(default)s)",
+    )
+    parser.add_argument(
         "--no-gate", action="store_true", help="MIP-Adapter without the gate that reads the text"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="default: %(default)s")
@@ -76,6 +84,7 @@ def _sdxl(arguments: Sequence[str]) -> Converted:
         config=config,
         reference_net=given.reference_net,
         gate=not given.no_gate,
+        references=given.references,
         dtype=DTYPES[given.dtype],
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
+from ..anystory_core.config import REFERENCES, References
 from ..anystory_core.errors import RoutingError
 from ..anystory_core.injection.prepare import Settings
 from ..anystory_core.subject.subject import SubjectOptions
@@ -16,6 +17,8 @@ from .host.base import Kept
 from .host.handover import Handover
 from .host.sockets import Routing, RoutingMaps
 from .host.wrapper import SamplingWrapper
+
+_OF_FILE = "as in the file"
 
 
 class ApplyAnyStory(io.ComfyNode):
@@ -65,6 +68,15 @@ class ApplyAnyStory(io.ComfyNode):
                     tooltip="Keep the reference details in the unconditional (negative) rows. Off "
                     "makes the subjects act more strongly with cfg.",
                 ),
+                io.Combo.Input(
+                    "references",
+                    options=[_OF_FILE, *REFERENCES],
+                    default=_OF_FILE,
+                    optional=True,
+                    tooltip="Which details of the subjects act. whole: of their whole cut-outs, as "
+                    "in the paper. masked: without the empty space around them. masked in the "
+                    "decoder: the same, in the second half of the U-Net alone.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model"),
@@ -83,15 +95,26 @@ class ApplyAnyStory(io.ComfyNode):
         start: float = 0.0,
         end: float = 1.0,
         references_in_uncond: bool = False,
+        references: str = _OF_FILE,
     ) -> io.NodeOutput:
         settings = Settings(
             strength=strength,
             reference_strength=reference_strength,
             keep_references_in_uncond=references_in_uncond,
+            references=_references(references),
         )
         maps = RoutingMaps()
         patched = apply_routing(model, routing, settings, start, end, maps, node="ApplyAnyStory")
         return io.NodeOutput(patched, maps)
+
+
+def _references(given: str) -> References | None:
+    """The core's word for the input; RoutingError: unknown."""
+    if given == _OF_FILE:
+        return None
+    if given not in REFERENCES:
+        raise RoutingError(f"references: got {given!r}, expected one of {[_OF_FILE, *REFERENCES]}")
+    return given
 
 
 def is_applied(model: Any) -> bool:

@@ -11,6 +11,7 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
+from ..anystory_core.config import REFERENCES, References
 from ..anystory_core.errors import AnyStoryError, CheckpointError
 from ..anystory_core.file_names import EXTENSION, check_name
 from ..anystory_core.weights.convert.conversion import REFERENCE_NETS, convert
@@ -79,6 +80,16 @@ class BuildAnyStory(io.ComfyNode):
                     default=PRECISIONS[0],
                     tooltip="How numbers are stored. Choose bf16 for a checkpoint in bf16.",
                 ),
+                io.Combo.Input(
+                    "references",
+                    options=list(REFERENCES),
+                    default="masked",
+                    optional=True,
+                    tooltip="Which details of a subject act. whole: of its whole cut-out, as in "
+                    "the paper. masked: without the empty space around the subject. masked in the "
+                    "decoder: the same, in the second half of the U-Net alone. Apply AnyStory can "
+                    "change it.",
+                ),
             ],
             outputs=[io.String.Output(display_name="anystory_name")],
         )
@@ -86,7 +97,13 @@ class BuildAnyStory(io.ComfyNode):
     @classmethod
     @ids.named_errors
     def execute(
-        cls, checkpoint: str, ip_adapter: str, name: str, reference_net: str, precision: str
+        cls,
+        checkpoint: str,
+        ip_adapter: str,
+        name: str,
+        reference_net: str,
+        precision: str,
+        references: References = "masked",
     ) -> io.NodeOutput:
         file = check_name(name) + EXTENSION
         bar = comfy.utils.ProgressBar(1)
@@ -99,6 +116,7 @@ class BuildAnyStory(io.ComfyNode):
             *_sources(checkpoint, ip_adapter),
             _output(file),
             reference_net=reference_net,
+            references=references,
             dtype=DTYPES[precision],
             progress=progress,
         )
@@ -116,6 +134,7 @@ class BuildAnyStory(io.ComfyNode):
         name: str = "",
         reference_net: str = "",
         precision: str = "",
+        references: str = "",
     ) -> Any:
         """Changes with the settings and the two sources, and when the file made of them is gone."""
         if ids.linked(checkpoint, ip_adapter, name):
@@ -126,7 +145,7 @@ class BuildAnyStory(io.ComfyNode):
         except (AnyStoryError, OSError):
             made, sources = False, []  # execute says what is wrong
         states = [(state.st_size, state.st_mtime_ns) for state in sources]
-        return checkpoint, ip_adapter, name, reference_net, precision, states, made
+        return checkpoint, ip_adapter, name, reference_net, precision, references, states, made
 
 
 def _sources(checkpoint: str, ip_adapter: str) -> tuple[Path, Path]:

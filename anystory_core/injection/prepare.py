@@ -14,8 +14,9 @@ from typing import Protocol
 from torch import Tensor
 
 from ..bases.base import Site
-from ..config import ClipBranchConfig
+from ..config import ClipBranchConfig, References
 from ..errors import RoutingError
+from ..routing.grids import area_mean
 from ..routing.sources import RouteSource
 from ..routing.words import TextRoutes
 from ..subject.subject import Subject
@@ -50,6 +51,7 @@ class Settings:
     """Overall strengths; each subject's own are multiplied in
     (:class:`~..subject.subject.SubjectOptions`).
 
+    ``references``: which reference features act; None: those that the weights' file says.
     ``keep_references_in_uncond``: unconditional rows keep the reference features (the paper's
     training drops only CLIP); they then route by their own hidden states.
     """
@@ -58,6 +60,7 @@ class Settings:
     reference_strength: float = 1.0
     keep_references_in_uncond: bool = False
     timing: Timing = Timing()
+    references: References | None = None
 
 
 class InjectionModel(Protocol):
@@ -69,6 +72,10 @@ class InjectionModel(Protocol):
     def projections(self) -> Projections: ...
     @property
     def clip_branch(self) -> ClipBranchConfig: ...
+    @property
+    def references(self) -> References: ...
+    @property
+    def decoder_from(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -114,11 +121,14 @@ def project(
     sites: Sequence[Site],
     tokens: Sequence[Tensor | None],
     features: Sequence[Sequence[Tensor] | None],
+    *,
+    references_from: int = 2,
 ) -> tuple[SiteConditions, ...]:
     """Apply every block's K and V maps once.
 
     tokens: E_i (R,T,C) of each candidate, the background's last. features: G_i^2..G_i^L, each
-    (R,G,d_l). None: the candidate has none. Differentiable.
+    (R,G,d_l). None: the candidate has none. Blocks before ``references_from`` have no references.
+    Differentiable.
     """
     conditions: list[SiteConditions] = []
     for site in sites:
@@ -127,7 +137,7 @@ def project(
             clip = projections.clip.at(site.index)
             if clip.gate is not None:
                 gate = clip.gate.weight.clone()  # the module goes back to where it is kept
-        if projections.reference is not None and site.index > 1:
+        if projections.reference is not None and site.index >= references_from:
             reference = projections.reference.at(site.index)
         conditions.append(
             SiteConditions(
@@ -169,12 +179,21 @@ def prepare_subjects(
         s.tokens[None] if s.tokens is not None and eta > 0 else None
         for s, eta in zip(subjects, strengths, strict=True)
     ]
+    which = settings.references or model.references
     features: list[Sequence[Tensor] | None] = [
-        [g[None] for g in s.features] if gamma > -math.inf else None
+        [g[None] for g in (s.features if which == "whole" else inside_features(s))]
+        if gamma > -math.inf
+        else None
         for s, gamma in zip(subjects, biases, strict=True)
     ]
     tokens.append(None if background is None else background[None])
-    conditions = project(model.projections, model.sites, tokens, [*features, None])
+    conditions = project(
+        model.projections,
+        model.sites,
+        tokens,
+        [*features, None],
+        references_from=model.decoder_from if which == "masked in the decoder" else 2,
+    )
     return PreparedSubjects(
         conditions,
         source,
@@ -183,6 +202,25 @@ def prepare_subjects(
         settings.keep_references_in_uncond,
         agree,
     )
+
+
+def inside_features(subject: Subject) -> list[Tensor]:
+    """A subject's features without those whose place is less than half inside its mask; at least
+    one of each picture stays. A subject that does not say where it is inside keeps all."""
+    if subject.inside is None:
+        return list(subject.features)
+    kept: dict[int, Tensor] = {}
+    chosen: list[Tensor] = []
+    for feature in subject.features:
+        places = feature.shape[0] // subject.views
+        if places not in kept:
+            side = math.isqrt(places)
+            share = area_mean(subject.inside.cpu().float(), (side, side)).flatten(1)  # (V,G)
+            best = share.amax(dim=1, keepdim=True)
+            inside = (share >= 0.5) | ((best < 0.5) & (share == best))
+            kept[places] = inside.flatten().nonzero()[:, 0]
+        chosen.append(feature[kept[places].to(feature.device)])
+    return chosen
 
 
 def _log(strength: float) -> float:

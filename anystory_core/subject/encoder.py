@@ -152,8 +152,11 @@ def encode_subject(
         if not model.config.clip_branch.background:
             background_tokens = None
     features: tuple[Tensor, ...] = ()
+    inside: Tensor | None = None
     if model.reference_net is not None and states.latents is not None:
         features = _reference_features(model.reference_net, views.mask, states, store, at_once)
+        grid = (states.latents.shape[-2], states.latents.shape[-1])
+        inside = latent_mask(views.mask, grid)[:, 0].float()
     if tokens is None and not features:
         raise SubjectError(
             "anystory: these weights hold neither a subject encoder nor a ReferenceNet, so nothing "
@@ -182,6 +185,7 @@ def encode_subject(
         clip_fingerprint=states.clip_fingerprint,
         states=keep("clip_vision", states.clip) if grounded else None,
         phrase=keep("clip", states.phrase),
+        inside=keep("mask", inside),
     )
 
 

@@ -31,6 +31,8 @@ from .subject import EncodedSubject, Subject, SubjectOptions
 FORMAT = "1"
 SDXL = Subject.family
 MOST_VIEWS = 64
+# A subject without a label has no phrase, and older files do not say where a subject is inside.
+_MAY_MISS = {"phrase", "inside"}
 _HEADER_KEYS = ("label", "options", "weights", "clip")
 
 
@@ -160,8 +162,8 @@ def read_subject(
             cutout = file.get_tensor("cutout")
             _check_cutout(path.name, cutout, size)
             shapes = dict(expected(cutout.shape[0]))
-            if "phrase" not in names:  # encoded without a label
-                shapes.pop("phrase", None)
+            for name in _MAY_MISS - names:
+                shapes.pop(name, None)
             unknown = sorted(names - {*shapes, "cutout"})
             missing = sorted(set(shapes) - names)
             if unknown or missing:
@@ -195,6 +197,7 @@ def load_subject(path: str | os.PathLike[str], model: Encoders) -> Subject:
         background_routing=tensors.get("background_routing"),
         states=tensors.get("states"),
         phrase=tensors.get("phrase"),
+        inside=tensors.get("inside"),
         cutout=saved.cutout,
         fingerprint=saved.weights,
         clip_fingerprint=saved.clip,
@@ -272,6 +275,8 @@ def _expected(model: Encoders, views: int) -> dict[str, tuple[int, ...]]:
     if model.reference_net is not None:
         for index, (tokens, width) in feature_shapes(config).items():
             shapes[f"features.{index}"] = (views * tokens, width)
+        side = config.reference.size // config.reference.latent_stride
+        shapes["inside"] = (views, side, side)
     return shapes
 
 

@@ -109,6 +109,8 @@ class Subject(EncodedSubject):
     (T,C) and background_routing (d_r,) are those of the zero image, the same for all subjects of a
     model. states (V,S,W), the pictures' CLIP states, and phrase (P,), a pooled text state of the
     label, are there for weights whose tokens depend on the subject's place (:mod:`.grounding`).
+    inside (V,h,w) in [0,1]: the pictures' masks on the latent's grid; None where nobody said, or
+    without features.
     """
 
     family: ClassVar[str] = "sdxl"
@@ -120,6 +122,7 @@ class Subject(EncodedSubject):
     background_routing: Tensor | None
     states: Tensor | None = None
     phrase: Tensor | None = None
+    inside: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         optional = {
@@ -129,6 +132,7 @@ class Subject(EncodedSubject):
             "background_routing": self.background_routing,
             "states": self.states,
             "phrase": self.phrase,
+            "inside": self.inside,
         }
         there = {name: x for name, x in optional.items() if x is not None}
         return there | {f"features.{i}": x for i, x in enumerate(self.features, start=2)}

@@ -148,6 +148,8 @@ def _subject_model(subject: SubjectSettings, base: FrozenNetworks) -> AnyStoryMo
     model = build_model(sizes, parts)
     if subject.start_file:
         copy_parts(model, subject.start_file, "subject.start_file")
+        if subject.reference:  # it learns to read the whole cut-out
+            model.config = dataclasses.replace(model.config, references="whole")
         return model
     init_from_unet(model, base.unet.state_dict())
     if subject.ip_adapter:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..bases.sdxl.config import AnyStoryConfig
 from ..bases.sdxl.reference_net import ReferenceNet
 from ..bases.sdxl.sites import UNetSite, build_sites
-from ..config import ClipBranchConfig, GroundingConfig, QFormerConfig
+from ..config import ClipBranchConfig, GroundingConfig, QFormerConfig, References
 from ..errors import ConfigError
 from ..injection.projections import Projections, ProjectionTable
 from ..routing.router import Routers
@@ -68,6 +68,16 @@ class AnyStoryModel:
     def clip_branch(self) -> ClipBranchConfig:
         """How the CLIP branch was trained."""
         return self.config.clip_branch
+
+    @property
+    def references(self) -> References:
+        """Which reference features act, unless the user says otherwise."""
+        return self.config.references
+
+    @property
+    def decoder_from(self) -> int:
+        """Number of the first block of the U-Net's decoder."""
+        return next(site.index for site in self.sites if site.part == "output")
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -115,7 +115,13 @@ def test_it_converts_again_when_a_setting_has_changed_or_the_file_is_gone(
     scene: Scene, small: dict[str, Path]
 ) -> None:
     queue, made = Queue(scene), small["anystory"] / "made.safetensors"
-    for inputs in ({}, {"precision": "bf16"}, {"reference_net": "none"}, {}):
+    for inputs in (
+        {},
+        {"precision": "bf16"},
+        {"reference_net": "none"},
+        {"references": "masked in the decoder"},
+        {},
+    ):
         shown = queue.run(**inputs)
         assert shown is not None and "kept" not in shown, inputs
     queue.run()

@@ -26,7 +26,8 @@ GOLDEN: dict[str, tuple[list[str], list[str]]] = {
     "AnyStorySplitMasks": (["masks", "order"], ["MASK"] * 8),
     "SubjectRouter": (["anystory", "mode", *PAIRS, "clip", "agreement"], ["ANYSTORY_ROUTING"]),
     "ApplyAnyStory": (
-        ["model", "routing", *OPTIONS, "references_in_uncond"], ["MODEL", "ANYSTORY_MAPS"],
+        ["model", "routing", *OPTIONS, "references_in_uncond", "references"],
+        ["MODEL", "ANYSTORY_MAPS"],
     ),
     "RoutingMapPreview": (
         ["maps", "latent", "steps", "batch_index", "show_background", "image"], ["IMAGE", "MASK"],
@@ -38,7 +39,8 @@ GOLDEN: dict[str, tuple[list[str], list[str]]] = {
     "LoadAnyStorySubject": (["anystory", "subject_name", "clip_vision"], ["ANYSTORY_SUBJECT"]),
     "AnyStoryPanels": (["routing", "script", "seed"], ["STRING", "ANYSTORY_ROUTING", "INT"]),
     "BuildAnyStory": (
-        ["checkpoint", "ip_adapter", "name", "reference_net", "precision"], ["STRING"],
+        ["checkpoint", "ip_adapter", "name", "reference_net", "precision", "references"],
+        ["STRING"],
     ),
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ from ...config import (
     ClipBranchConfig,
     ClipVisionConfig,
     QFormerConfig,
+    References,
     RouterConfig,
     bounded,
     from_dict,
@@ -110,6 +111,7 @@ class AnyStoryConfig:
     reference: ReferenceConfig = ReferenceConfig()
     router: RouterConfig = RouterConfig()
     clip_branch: ClipBranchConfig = later(ClipBranchConfig())
+    references: References = later("whole")
 
     def __post_init__(self) -> None:
         if self.subject_qformer.output_dim != self.unet.context_dim:

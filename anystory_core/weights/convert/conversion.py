@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from ...bases.sdxl.config import AnyStoryConfig
+from ...config import REFERENCES, References
 from ...errors import CheckpointError
 from ..model import PARTS
 from .adapters import open_adapter
@@ -40,6 +41,7 @@ def convert(
     config: AnyStoryConfig | None = None,
     reference_net: str = "simplified",
     gate: bool = True,
+    references: References = "masked",
     dtype: torch.dtype = torch.float16,
     progress: Progress | None = None,
 ) -> Converted:
@@ -49,6 +51,7 @@ def convert(
     "none". config: sizes of the base (SDXL when None); the QFormer's own sizes are the file's.
     reference_net: "simplified" (the paper's: no cross-attention), "original" (with it; the label's
     text is then encoded with each subject), or "none". gate: MIP-Adapter's, with it or without.
+    references: which reference features act, unless the user says otherwise when drawing.
     progress: what it raises ends the conversion.
 
     A file that was made from the same sources (by their hashes) in the same way is kept, another
@@ -60,6 +63,8 @@ def convert(
         raise CheckpointError(
             f"reference_net: got {reference_net!r}, expected one of {list(REFERENCE_NETS)}"
         )
+    if references not in REFERENCES:
+        raise CheckpointError(f"references: got {references!r}, expected one of {list(REFERENCES)}")
     base = config or AnyStoryConfig.sdxl()
     check_target(out, [Path(given) for given in (checkpoint, ip_adapter) if given is not None])
     with contextlib.ExitStack() as stack:
@@ -82,6 +87,7 @@ def convert(
         parts = tuple(part for part in PARTS if part in made)
         full = dataclasses.replace(
             adapter.config(base, gate=gate),
+            references="whole" if unet is None else references,
             reference=dataclasses.replace(
                 base.reference, cross_attention=reference_net == "original"
             ),

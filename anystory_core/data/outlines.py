@@ -1,11 +1,13 @@
-"""Masks as annotations have them: polygons and run lengths -> (H,W) bool, by pycocotools.
+"""Masks as annotations have them: polygons and run lengths -> bool, by pycocotools.
 
-Its C code trusts what it is given, so everything is checked here first.
+Its C code trusts what it is given, so everything is checked here first. A polygon is drawn in the
+box that holds it: most instances are a small part of their picture.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -17,20 +19,46 @@ from .libraries import library
 Mask = NDArray[np.bool_]
 
 
-def mask_of(segmentation: Any, size: tuple[int, int]) -> Mask:
+@dataclass(frozen=True)
+class Outline:
+    """The ``mask`` (h,w) of an instance at (``top``, ``left``) of its picture, empty around it."""
+
+    mask: Mask
+    top: int = 0
+    left: int = 0
+
+    @property
+    def area(self) -> int:
+        """In pixels."""
+        return int(np.count_nonzero(self.mask))
+
+    def paint(self, labels: NDArray[Any], number: int) -> None:
+        """Write ``number`` where the instance is in (H,W) ``labels``."""
+        height, width = self.mask.shape
+        box = labels[self.top : self.top + height, self.left : self.left + width]
+        np.copyto(box, number, where=self.mask)
+
+
+def outline_of(segmentation: Any, size: tuple[int, int]) -> Outline:
     """A COCO ``segmentation`` for a picture of (height, width): polygons [[x0,y0,x1,...],...], or a
-    table of ``size`` and ``counts``, a list of run lengths or their compressed text. The mask lies
-    in memory column by column, as pycocotools has it. DataError."""
+    table of ``size`` and ``counts``, a list of run lengths or their compressed text. DataError."""
     if isinstance(segmentation, Mapping):
-        return _of_runs(cast("Mapping[str, Any]", segmentation), size)
+        return Outline(_of_runs(cast("Mapping[str, Any]", segmentation), size))
     if isinstance(segmentation, list):
         return _of_polygons(cast("list[Any]", segmentation), size)
     raise DataError(f"a segmentation is {segmentation!r:.60}, expected polygons or run lengths")
 
 
-def _of_polygons(polygons: Sequence[Any], size: tuple[int, int]) -> Mask:
+def mask_of(segmentation: Any, size: tuple[int, int]) -> Mask:
+    """As :func:`outline_of`, of the whole picture: (H,W)."""
+    mask = np.zeros(size, np.bool_)
+    outline_of(segmentation, size).paint(mask, True)
+    return mask
+
+
+def _of_polygons(polygons: Sequence[Any], size: tuple[int, int]) -> Outline:
     height, width = size
-    whole: list[list[float]] = []
+    whole: list[NDArray[np.float64]] = []
     for polygon in polygons:
         try:
             points = np.asarray(polygon, np.float64).reshape(-1, 2)
@@ -40,12 +68,23 @@ def _of_polygons(polygons: Sequence[Any], size: tuple[int, int]) -> Mask:
             continue  # a line has no area; COCO has some
         if not np.isfinite(points).all() or (np.abs(points) > 2 * max(size)).any():
             raise DataError(f"a polygon leaves the picture of {width}x{height} by far")
-        whole.append(points.clip((0, 0), (width, height)).ravel().tolist())
+        # To the fifths of a pixel that pycocotools rounds to: moved to the box they stay what they
+        # are, while a coordinate between two of them could go to the other one.
+        whole.append(np.floor(5 * points.clip((0, 0), (width, height)) + 0.5) / 5)
     if not whole:
         raise DataError("a segmentation without a polygon of three points")
+    points = np.concatenate(whole)
+    # A pixel more on each side, so that the box cuts nothing that the picture would not.
+    left, top = (max(0, int(low) - 1) for low in points.min(axis=0))
+    right, bottom = (
+        min(side, int(high) + 2)
+        for side, high in zip((width, height), points.max(axis=0), strict=True)
+    )
     coco = library("pycocotools.mask", "pycocotools")
-    outlines = coco.frPyObjects(whole, height, width)
-    return coco.decode(outlines[0] if len(outlines) == 1 else coco.merge(outlines)).view(np.bool_)
+    moved = [(polygon - (left, top)).ravel().tolist() for polygon in whole]
+    outlines = coco.frPyObjects(moved, bottom - top, right - left)
+    mask = coco.decode(outlines[0] if len(outlines) == 1 else coco.merge(outlines))
+    return Outline(mask.view(np.bool_), top, left)
 
 
 def _of_runs(table: Mapping[str, Any], size: tuple[int, int]) -> Mask:

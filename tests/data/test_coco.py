@@ -220,6 +220,21 @@ def test_run_lengths_are_read_as_pycocotools_reads_them() -> None:
         assert np.array_equal(mask_of(text, size), mask.astype(bool))
 
 
+def test_polygons_are_drawn_in_a_box_as_in_the_whole_picture() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(400):
+        height, width = (int(n) for n in rng.integers(1, 60, 2))
+        polygons: list[list[float]] = []
+        for _ in range(int(rng.integers(1, 4))):
+            middle, reach = rng.uniform(-5, 65, 2), rng.uniform(0, 30)
+            points = middle + rng.uniform(-reach, reach, (int(rng.integers(3, 9)), 2))
+            points = points.round(int(rng.integers(0, 3))).clip(-2, 2 * max(height, width))
+            polygons.append(points.clip(0, (width, height)).ravel().tolist())
+        runs = pycocotools.mask.merge(pycocotools.mask.frPyObjects(polygons, height, width))
+        whole = pycocotools.mask.decode(runs).astype(bool)
+        assert np.array_equal(mask_of(polygons, (height, width)), whole)
+
+
 def test_annotation_files_that_are_none(coco: Path, data: Any) -> None:
     file = coco / "instances.json"
     table = json.loads(file.read_text())

@@ -21,7 +21,7 @@ from PIL import Image
 from ...errors import DataError
 from .. import paths
 from ..convert import Filtered, Made, each
-from ..outlines import mask_of
+from ..outlines import outline_of
 from ..pictures import png, size_of
 from ..shards import Files, key_of, picture_files, words_json
 from .options import add_common, convert
@@ -103,23 +103,22 @@ def _paint(
     instances: Sequence[Instance], size: tuple[int, int], least: float
 ) -> tuple[NDArray[Any], list[str]]:
     """(labels (H,W), the words of those that are seen): the smaller lies on top; instances of
-    which fewer than ``least`` pixels are seen are background. Masks are taken column by column, as
-    they lie in memory."""
-    masks = [(mask_of(one.segmentation, size).ravel("F"), one.word) for one in instances]
-    found = [(int(np.count_nonzero(mask)), mask, word) for mask, word in masks]
+    which fewer than ``least`` pixels are seen are background."""
+    outlines = [(outline_of(one.segmentation, size), one.word) for one in instances]
+    found = [(outline.area, outline, word) for outline, word in outlines]
     found = sorted((one for one in found if one[0] >= least), key=lambda one: -one[0])
-    labels = np.zeros(size[0] * size[1], np.uint8 if len(found) < 256 else np.uint16)
-    for number, (_, mask, _) in enumerate(found, 1):
-        np.putmask(labels, mask, number)
+    labels = np.zeros(size, np.uint8 if len(found) < 256 else np.uint16)
+    for number, (_, outline, _) in enumerate(found, 1):
+        outline.paint(labels, number)
     seen = np.array([area for area, _, _ in found])
     if np.count_nonzero(labels) < seen.sum():  # they overlap
-        seen = np.bincount(labels, minlength=len(found) + 1)[1:]
+        seen = np.bincount(labels.ravel(), minlength=len(found) + 1)[1:]
         kept = seen >= least
-        numbers = np.concatenate(([0], np.where(kept, np.cumsum(kept), 0)))
-        labels = numbers.astype(labels.dtype)[labels]
-        found = [one for one, there in zip(found, kept, strict=True) if there]
-    columns = labels.reshape(size[1], size[0])
-    return np.ascontiguousarray(columns.T), [word for _, _, word in found]
+        if not kept.all():
+            numbers = np.concatenate(([0], np.where(kept, np.cumsum(kept), 0)))
+            labels = numbers.astype(labels.dtype)[labels]
+            found = [one for one, there in zip(found, kept, strict=True) if there]
+    return labels, [word for _, _, word in found]
 
 
 def listed(words: Sequence[str]) -> str:

@@ -151,7 +151,7 @@ def main() -> int:
         demo(options.out, options.graph, options.seed)
         return 0
     if options.command == "pictures":
-        return pictures(options.graphs or names(sdxl=True))
+        return pictures(options.graphs or names(large=True))
     if options.command == "serve":
         serve(options.port)
         return 0

@@ -14,14 +14,18 @@ from .environment import ROOT, STATE, SetupError
 
 FOLDER = ROOT / "workflows"
 INPUTS = FOLDER / "inputs"
-# Output of an SDXL graph's loaders -> output of LoadAnyStoryMini.
+# Output of the loaders of a graph for real weights -> output of LoadAnyStoryMini, which gives all.
 LOADERS = {
     ("CheckpointLoaderSimple", 0): 0,
     ("CheckpointLoaderSimple", 1): 1,
     ("CheckpointLoaderSimple", 2): 2,
+    ("UNETLoader", 0): 0,
+    ("DualCLIPLoader", 0): 1,
+    ("VAELoader", 0): 2,
     ("CLIPVisionLoader", 0): 3,
     ("LoadAnyStory", 0): 4,
 }
+LARGE = ("_sdxl", "_flux")  # ends of the names of graphs for real weights
 MINI_SIDE = 320
 _SIDE, _INPUT, _MARGIN, _QUALITY = 512, 150, 8, 88  # of a template's picture, in pixels
 _SHOWN = ("saveimage", "previewimage", "routingmappreview")  # what a graph is for, in this order
@@ -30,17 +34,17 @@ _BESIDE = 4  # drawn pictures that are shown; more of them would be too small to
 Prompt = dict[str, Any]
 
 
-def names(*, sdxl: bool = False) -> list[str]:
-    """Graphs that the mini model draws as they are; with ``sdxl`` also those for SDXL, which need
-    files that the pack does not hold."""
+def names(*, large: bool = False) -> list[str]:
+    """Graphs that the mini model draws as they are; with ``large`` also those for SDXL and FLUX,
+    which need files that the pack does not hold."""
     found = sorted(path.stem for path in (FOLDER / "api").glob("*.json"))
-    return [name for name in found if sdxl or not name.endswith("_sdxl")]
+    return [name for name in found if large or not name.endswith(LARGE)]
 
 
 def read_graph(name: str) -> Prompt:
     """A graph for the queue, as saved. SetupError for an unknown name."""
-    if name not in names(sdxl=True):
-        raise SetupError(f"graph: got {name!r}, expected one of {names(sdxl=True)}")
+    if name not in names(large=True):
+        raise SetupError(f"graph: got {name!r}, expected one of {names(large=True)}")
     return json.loads((FOLDER / "api" / f"{name}.json").read_text())
 
 
@@ -49,8 +53,9 @@ def inputs_of(prompt: Prompt, kind: str) -> list[dict[str, Any]]:
     return [node["inputs"] for node in prompt.values() if node["class_type"] == kind]
 
 
-def on_mini(prompt: Prompt) -> Prompt:
-    """An SDXL graph with the mini model's loader in place of its own."""
+def with_loader(prompt: Prompt, kind: str = "LoadAnyStoryMini") -> Prompt:
+    """A graph for real weights with one loader, of the mini model or of a node with the same
+    outputs, in place of its own."""
     prompt = copy.deepcopy(prompt)
     kinds = {number: node["class_type"] for number, node in prompt.items()}
     loaders = {kind for kind, _ in LOADERS}
@@ -59,7 +64,7 @@ def on_mini(prompt: Prompt) -> Prompt:
         for name, value in node["inputs"].items():
             if isinstance(value, list) and (kinds[value[0]], value[1]) in LOADERS:
                 node["inputs"][name] = ["mini", LOADERS[kinds[value[0]], value[1]]]
-    return {**prompt, "mini": {"class_type": "LoadAnyStoryMini", "inputs": {}}}
+    return {**prompt, "mini": {"class_type": kind, "inputs": {}}}
 
 
 def run_graph(
@@ -128,10 +133,11 @@ def shown_of(files: Sequence[Path]) -> list[Path]:
 
 def draw_template(client: Client, name: str) -> tuple[list[Path], list[Path]]:
     """(pictures that a graph was given, those that it drew) for :func:`join`. Graphs for SDXL are
-    drawn with the mini model, as their notes say."""
-    prompt = read_graph(name)
+    drawn with the mini model, as their notes say; for FLUX, whose other settings the mini model has
+    no use for, the mini graph of the same name is."""
+    prompt = read_graph(name.removesuffix("_flux"))
     if name.endswith("_sdxl"):
-        prompt = on_mini(prompt)
+        prompt = with_loader(prompt)
         for inputs in inputs_of(prompt, "EmptyLatentImage"):
             inputs["width"] = inputs["height"] = MINI_SIDE
     files, _ = run_graph(client, prompt, STATE / "pictures" / name)

@@ -2,6 +2,7 @@
 
 from .apply import ApplyAnyStory
 from .build import BuildAnyStory
+from .build_flux import BuildAnyStoryFlux
 from .encode import AnyStorySubjectOptions, EncodeSubject
 from .load import LoadAnyStory
 from .masks import AnyStorySplitMasks
@@ -26,4 +27,5 @@ NODES = (
     LoadAnyStorySubject,
     AnyStoryPanels,
     BuildAnyStory,
+    BuildAnyStoryFlux,
 )

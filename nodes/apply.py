@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..anystory_core.config import REFERENCES, References
 from ..anystory_core.errors import RoutingError
-from ..anystory_core.injection.prepare import Settings
+from ..anystory_core.injection.prepare import Settings, Timing
 from ..anystory_core.subject.subject import SubjectOptions
 from .bases import base_of
 from .host import ids
@@ -77,6 +77,32 @@ class ApplyAnyStory(io.ComfyNode):
                     "in the paper. masked: without the empty space around them. masked in the "
                     "decoder: the same, in the second half of the U-Net alone.",
                 ),
+                io.Float.Input(
+                    "concept_start",
+                    default=0.1,
+                    **fraction,
+                    optional=True,
+                    tooltip="FLUX only: fraction of the sampling at which the subjects' concepts "
+                    "enter the text. The authors use 0.1.",
+                ),
+                io.Float.Input(
+                    "concept_end",
+                    default=0.3,
+                    **fraction,
+                    optional=True,
+                    tooltip="FLUX only: fraction of the sampling at which the concepts leave the "
+                    "text. The authors use 0.3.",
+                ),
+                io.Float.Input(
+                    "reference_start",
+                    default=-1.0,
+                    min=-1.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="FLUX only: fraction of the sampling at which details begin to be "
+                    "copied. -1 is the authors' choice: 0 for one subject, 0.09 for more.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model"),
@@ -96,11 +122,19 @@ class ApplyAnyStory(io.ComfyNode):
         end: float = 1.0,
         references_in_uncond: bool = False,
         references: str = _OF_FILE,
+        concept_start: float = 0.1,
+        concept_end: float = 0.3,
+        reference_start: float = -1.0,
     ) -> io.NodeOutput:
+        timing = Timing(
+            concept=(concept_start, concept_end),
+            reference_start=None if reference_start < 0 else reference_start,
+        )
         settings = Settings(
             strength=strength,
             reference_strength=reference_strength,
             keep_references_in_uncond=references_in_uncond,
+            timing=timing,
             references=_references(references),
         )
         maps = RoutingMaps()
@@ -156,11 +190,12 @@ def apply_routing(
         return patched
     anystory = routing.anystory
     base = base_of(anystory)
-    base.check(model, anystory)
+    base.check(model, anystory, settings)
     handover = Handover()
     handover.attach(patched)
     wrapper = SamplingWrapper(base, routing, settings, start, end, maps, handover, node, bar, kept)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, ids.WRAPPER_KEY, wrapper)
-    if routing.routers():
-        patched.set_additional_models(ids.WRAPPER_KEY, routing.routers())
+    routers = base.routers(routing)
+    if routers:
+        patched.set_additional_models(ids.WRAPPER_KEY, routers)
     return patched

@@ -6,18 +6,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-import comfy.model_management as mm
-import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
 from ..anystory_core.config import REFERENCES, References
-from ..anystory_core.errors import AnyStoryError, CheckpointError
-from ..anystory_core.file_names import EXTENSION, check_name
 from ..anystory_core.weights.convert.conversion import REFERENCE_NETS, convert
 from ..anystory_core.weights.convert.pickles import SUFFIXES
 from ..anystory_core.weights.convert.target import DTYPES
 from .host import ids
+from .host.files import made_with_progress, output_path, source_path, state_of
 from .host.saying import say
 
 ADAPTERS = "ipadapter"  # the folder that other packs use for these files too
@@ -105,26 +102,17 @@ class BuildAnyStory(io.ComfyNode):
         precision: str,
         references: References = "masked",
     ) -> io.NodeOutput:
-        file = check_name(name) + EXTENSION
-        bar = comfy.utils.ProgressBar(1)
-
-        def progress(done: int, total: int) -> None:
-            mm.throw_exception_if_processing_interrupted()
-            bar.update_absolute(done, total)
-
-        done = convert(
-            *_sources(checkpoint, ip_adapter),
-            _output(file),
-            reference_net=reference_net,
-            references=references,
-            dtype=DTYPES[precision],
-            progress=progress,
+        done, text = made_with_progress(
+            lambda progress: convert(
+                *_sources(checkpoint, ip_adapter),
+                output_path(name),
+                reference_net=reference_net,
+                references=references,
+                dtype=DTYPES[precision],
+                progress=progress,
+            )
         )
-        bar.update_absolute(1, 1)
-        text = f"{file}: {done.size / 1e9:.2f} GB, {', '.join(done.parts)}"
-        if done.kept:
-            text += "; kept, it was made from the same files in the same way"
-        return io.NodeOutput(file, ui={"text": say([text, *done.notes])})
+        return io.NodeOutput(done.path.name, ui={"text": say([text, *done.notes])})
 
     @classmethod
     def fingerprint_inputs(
@@ -139,29 +127,10 @@ class BuildAnyStory(io.ComfyNode):
         """Changes with the settings and the two sources, and when the file made of them is gone."""
         if ids.linked(checkpoint, ip_adapter, name):
             return None
-        try:
-            made = _output(check_name(name) + EXTENSION).is_file()
-            sources = [path.stat() for path in _sources(checkpoint, ip_adapter)]
-        except (AnyStoryError, OSError):
-            made, sources = False, []  # execute says what is wrong
-        states = [(state.st_size, state.st_mtime_ns) for state in sources]
-        return checkpoint, ip_adapter, name, reference_net, precision, references, states, made
+        state = state_of(name, lambda: _sources(checkpoint, ip_adapter))
+        return checkpoint, ip_adapter, name, reference_net, precision, references, state
 
 
 def _sources(checkpoint: str, ip_adapter: str) -> tuple[Path, Path]:
     """The two files. CheckpointError unless they are there."""
-    return _path("checkpoints", checkpoint), _path(ADAPTERS, ip_adapter)
-
-
-def _output(file: str) -> Path:
-    """Where a file of this name is written: the first models/anystory."""
-    return Path(folder_paths.get_folder_paths(ids.FOLDER)[0]) / file
-
-
-def _path(folder: str, name: str) -> Path:
-    path = folder_paths.get_full_path(folder, name)
-    if path is None:
-        raise CheckpointError(
-            f"{name!r} is not in models/{folder}; copy it there and refresh the node list"
-        )
-    return Path(path)
+    return source_path("checkpoints", checkpoint), source_path(ADAPTERS, ip_adapter)

@@ -4,61 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.model_management as mm
 import comfy.utils
-import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..anystory_core.bases.sdxl.config import AnyStoryConfig
-from ..anystory_core.errors import ModelMismatchError, SubjectError
-from ..anystory_core.subject.encoder import (
-    PictureStates,
-    encode_subject,
-    reference_latents,
-    reference_memory,
-)
-from ..anystory_core.subject.label import clean_label
+from ..anystory_core.errors import SubjectError
 from ..anystory_core.subject.masks import MASK_SHOWS
-from ..anystory_core.subject.preprocess import Views, prepare_views, zero_clip
-from ..anystory_core.subject.subject import EASINGS, Subject, SubjectOptions
-from ..anystory_core.weights.fingerprint import weights_fingerprint
+from ..anystory_core.subject.subject import EASINGS, EncodedSubject, SubjectOptions
+from .bases import base_of
 from .host import ids, tensors
-from .host.managed import (
-    ManagedAnyStory,
-    compute_dtype,
-    fitting,
-    load,
-    number_type,
-    release,
-)
+from .host.base import EncodeRequest
+from .host.managed import ManagedAnyStory
 from .host.saying import say
-from .host.texts import encode_label, encode_phrase
-
-
-def clip_states(clip_vision: Any, pixels: Tensor, config: AnyStoryConfig) -> Tensor:
-    """Penultimate states (V,S,W) of normalised pixels (V,3,S,S), past the host's own preprocessing
-    (which rounds to 8 bits and crops). ModelMismatchError unless the encoder is the config's."""
-    found = _clip_sizes(clip_vision)
-    wanted = (config.clip.width, config.clip.layers, config.clip.image_size)
-    if found != wanted:
-        raise ModelMismatchError(
-            f"clip_vision: got width, layers, picture size {found}, the AnyStory weights expect "
-            f"{wanted}; load the CLIP vision model that they were trained with"
-        )
-    mm.load_model_gpu(clip_vision.patcher)
-    out = clip_vision.model(pixel_values=pixels.to(clip_vision.load_device), intermediate_output=-2)
-    return out[1].float()
-
-
-def _clip_sizes(clip_vision: Any) -> tuple[int, int, int] | None:
-    """(width, layers, picture size) of a CLIP vision tower; None for another kind of encoder."""
-    tower = getattr(clip_vision.model, "vision_model", None)
-    embeddings = getattr(tower, "embeddings", None)
-    if embeddings is None or not hasattr(embeddings, "class_embedding"):
-        return None
-    layers = len(tower.encoder.layers)
-    return embeddings.class_embedding.shape[-1], layers, clip_vision.image_size
 
 
 class EncodeSubject(io.ComfyNode):
@@ -77,7 +34,7 @@ class EncodeSubject(io.ComfyNode):
                 io.ClipVision.Input(
                     "clip_vision",
                     tooltip="The CLIP vision model that the weights were trained with "
-                    "(SDXL: ViT-H/14).",
+                    "(SDXL: ViT-H/14; FLUX: sigclip_vision_patch14_384).",
                 ),
                 io.Vae.Input("vae", tooltip="The VAE of the model that will sample."),
                 io.Image.Input(
@@ -134,83 +91,23 @@ class EncodeSubject(io.ComfyNode):
         clip: Any = None,
         mask_shows: str = "subject",
     ) -> io.NodeOutput:
-        model, config = anystory.model, anystory.model.config
-        progress = comfy.utils.ProgressBar(3)
-        views = prepare_views(image, mask, config, invert_mask=invert_mask, mask_shows=mask_shows)
-        device = mm.get_torch_device()
-        dtype = compute_dtype(device)
-        with torch.inference_mode():
-            clip_out = background = latents = label_out = phrase = None
-            if "encoder" in anystory.patchers:
-                clip_out = clip_states(clip_vision, views.clip, config).to(device, dtype)
-                background = clip_states(clip_vision, zero_clip(config), config).to(device, dtype)
-                grounding = config.clip_branch.grounding
-                if grounding is not None and clip is not None and label.strip():
-                    phrase = encode_phrase(clip, clean_label(label), grounding.phrase_dim)
-                    phrase = phrase.to(device, dtype)
-            progress.update(1)
-            if model.reference_net is not None:
-                pictures = tensors.vae_latents(vae, tensors.vae_picture(views.vae))
-                latents = reference_latents(model, pictures.float()).to(device, dtype)
-                if config.reference.cross_attention:
-                    label_out = label_context(clip, label, config).to(device, dtype)
-            states = PictureStates(
-                clip=clip_out,
-                background=background,
-                latents=latents,
-                label=label_out,
-                phrase=phrase,
-                clip_fingerprint=weights_fingerprint(clip_vision.model),
-                number_types=number_types(clip_vision, vae, clip),
+        subject, notes = base_of(anystory).encode(
+            EncodeRequest(
+                anystory=anystory,
+                clip_vision=clip_vision,
+                vae=vae,
+                image=image,
+                mask=mask,
+                invert_mask=invert_mask,
+                mask_shows=mask_shows,
+                label=label,
+                clip=clip,
+                advance=comfy.utils.ProgressBar(3).update,
             )
-            progress.update(1)
-            subject = _encode(anystory, views, states, clean_label(label))
-        progress.update(1)
-        preview = ui.PreviewImage(tensors.uint8_picture(views.cutout), cls=cls).as_dict()
-        preview["text"] = say(views.notes)
+        )
+        preview = ui.PreviewImage(tensors.uint8_picture(subject.cutout), cls=cls).as_dict()
+        preview["text"] = say(notes)
         return io.NodeOutput(subject, ui=preview)
-
-
-def _encode(anystory: ManagedAnyStory, views: Views, states: PictureStates, label: str) -> Subject:
-    """Encode with the modules on the load device, on as many pictures at a time as it holds."""
-    device, config = mm.get_torch_device(), anystory.model.config
-    patchers = anystory.having("encoder", "reference_net")
-    one = 0
-    if "reference_net" in anystory.patchers:
-        one = reference_memory(config, compute_dtype(device))
-    load(patchers, needed=one * views.clip.shape[0], least=one)
-    try:
-        return encode_subject(
-            anystory.model,
-            views,
-            states,
-            label=label,
-            store=mm.unet_offload_device(),
-            at_once=fitting(one, device),
-        )
-    finally:
-        release(patchers)
-
-
-def number_types(clip_vision: Any, vae: Any, clip: Any) -> dict[str, torch.dtype]:
-    """What the host's networks compute in, by the inputs that they come from."""
-    text = None if clip is None else number_type(clip.cond_stage_model)
-    found = {
-        "clip_vision": getattr(clip_vision, "dtype", None),
-        "vae": getattr(vae, "vae_dtype", None),
-        "clip": text,
-    }
-    return {name: kind for name, kind in found.items() if kind is not None}
-
-
-def label_context(clip: Any, label: str, config: AnyStoryConfig) -> Tensor:
-    """Text states (1,S,C) of the label, for a ReferenceNet with cross-attention."""
-    if clip is None:
-        raise ModelMismatchError(
-            "clip: the ReferenceNet of these AnyStory weights reads the label's text; connect the "
-            "clip of the model that will sample"
-        )
-    return encode_label(clip, label, config)[0][None]
 
 
 class AnyStorySubjectOptions(io.ComfyNode):
@@ -277,7 +174,7 @@ class AnyStorySubjectOptions(io.ComfyNode):
     @ids.named_errors
     def execute(
         cls,
-        subject: Subject,
+        subject: EncodedSubject,
         strength: float,
         reference_strength: float,
         start: float,
@@ -286,7 +183,7 @@ class AnyStorySubjectOptions(io.ComfyNode):
         strength_at_end: float = 1.0,
         easing: str = "linear",
     ) -> io.NodeOutput:
-        if not isinstance(subject, Subject):
+        if not isinstance(subject, EncodedSubject):
             raise SubjectError(f"subject: got {type(subject).__name__}, expected a subject")
         options = SubjectOptions(
             strength=strength,

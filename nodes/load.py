@@ -2,55 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
 
 from ..anystory_core.errors import CheckpointError
-from ..anystory_core.weights.checkpoint import load_model, read_header
+from .bases import base_of, load_weights, weights_header
 from .host import ids
-from .host.managed import OPERATIONS, ManagedAnyStory
+from .host.files import weights_files
+from .host.managed import ManagedAnyStory
 from .host.saying import say
-
-folder_paths.add_model_folder_path(
-    ids.FOLDER, os.path.join(folder_paths.models_dir, ids.FOLDER), is_default=True
-)
-# Without an explicit set of extensions the host lists every file of the folder.
-folder_paths.folder_names_and_paths[ids.FOLDER] = (
-    folder_paths.folder_names_and_paths[ids.FOLDER][0],
-    {".safetensors"},
-)
-
-PART_NAMES = {
-    "subject_encoder": "subject encoder",
-    "routing_encoder": "routing encoder",
-    "reference_net": "ReferenceNet",
-    "clip_projections": "CLIP projections",
-    "reference_projections": "reference projections",
-    "routers": "router",
-}
-
-
-def weights_files() -> list[str]:
-    """What lies in models/anystory, but for the saved subjects."""
-    names = folder_paths.get_filename_list(ids.FOLDER)
-    return [name for name in names if Path(name).parts[0] != ids.SUBJECTS]
-
-
-def describe(anystory: ManagedAnyStory) -> str:
-    """One line on what a file holds and what it therefore cannot do."""
-    model = anystory.model
-    text = f"{anystory.name} ({model.config.name}): " + ", ".join(
-        PART_NAMES[part] for part in model.parts
-    )
-    if model.routers is None:
-        text += ". No router: one subject, or several with masks or by the words of their labels."
-    if model.reference_net is None:
-        text += ". No ReferenceNet: coarse likeness only."
-    return text
 
 
 class LoadAnyStory(io.ComfyNode):
@@ -83,9 +45,8 @@ class LoadAnyStory(io.ComfyNode):
                 f"anystory_name: {anystory_name!r} is not in models/anystory; copy it there and "
                 "refresh the node list"
             )
-        model = load_model(path, operations=OPERATIONS)
-        anystory = ManagedAnyStory(model, anystory_name)
-        return io.NodeOutput(anystory, ui={"text": say([describe(anystory)])})
+        anystory = ManagedAnyStory(load_weights(path), anystory_name)
+        return io.NodeOutput(anystory, ui={"text": say([base_of(anystory).describe(anystory)])})
 
     @classmethod
     def fingerprint_inputs(cls, anystory_name: str) -> Any:
@@ -93,6 +54,6 @@ class LoadAnyStory(io.ComfyNode):
             return None
         path = folder_paths.get_full_path(ids.FOLDER, anystory_name)
         try:
-            return read_header(path).fingerprint if path else anystory_name
+            return weights_header(path).fingerprint if path else anystory_name
         except CheckpointError:
             return anystory_name  # execute says what is wrong with the file

@@ -8,14 +8,13 @@ from comfy_api.latest import io
 
 from ..anystory_core.errors import RoutingError
 from ..anystory_core.routing.masks import lost_subjects
-from ..anystory_core.routing.modes import MODES, check_routing
-from ..anystory_core.subject.grounding import check_phrases
-from ..anystory_core.subject.subject import Subject
+from ..anystory_core.routing.modes import MODES
+from ..anystory_core.subject.subject import EncodedSubject
+from .bases import base_of
 from .host import ids, tensors
 from .host.managed import ManagedAnyStory
 from .host.saying import say
 from .host.sockets import Routing
-from .host.texts import label_states
 
 
 class SubjectRouter(io.ComfyNode):
@@ -81,7 +80,7 @@ class SubjectRouter(io.ComfyNode):
     @classmethod
     @ids.named_errors
     def execute(cls, anystory: ManagedAnyStory, mode: str, **inputs: Any) -> io.NodeOutput:
-        subjects: dict[int, Subject] = {}
+        subjects: dict[int, EncodedSubject] = {}
         masks: dict[int, Any] = {}
         notes: list[str] = []
         clip, agree = inputs.pop("clip", None), inputs.pop("agreement", True)
@@ -101,20 +100,14 @@ class SubjectRouter(io.ComfyNode):
             elif mask is not None:
                 notes.append(f"mask_{number} is left out: subject_{number} is missing or muted.")
         chosen, given = tuple(subjects.values()), tuple(masks.values())
-        if subjects:
-            check_routing(mode, anystory.model, chosen, given, text=clip is not None)
-            check_phrases(mode, chosen)
-            if mode.endswith("masks"):
-                notes += lost_places(mode, subjects, masks)
-        labels: tuple[Any, ...] = ()
-        if mode.startswith("text"):
-            names = [subject.label for subject in chosen]
-            labels = label_states(clip, names, anystory.model.config)
+        labels = base_of(anystory).check_routing(anystory, mode, chosen, given, clip)
+        if mode.endswith("masks"):
+            notes += lost_places(mode, subjects, masks)
         routing = Routing(anystory, chosen, given, mode, labels, agree)
         return io.NodeOutput(routing, ui={"text": say(notes)})
 
 
-def lost_places(mode: str, subjects: dict[int, Subject], masks: dict[int, Any]) -> list[str]:
+def lost_places(mode: str, subjects: dict[int, EncodedSubject], masks: dict[int, Any]) -> list[str]:
     """One sentence for each subject that its mask leaves without any place in the picture."""
     named = {f"mask_{number}": mask for number, mask in masks.items()}
     lost = lost_subjects(named, exclusive=mode == "masks")

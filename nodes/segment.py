@@ -152,14 +152,16 @@ class AnyStorySegment(io.ComfyNode):
         seed: int = 0,
         positive: Any = None,
     ) -> io.NodeOutput:
+        anystory = routing.anystory
+        base = base_of(anystory)
+        base.check_segmentation(anystory)
         check_mode(routing)
         if is_applied(model):
             raise RoutingError(
                 "model: it already went through an ApplyAnyStory; connect the model from before it"
             )
         if positive is None:
-            anystory = routing.anystory
-            positive = base_of(anystory).empty_conditioning(anystory)
+            positive = base.empty_conditioning(anystory)
         passes = [min(_AT_ONCE, noises - i) for i in range(0, noises, _AT_ONCE)]
         if routing.mode.endswith("masks"):
             check_batch(routing.masks, image.shape[0])

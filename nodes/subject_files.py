@@ -12,8 +12,9 @@ from comfy_api.latest import io, ui
 from ..anystory_core.errors import SubjectError
 from ..anystory_core.file_names import EXTENSION, check_name
 from ..anystory_core.subject import files as subject_files
-from ..anystory_core.subject.subject import Subject
+from ..anystory_core.subject.subject import EncodedSubject
 from ..anystory_core.weights.fingerprint import weights_fingerprint
+from .bases import base_of
 from .host import ids, tensors
 from .host.managed import ManagedAnyStory
 from .host.saying import say
@@ -80,7 +81,7 @@ class SaveAnyStorySubject(io.ComfyNode):
     @classmethod
     @ids.named_errors
     def execute(
-        cls, subject: Subject, name: str, place: str = PLACES[0], overwrite: bool = False
+        cls, subject: EncodedSubject, name: str, place: str = PLACES[0], overwrite: bool = False
     ) -> io.NodeOutput:
         if place not in PLACES:
             raise SubjectError(f"place: got {place!r}, expected one of {list(PLACES)}")
@@ -125,7 +126,7 @@ class LoadAnyStorySubject(io.ComfyNode):
     def execute(
         cls, anystory: ManagedAnyStory, subject_name: str, clip_vision: Any = None
     ) -> io.NodeOutput:
-        subject = subject_files.load_subject(find(subject_name), anystory.model)
+        subject = base_of(anystory).load_subject(find(subject_name), anystory)
         if clip_vision is not None:
             found = weights_fingerprint(clip_vision.model)
             subject_files.check_clip(subject, subject_name, found)

@@ -23,6 +23,7 @@ from ..bases.flux.router import Router
 from ..bases.flux.windows import SigmaWindow, sigma_window
 from ..errors import RoutingError
 from ..routing.grids import Crops
+from ..routing.masks import check_counts
 from ..routing.sources import MaskRoutes
 from ..subject.flux import FluxSubject
 from ..subject.subject import EncodedSubject, subjects_of
@@ -44,12 +45,21 @@ class FluxRoutingModel(Protocol):
     def fingerprint(self) -> str: ...
 
 
+class Ramp(Protocol):
+    """How the strength of a subject changes over the sampling."""
+
+    def factor(self, sigma: float) -> float:
+        """Of both strengths, at a noise level."""
+        ...
+
+
 @dataclass(frozen=True)
 class FluxRun:
     """The subjects of one run. concepts: each one's tokens at their strength; biases: gamma of its
-    references, -inf where they are off; latents and keep: its pictures. ``router`` decides who is
-    where, on tokens that ``masks`` leave to a subject; without a router the masks decide, and
-    without both every token looks at all subjects.
+    references, -inf where they are off; latents and keep: its pictures; ramps: what changes both
+    strengths over the run, None for nothing. ``router`` decides who is where, on tokens that
+    ``masks`` leave to a subject; without a router the masks decide, and without both every token
+    looks at all subjects.
     """
 
     concepts: tuple[Tensor | None, ...]
@@ -58,6 +68,7 @@ class FluxRun:
     keep: tuple[Tensor, ...]
     concept_windows: tuple[SigmaWindow, ...]
     reference_windows: tuple[SigmaWindow, ...]
+    ramps: tuple[Ramp | None, ...]
     router: Router | None = None
     masks: MaskRoutes | None = None
     keep_in_uncond: bool = False
@@ -83,27 +94,54 @@ class FluxRun:
 
     def concepts_at(self, sigma: float) -> Concepts:
         """The subjects' tokens that are inside their windows."""
-        pairs = zip(self.concepts, self.concept_windows, strict=True)
-        return Concepts(tuple(x if window.holds(sigma) else None for x, window in pairs))
+        found: list[Tensor | None] = []
+        for tokens, window, ramp in zip(
+            self.concepts, self.concept_windows, self.ramps, strict=True
+        ):
+            factor = 1.0 if ramp is None else ramp.factor(sigma)
+            inside = tokens is not None and window.holds(sigma) and factor > 0
+            found.append(tokens * factor if inside and factor != 1 else tokens if inside else None)
+        return Concepts(tuple(found))
 
     def biases_at(self, sigma: float) -> tuple[float, ...]:
         """gamma of the references that are inside their windows, -inf for the others."""
-        pairs = zip(self.biases, self.reference_windows, strict=True)
-        return tuple(bias if window.holds(sigma) else -math.inf for bias, window in pairs)
+        return tuple(
+            bias + (0.0 if ramp is None else _log(ramp.factor(sigma)))
+            if window.holds(sigma)
+            else -math.inf
+            for bias, window, ramp in zip(
+                self.biases, self.reference_windows, self.ramps, strict=True
+            )
+        )
 
-    def regions(self, grid: Grid, crops: Crops, rows: int, device: torch.device) -> Tensor | None:
-        """Region ids (rows,M) where the masks decide; N for nobody. Ties to the lower number."""
+    @property
+    def pictures(self) -> int:
+        """How many pictures of a batch have masks of their own; 1: all have the same or none."""
+        return 1 if self.masks is None else self.masks.pictures
+
+    def regions(self, grid: Grid, crops: Crops, device: torch.device) -> Tensor | None:
+        """Region ids (rows,M) where the masks decide, a row for each of the crops; N for nobody.
+        Ties to the lower number."""
         if self.masks is None or self.router is not None:
             return None
         weights = self.masks.subject_weights(grid, crops, device)
         background = 1 - weights.amax(dim=1, keepdim=True)
-        return torch.cat((weights, background), dim=1).argmax(dim=1).expand(rows, -1)
+        return torch.cat((weights, background), dim=1).argmax(dim=1).expand(len(crops), -1)
 
     def allowed(self, grid: Grid, crops: Crops, device: torch.device) -> Tensor | None:
         """(1 or rows,N,M) bool: where the masks leave a token to a subject of the router's."""
         if self.masks is None or self.router is None:
             return None
         return self.masks.allowed(grid, crops, device)[:, :-1]
+
+
+def check_settings(settings: Settings) -> None:
+    """RoutingError: a setting that FLUX does not know."""
+    if settings.references not in (None, "masked"):
+        raise RoutingError(
+            f"references: got {settings.references!r}; on FLUX they are those inside the subject's "
+            "mask, as in the authors' code: choose 'masked' or 'as in the file'"
+        )
 
 
 def check_flux_routing(
@@ -126,6 +164,8 @@ def check_flux_routing(
             f"mode {mode!r}: the mask of subject {missing} is missing; connect one mask for each "
             "subject, or choose the mode 'learned'"
         )
+    if mode != "learned":
+        check_counts(masks)
     if mode == "masks" or len(found) < 2:
         return found
     if model.router_branches is None or model.routing_maps is None:
@@ -151,10 +191,12 @@ def prepare_flux(
     window: tuple[float, float],
     steps: int,
     to_sigma: Callable[[float], float],
+    ramps: Sequence[Ramp | None],
 ) -> FluxRun:
     """Bring strengths and windows of one run together. window: fractions of the sampling in which
-    subjects act at all; steps: of the whole schedule; to_sigma: the noise level of a fraction.
-    Errors as :func:`check_flux_routing`."""
+    subjects act at all; steps: of the whole schedule; to_sigma: the noise level of a fraction;
+    ramps: one for each subject. Errors as :func:`check_flux_routing` and :func:`check_settings`."""
+    check_settings(settings)
     found = check_flux_routing(mode, model, subjects, masks)
     given = [m for m in masks if m is not None]
     several = len(found) > 1
@@ -186,18 +228,23 @@ def prepare_flux(
             for s in found
         )
 
+    # A subject whose strengths are 0 at both ends of its ramp has none.
+    acts = [max(s.options.at_start, s.options.at_end) > 0 for s in found]
+    concept = defaults.concept_scale * settings.strength
     return FluxRun(
         concepts=tuple(
-            _scaled(s.concept, defaults.concept_scale * settings.strength * s.options.strength)
-            for s in found
+            _scaled(s.concept, concept * s.options.strength * on)
+            for s, on in zip(found, acts, strict=True)
         ),
         biases=tuple(
-            _log(settings.reference_strength * s.options.reference_strength) for s in found
+            _log(settings.reference_strength * s.options.reference_strength * on)
+            for s, on in zip(found, acts, strict=True)
         ),
         latents=tuple(s.latents for s in found),
         keep=tuple(s.keep for s in found),
         concept_windows=windows(concept_start, concept_end),
         reference_windows=windows(start, defaults.reference_end),
+        ramps=tuple(ramps),
         router=router,
         masks=MaskRoutes(tuple(given)) if mode != "learned" else None,
         keep_in_uncond=settings.keep_references_in_uncond,

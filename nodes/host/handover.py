@@ -35,6 +35,7 @@ class Handover:
     def attach(self, model: Any) -> None:
         """Put the wrappers into the options of a ModelPatcher."""
         for kind, wrapper in (
+            (WrappersMP.PREPARE_SAMPLING, self.prepare_sampling),
             (WrappersMP.PREDICT_NOISE, self.predict_noise),
             (WrappersMP.CALC_COND_BATCH, self.calc_cond_batch),
             (WrappersMP.DIFFUSION_MODEL, self.diffusion_model),
@@ -58,6 +59,11 @@ class Handover:
             self.run = outer
 
     # The wrappers.
+
+    def prepare_sampling(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
+        if self.run is None:
+            return executor(*args, **kwargs)
+        return _innermost(executor, self.run.prepare_sampling).execute(*args, **kwargs)
 
     def predict_noise(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         if self.run is None:

@@ -17,6 +17,7 @@ import comfy.ops
 import torch
 from torch import nn
 
+from ...anystory_core.bases.flux.model import FluxModel
 from ...anystory_core.weights.model import AnyStoryModel
 
 OPERATIONS = comfy.ops.manual_cast
@@ -72,6 +73,17 @@ def number_type(module: torch.nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in module.parameters()), None)
 
 
+def number_types(clip_vision: Any, vae: Any, clip: Any) -> dict[str, torch.dtype]:
+    """What the host's networks compute in, by the inputs that they come from."""
+    text = None if clip is None else number_type(clip.cond_stage_model)
+    found = {
+        "clip_vision": getattr(clip_vision, "dtype", None),
+        "vae": getattr(vae, "vae_dtype", None),
+        "clip": text,
+    }
+    return {name: kind for name, kind in found.items() if kind is not None}
+
+
 def release(patchers: Sequence[Any]) -> None:
     """Take modules off a load device that is not the memory they live in anyway."""
     for patcher in patchers:
@@ -85,7 +97,7 @@ def release(patchers: Sequence[Any]) -> None:
 class ManagedAnyStory:
     """The ANYSTORY socket: a model and one ModelPatcher per module."""
 
-    model: AnyStoryModel
+    model: AnyStoryModel | FluxModel
     name: str
     patchers: dict[str, Any] = field(default_factory=dict)
 

@@ -1,6 +1,6 @@
 """What goes over the pack's own sockets: a routing, and the recorded runs of a model.
 
-(ANYSTORY is :class:`.managed.ManagedAnyStory`, ANYSTORY_SUBJECT the core's ``Subject``.)"""
+(ANYSTORY is :class:`.managed.ManagedAnyStory`, ANYSTORY_SUBJECT the core's ``EncodedSubject``.)"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ...anystory_core.routing.record import RoutingRecord
-from ...anystory_core.subject.subject import Subject
+from ...anystory_core.subject.subject import EncodedSubject
 from ...anystory_core.weights.fingerprint import latent_fingerprint
 from .managed import ManagedAnyStory
 
@@ -30,7 +30,7 @@ class Routing:
     """The ANYSTORY_ROUTING socket: who, and where by which rule."""
 
     anystory: ManagedAnyStory
-    subjects: tuple[Subject, ...]
+    subjects: tuple[EncodedSubject, ...]
     masks: tuple[Tensor | None, ...]
     mode: str
     labels: tuple[Tensor, ...] = ()  # text states of the labels, for the modes with text
@@ -39,10 +39,6 @@ class Routing:
     def get_models(self) -> list[Any]:
         """What the host may count and free with this output."""
         return self.anystory.get_models()
-
-    def routers(self) -> list[Any]:
-        """The patchers of the routers, in the modes that ask them."""
-        return self.anystory.having("routers") if self.mode.startswith("learned") else []
 
 
 @dataclass(frozen=True, eq=False)

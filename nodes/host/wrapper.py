@@ -8,7 +8,7 @@ everything away in ``finally``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,13 +17,11 @@ import comfy.utils
 from torch import Tensor
 
 from ...anystory_core.injection.prepare import Settings
-from ...anystory_core.routing.masks import check_batch
 from ...anystory_core.routing.record import RoutingRecord
 from .base import HostBase, Kept, Passes, RunRequest
 from .handover import Handover
 from .ids import named
 from .sockets import Routing, RoutingMaps
-from .windows import Window
 
 
 @dataclass(frozen=True)
@@ -57,20 +55,16 @@ class SamplingWrapper:
         **kwargs: Any,
     ) -> Tensor:
         guider = executor.class_obj
-        windows = self._windows(guider.model_patcher)
-        if self._idle(windows):
+        told = contextlib.nullcontext if self.node is None else partial(named, self.node)
+        with told():
+            passes = self._prepare(guider, sigmas, noise.shape[0])
+        if passes is None:
             latent = executor(
                 noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs
             )
-            labels = tuple(subject.label for subject in self.routing.subjects)
-            record = RoutingRecord(labels, (), rows=latent.shape[0], idle=True)
+            record = RoutingRecord(self._labels, (), rows=latent.shape[0], idle=True)
             self.maps.file([latent], record)
             return latent
-        told = contextlib.nullcontext if self.node is None else partial(named, self.node)
-        with told():
-            if self.routing.mode.endswith("masks"):
-                check_batch(self.routing.masks, noise.shape[0])
-            passes = self._prepare(guider, windows, sigmas, noise.shape[0])
 
         denoised: list[Tensor] = []
 
@@ -90,33 +84,13 @@ class SamplingWrapper:
         self.maps.file([latent, *last], passes.record)
         return latent
 
-    def _windows(self, model: Any) -> tuple[Window, ...]:
-        """Percents become noise levels: own window and overall window together."""
-        sampling = model.get_model_object("model_sampling")
-        return tuple(
-            Window.of(subject.options, self.start, self.end, sampling)
-            for subject in self.routing.subjects
-        )
+    @property
+    def _labels(self) -> tuple[str, ...]:
+        return tuple(subject.label for subject in self.routing.subjects)
 
-    def _idle(self, windows: Sequence[Window]) -> bool:
-        """All strengths 0 or all windows empty: the model must run as if we were not there."""
-        settings = self.settings
-        return not any(
-            window.start > window.end
-            and max(subject.options.at_start, subject.options.at_end) > 0
-            and (
-                settings.strength * subject.options.strength > 0
-                or settings.reference_strength * subject.options.reference_strength > 0
-            )
-            for subject, window in zip(self.routing.subjects, windows, strict=True)
-        )
-
-    def _prepare(
-        self, guider: Any, windows: tuple[Window, ...], sigmas: Tensor, rows: int
-    ) -> Passes:
-        advance = self._progress(sigmas.shape[-1] - 1)
+    def _prepare(self, guider: Any, sigmas: Tensor, rows: int) -> Passes | None:
         record = RoutingRecord(
-            tuple(subject.label for subject in self.routing.subjects),
+            self._labels,
             self.routing.anystory.model.sites,
             tuple(sigmas.tolist()),
             rows,
@@ -124,13 +98,15 @@ class SamplingWrapper:
         )
         return self.base.prepare(
             RunRequest(
-                guider,
-                self.routing,
-                self.settings,
-                windows,
-                record,
-                advance,
-                self.kept,
+                guider=guider,
+                routing=self.routing,
+                settings=self.settings,
+                start=self.start,
+                end=self.end,
+                sigmas=sigmas,
+                record=record,
+                advance=self._progress(sigmas.shape[-1] - 1),
+                kept=self.kept,
             )
         )
 

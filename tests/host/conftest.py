@@ -61,6 +61,14 @@ def scene(comfy: ModuleType, pack: ModuleType, mini: SimpleNamespace) -> Any:
     return Scene(comfy, pack, mini)
 
 
+@pytest.fixture(scope="session")
+def flux(comfy: ModuleType, pack: ModuleType, mini: SimpleNamespace) -> Any:
+    """The same with a tiny FLUX."""
+    from flux_world import FluxWorld
+
+    return FluxWorld(comfy, pack, mini)
+
+
 @pytest.fixture
 def split(scene: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every cond is a call of its own."""
@@ -85,8 +93,12 @@ def _no_gradients() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def host(host_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    """One real host process for all tests that use the queue."""
-    with running(host_source, environment.python(), tmp_path_factory.mktemp("host")) as process:
+    """One real host process for all tests that use the queue, with a node that loads a tiny FLUX
+    beside the pack's own."""
+    base = tmp_path_factory.mktemp("host")
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / "tiny_flux").symlink_to(Path(__file__).parent / "tiny_flux")
+    with running(host_source, environment.python(), base) as process:
         yield process
 
 

@@ -9,6 +9,7 @@ import pytest
 
 PAIRS = [f"{kind}_{n}" for n in range(1, 9) for kind in ("subject", "mask")]
 OPTIONS = ["strength", "reference_strength", "start", "end"]
+TIMING = ["concept_start", "concept_end", "reference_start"]
 GOLDEN: dict[str, tuple[list[str], list[str]]] = {
     "LoadAnyStoryMini": ([], ["MODEL", "CLIP", "VAE", "CLIP_VISION", "ANYSTORY"]),
     "LoadAnyStory": (["anystory_name"], ["ANYSTORY"]),
@@ -26,7 +27,7 @@ GOLDEN: dict[str, tuple[list[str], list[str]]] = {
     "AnyStorySplitMasks": (["masks", "order"], ["MASK"] * 8),
     "SubjectRouter": (["anystory", "mode", *PAIRS, "clip", "agreement"], ["ANYSTORY_ROUTING"]),
     "ApplyAnyStory": (
-        ["model", "routing", *OPTIONS, "references_in_uncond", "references"],
+        ["model", "routing", *OPTIONS, "references_in_uncond", "references", *TIMING],
         ["MODEL", "ANYSTORY_MAPS"],
     ),
     "RoutingMapPreview": (
@@ -42,6 +43,7 @@ GOLDEN: dict[str, tuple[list[str], list[str]]] = {
         ["checkpoint", "ip_adapter", "name", "reference_net", "precision", "references"],
         ["STRING"],
     ),
+    "BuildAnyStoryFlux": (["anystory_flux", "redux", "name", "mixed_ranks"], ["STRING"]),
 }  # fmt: skip
 
 

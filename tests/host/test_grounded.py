@@ -86,7 +86,7 @@ def test_another_picture_encoder_is_named(scene: Scene, anystory: Any) -> None:
     model = anystory.model
     big = dataclasses.replace(model.config.clip, width=1664, layers=48)
     config = dataclasses.replace(model.config, clip=big)
-    clip_states = module("anystory_pack.nodes.encode").clip_states
+    clip_states = module("anystory_pack.nodes.host.sdxl.encode").clip_states
     with pytest.raises(
         scene.errors.ModelMismatchError, match=r"\(192, 6, 224\).*\(1664, 48, 224\)"
     ):

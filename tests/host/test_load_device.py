@@ -23,7 +23,10 @@ class Watched:
             self.anystory = managed.ManagedAnyStory(weights, "watched")
         self.seen: list[set[str]] = []
         # What uses the modules, in the files that call it.
-        for place, name in (("encode", "encode_subject"), ("host.sdxl.passes", "prepare_subjects")):
+        for place, name in (
+            ("host.sdxl.encode", "encode_subject"),
+            ("host.sdxl.passes", "prepare_subjects"),
+        ):
             user = module(f"anystory_pack.nodes.{place}")
             monkeypatch.setattr(user, name, self.watching(getattr(user, name)))
 

@@ -94,7 +94,7 @@ def short_of_memory(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> dict[int, 
     def load(patchers: Any, **memory: int) -> None:
         counts.update({id(patcher): load_partly(patcher) for patcher in patchers})
 
-    for name in ("encode", "host.sdxl.passes"):
+    for name in ("host.sdxl.encode", "host.sdxl.passes"):
         monkeypatch.setattr(module(f"anystory_pack.nodes.{name}"), "load", load)
     return counts
 

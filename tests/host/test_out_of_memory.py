@@ -65,7 +65,7 @@ def our_modules(scene: Scene, error: Exception, patch: Any) -> Any:
 
 
 def label(scene: Scene, error: Exception, patch: Any) -> Any:
-    encode_module = module("anystory_pack.nodes.encode")
+    encode_module = module("anystory_pack.nodes.host.sdxl.encode")
     clip = SimpleNamespace(tokenize=lambda _: {}, encode_from_tokens=Raising(error))
     encode_module.label_context(clip, "ball", scene.mini.anystory.model.config)
 

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from devkit.client import Client, PromptError
-from devkit.graphs import INPUTS, LOADERS, Prompt, inputs_of, names, on_mini, read_graph
+from devkit.graphs import INPUTS, LOADERS, Prompt, inputs_of, names, read_graph, with_loader
 from devkit.host import Host
 
-GRAPHS = names(sdxl=True)
+GRAPHS = [name for name in names(large=True) if not name.endswith("_flux")]
 SDXL = [name for name in GRAPHS if name.endswith("_sdxl")]
 
 
@@ -56,7 +56,7 @@ def pictures(client: Client, prompt: Prompt, kind: str = "SaveImage") -> list[np
 def test_every_graph_runs(client: Client, name: str) -> None:
     prompt = quick(graph(client, name))
     if name in SDXL:
-        prompt = on_mini(prompt)
+        prompt = with_loader(prompt)
     size = {"hires_fix": 192, "segmentation": 320}.get(name, 128)
     kind = "PreviewImage" if name == "segmentation" else "SaveImage"
     shown = pictures(client, prompt, kind)
@@ -80,7 +80,7 @@ def test_sdxl_graphs_lack_nothing_but_files(client: Client, name: str) -> None:
 def test_sdxl_graphs_are_the_mini_graphs_with_other_loaders(name: str) -> None:
     plain = {"public_weights_sdxl": "two_subjects"}.get(name, name.removesuffix("_sdxl"))
     large, small = read_graph(name), read_graph(plain)
-    kinds = [sorted(n["class_type"] for n in g.values()) for g in (on_mini(large), small)]
+    kinds = [sorted(n["class_type"] for n in g.values()) for g in (with_loader(large), small)]
     assert kinds[0] == kinds[1]
 
 

@@ -96,6 +96,11 @@ class FluxCall:
         self._doubles = sum(site.kind == "double" for site in self.sites)
 
     @property
+    def rows(self) -> int:
+        """B, those included that take no part."""
+        return sum(len(group.rows) for group in self.groups)
+
+    @property
     def routes_itself(self) -> bool:
         """Whether blocks must be computed by :meth:`double` and :meth:`single`."""
         return self.router is not None and self.regions is None and bool(self._acting)
@@ -103,8 +108,7 @@ class FluxCall:
     def enter(self, net: Flux, like: Tensor) -> None:
         """Bring the router's tokens into the stream, before the first block."""
         if self.router is not None and self.routes_itself:
-            batch = sum(len(group.rows) for group in self.groups)
-            self.hidden = self.router.enter(net, batch, like)
+            self.hidden = self.router.enter(net, self.rows, like)
 
     def attend(
         self, index: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None

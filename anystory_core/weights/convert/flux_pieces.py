@@ -206,7 +206,7 @@ def _scales(
             f"{release.name}: the ranks of {group!r} differ ({sorted(set(ranks.values()))}) and no "
             "alpha is given, so the strength of its branches depends on who reads them: diffusers "
             "0.33.1 of the authors' days multiplies each by first rank / own rank, later ones by "
-            f"1. Choose --mixed-ranks first (the authors') or one. {REPORT}"
+            f"1. Choose mixed_ranks (--mixed-ranks) first (the authors') or one. {REPORT}"
         )
     if mixed == "first":
         return {module: first / max(1, rank) for module, rank in ranks.items()}

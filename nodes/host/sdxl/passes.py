@@ -3,26 +3,26 @@ that give each forward pass its :class:`~....anystory_core.injection.call.Call`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor
 
-from ....anystory_core.errors import RoutingError
 from ....anystory_core.injection.call import Call, Recording, Shown
 from ....anystory_core.injection.prepare import PreparedSubjects, prepare_subjects
 from ....anystory_core.injection.rows import Rows
 from ....anystory_core.routing.grids import Crop
 from ....anystory_core.routing.modes import build_source, source_of_run
-from ....anystory_core.routing.record import RoutingRecord
 from ....anystory_core.subject.grounding import ground_subjects
+from ....anystory_core.subject.subject import Subject, subjects_of
 from ..base import Entry, RunRequest
-from ..conds import Evaluation, Roles, rows_of, window_rows
-from ..ids import ALONE_KEY, CALL_KEY, EVALUATION_KEY, RUN_KEY
+from ..conds import Roles
+from ..ids import ALONE_KEY, CALL_KEY, RUN_KEY
 from ..managed import load, release
+from ..passes import RunPasses
 from ..texts import route_texts
 from ..windows import Window
 from .patcher import (
@@ -35,29 +35,17 @@ from .patcher import (
 )
 
 
-@dataclass
-class UNetPasses:
+@dataclass(kw_only=True)
+class UNetPasses(RunPasses):
     """The passes of a U-Net in one sampling run: the inner wrappers, and what they share."""
 
     prepared: PreparedSubjects
     windows: tuple[Window, ...]
-    record: RoutingRecord
-    roles: Roles
     precision: Any  # of attention, where the user forces one
     table: BlockTable
     replaced: Replacements  # what stood in the blocks' slots when the run began
-    batch: Tensor | None = None  # (B,C,h,w) that this evaluation of the model is about
-    seen: set[int] = field(default_factory=set[int])  # its rows that were recorded
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> UNetPasses:
-        return self  # in the options, which other packs copy
 
     # The wrappers, outermost first.
-
-    def predict_noise(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """One evaluation of the guided model; each row is recorded from its first call."""
-        self.batch, self.seen = args[0] if args else kwargs["x"], set()
-        return executor(*args, **kwargs)
 
     def calc_cond_batch(
         self,
@@ -68,18 +56,12 @@ class UNetPasses:
         timestep: Tensor,
         model_options: dict[str, Any],
     ) -> Any:
-        """Tells the calls inside which ``conds`` index is conditional. ``cond_or_uncond`` alone
-        does not: SAG runs the negative as number 0, DualCFG has two positives."""
+        """Also tells the calls inside what other packs replaced for this evaluation alone."""
         options = dict(model_options.get("transformer_options", {}))
-        rows = window_rows(options, x)
-        if not rows:
-            rows = range(x.shape[0]) if self.batch is None else rows_of(x, self.batch, self.seen)
-        options[EVALUATION_KEY] = Evaluation.of(self.roles, conds, x, timestep, rows)
         if options.get(RUN_KEY) is self:
             options[ALONE_KEY] = replaced_since(self.replaced, options)
-        return executor(
-            model, conds, x, timestep, {**model_options, "transformer_options": options}
-        )
+        model_options = {**model_options, "transformer_options": options}
+        return super().calc_cond_batch(executor, model, conds, x, timestep, model_options)
 
     def diffusion_model(
         self, executor: WrapperExecutor, entry: Entry, *args: Any, **kwargs: Any
@@ -114,48 +96,24 @@ class UNetPasses:
         if self.prepared.is_idle(factors):
             self.record.call(sigma, active)
             return None
-        chunks: list[int] = options["cond_or_uncond"]
-        uuids: list[Any] = options.get("uuids", [None] * len(chunks))
-        evaluation: Evaluation = options.get(
-            EVALUATION_KEY,
-            Evaluation(
-                recorded=(0, self.roles.first_positive), rows=tuple(range(self.record.rows))
-            ),
-        )
-        size, times = evaluation.layout(len(chunks), x)
+        evaluation = self.evaluation(options)
+        conds = self.conds_of(options, x, self.prepared.source.pictures)
+        recording = self.recording(options, x, conds, entry, active)
         cond: list[int] = []
         uncond: list[int] = []
         crops: list[Crop | None] = [None] * x.shape[0]
         apart: list[int] = []
-        recorded: dict[int, int] = {}  # row of the batch -> row of this call
         routed: list[tuple[int, Any, Crop | None]] = []
-        for place, (index, uuid) in enumerate(zip(chunks, uuids, strict=True)):
-            firsts = range(place * size, times * size * len(chunks), size * len(chunks))
-            rows = [row for first in firsts for row in range(first, first + size)]
-            (cond if evaluation.is_cond(index) else uncond).extend(rows)
-            crop = evaluation.crop(uuid, x)
-            if evaluation.is_cond(index) or self.prepared.keep_references_in_uncond:
-                routed.append((index, uuid, crop))
-            for row, view in zip(rows, self._views(evaluation, crop, size, x) * times, strict=True):
+        for each in conds:
+            (cond if each.conditional else uncond).extend(each.rows)
+            if each.conditional or self.prepared.keep_references_in_uncond:
+                routed.append((each.number, each.uuid, each.crop))
+            for row, view in zip(each.rows, each.views, strict=True):
                 crops[row] = view
-            if crop is not None or uuid in evaluation.masked:
-                apart.extend(rows)
-            if uuid is not None and (index, uuid) == evaluation.recorded:
-                if evaluation.is_tile(crop, x):
-                    self.record.tiled = True  # its routes are not the picture's
-                elif len(evaluation.rows) == size:
-                    shown = zip(evaluation.rows, rows[:size], strict=True)
-                    passed = self.seen - entry.recorded
-                    recorded = {row: place for row, place in shown if row not in passed}
-        recording = None
-        if recorded:
-            entry.recorded.update(recorded)
-            if self.batch is not None:
-                self.seen.update(recorded)
-            recorder = self.record.call(sigma, active, tuple(recorded))
-            recording = Recording(recorder, tuple(recorded.values()))
+            if each.apart:
+                apart.extend(each.rows)
         if entry.passes == 0:
-            entry.kind = evaluation.kind(routed, size * times, x)
+            entry.kind = evaluation.kind(routed, len(conds[0].rows), x)
         entry.passes += 1
         return Call(
             self.prepared,
@@ -169,27 +127,33 @@ class UNetPasses:
                 kind=entry.kind,
                 again=entry.passes > 1,
             ),
-            recording,
+            None if recording is None else Recording(*recording),
         )
 
-    def _views(
-        self, evaluation: Evaluation, crop: Crop | None, size: int, x: Tensor
-    ) -> list[Crop | None]:
-        """What each of the ``size`` rows of a cond shows. RoutingError where every picture has
-        masks of its own and nobody knows which ones these are."""
-        if self.prepared.source.pictures == 1:
-            return [crop] * size
-        numbers = evaluation.rows
-        if len(numbers) != size:
-            raise RoutingError(
-                f"masks: each picture of the batch has its own, but another node draws {size} of "
-                f"{self.record.rows} pictures at once and does not say which; give each subject "
-                "one mask for all"
-            )
-        return [evaluation.view(crop, number, x) for number in numbers]
+
+def windows_of(request: RunRequest) -> tuple[Window, ...] | None:
+    """Percents become noise levels: own window and overall window together. None: all strengths
+    are 0 or all windows empty, so that the model must run as if we were not there."""
+    settings, subjects = request.settings, request.routing.subjects
+    sampling = request.guider.model_patcher.get_model_object("model_sampling")
+    windows = tuple(
+        Window.of(subject.options, request.start, request.end, sampling) for subject in subjects
+    )
+    acts = any(
+        window.start > window.end
+        and max(subject.options.at_start, subject.options.at_end) > 0
+        and (
+            settings.strength * subject.options.strength > 0
+            or settings.reference_strength * subject.options.reference_strength > 0
+        )
+        for subject, window in zip(subjects, windows, strict=True)
+    )
+    return windows if acts else None
 
 
-def prepare_passes(request: RunRequest) -> UNetPasses:
+def prepare_passes(
+    request: RunRequest, windows: tuple[Window, ...], routers: Sequence[Any]
+) -> UNetPasses:
     """Project the subjects for a run, unless an earlier one has."""
     routing, guider, kept = request.routing, request.guider, request.kept
     model = guider.model_patcher
@@ -199,23 +163,24 @@ def prepare_passes(request: RunRequest) -> UNetPasses:
         prepared = replace(earlier, source=source)
         request.advance(2)
     else:
-        prepared = _project(request)
+        prepared = _project(request, routers)
         if kept is not None:
             kept.prepared = prepared
     return UNetPasses(
-        prepared,
-        request.windows,
-        request.record,
-        Roles.of(guider),
-        _attention_precision(model.model.diffusion_model),
-        BlockTable(request.record.sites),
-        replacements(guider.model_options["transformer_options"]),
+        record=request.record,
+        roles=Roles.of(guider),
+        prepared=prepared,
+        windows=windows,
+        precision=_attention_precision(model.model.diffusion_model),
+        table=BlockTable(request.record.sites),
+        replaced=replacements(guider.model_options["transformer_options"]),
     )
 
 
-def _project(request: RunRequest) -> PreparedSubjects:
+def _project(request: RunRequest, routers: Sequence[Any]) -> PreparedSubjects:
     routing, guider, advance = request.routing, request.guider, request.advance
-    anystory, subjects = routing.anystory, routing.subjects
+    anystory = routing.anystory
+    subjects = subjects_of(Subject, routing.subjects, anystory.model.fingerprint)
     model = guider.model_patcher
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
     device = model.load_device
@@ -225,7 +190,7 @@ def _project(request: RunRequest) -> PreparedSubjects:
     # Only tokens that know their places are made here: the others were made with the subject.
     grounded = any(subject.states is not None for subject in subjects)
     used = anystory.having("projections", *(("encoder",) if grounded else ()))
-    load([*used, *routing.routers()])
+    load([*used, *routers])
     advance(1)
     try:
         moved = [s.map(lambda x: x.to(device, dtype)) for s in subjects]

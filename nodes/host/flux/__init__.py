@@ -1,0 +1,1 @@
+"""What the glue does for FLUX alone."""

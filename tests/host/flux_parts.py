@@ -64,6 +64,34 @@ def flux_patcher(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     return kind(model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
 
 
+def other_patcher(kind: str) -> Any:
+    """A ModelPatcher of a model of FLUX's kin, "Flux2" or "Chroma", at the tiny sizes."""
+    import comfy.model_management as mm
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    changes: dict[str, Any] = {
+        "Flux2": {"image_model": "flux2", "global_modulation": True},
+        "Chroma": {
+            "image_model": "chroma",
+            "in_dim": 16,
+            "out_dim": CONFIG.transformer.width,
+            "hidden_dim": 16,
+            "n_layers": 1,
+        },
+    }[kind]
+    sizes = unet_config()
+    if kind == "Chroma":  # it has neither pooled text nor guidance, and counts channels in tokens
+        for name in ("vec_in_dim", "guidance_embed", "txt_ids_dims"):
+            sizes.pop(name, None)
+        sizes["in_channels"] = CONFIG.transformer.token_width
+    config = getattr(comfy.supported_models, kind)({**sizes, **changes})
+    config.set_inference_dtype(torch.float32, None)
+    return comfy.model_patcher.ModelPatcher(
+        config.get_model({}, ""), mm.get_torch_device(), mm.unet_offload_device()
+    )
+
+
 def siglip(**changes: Any) -> Any:
     """The host's vision model of the tiny sizes with random weights."""
     from comfy.clip_vision import ClipVisionModel
@@ -117,7 +145,8 @@ def clip() -> Any:
         "dtype": torch.float32,
     }
     encoder = comfy.sd.CLIP(target, model_options=sizes)
-    shake(encoder.cond_stage_model, torch.Generator().manual_seed(4))
+    for part in (encoder.cond_stage_model.clip_l, encoder.cond_stage_model.t5xxl):
+        shake(part.transformer, torch.Generator().manual_seed(4))
     return encoder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import inspect
 from typing import Any
 
 import flux_parts
@@ -245,23 +246,208 @@ def test_several_pictures_of_a_subject(flux: FluxWorld) -> None:
     assert torch.isfinite(out).all()
 
 
-def test_a_pack_that_skips_passes(flux: FluxWorld) -> None:
-    """TeaCache and EasyCache answer some passes from memory."""
+def test_easy_cache(flux: FluxWorld) -> None:
+    """The host's own, before and behind: it answers some steps from memory."""
+    from comfy_extras.nodes_easycache import EasyCacheNode
 
-    def skip(executor: Any, *args: Any, **kw: Any) -> Any:
-        skip.count += 1
-        if skip.count % 3 == 0:
-            return skip.last
-        skip.last = executor(*args, **kw)
-        return skip.last
+    def cached(model: Any) -> Any:
+        return EasyCacheNode.execute(model, 3.0, 0.0, 1.0, False).args[0]
 
-    skip.count, skip.last = 0, None
-    model = flux.apply()
+    skipped: list[int] = []
+    where = importlib.import_module(f"{flux.pack.__name__}.host.flux.passes")
+    with pytest.MonkeyPatch.context() as patch:
+        kept = where.FluxCall
+
+        def counted(*args: Any, **kw: Any) -> Any:
+            skipped.append(1)
+            return kept(*args, **kw)
+
+        patch.setattr(where, "FluxCall", counted)
+        before = flux.sample(flux.apply(model=cached(flux.model)), steps=12)
+        calls = len(skipped)
+        behind = flux.sample(cached(flux.apply()), steps=12)
+    assert torch.equal(before, behind)
+    assert 0 < calls < 11  # of steps 1 to 11, in which something acts
+    assert not close(before, flux.sample(cached(flux.model), steps=12), 1e-2)
+
+
+def older_forward(
+    self: Any,
+    img: Tensor,
+    img_ids: Tensor,
+    txt: Tensor,
+    txt_ids: Tensor,
+    timesteps: Tensor,
+    y: Tensor,
+    guidance: Tensor,
+    transformer_options: dict[str, Any],
+    attn_mask: Tensor | None = None,
+) -> Tensor:
+    """As packs have it that keep a copy of an older host's forward (TeaCache): blocks and their
+    replacements are given no options."""
+    from comfy.ldm.flux.layers import timestep_embedding
+
+    img, vec = self.img_in(img), self.time_in(timestep_embedding(timesteps, 256).to(img.dtype))
+    vec = vec + self.guidance_in(timestep_embedding(guidance, 256).to(img.dtype))
+    vec, txt = vec + self.vector_in(y), self.txt_in(txt)
+    pe = self.pe_embedder(torch.cat((txt_ids, img_ids), dim=1))
+    replace = transformer_options.get("patches_replace", {}).get("dit", {})
+    rest = {"vec": vec, "pe": pe, "attn_mask": attn_mask}
+    for i, block in enumerate(self.double_blocks):
+
+        def double(args: dict[str, Any], block: Any = block) -> dict[str, Any]:
+            image, text = block(**args)
+            return {"img": image, "txt": text}
+
+        args = {"img": img, "txt": txt, **rest}
+        found = replace.get(("double_block", i))
+        out = double(args) if found is None else found(args, {"original_block": double})
+        img, txt = out["img"], out["txt"]
+    img = torch.cat((txt, img), dim=1)
+    for i, block in enumerate(self.single_blocks):
+
+        def single(args: dict[str, Any], block: Any = block) -> dict[str, Any]:
+            return {"img": block(args["img"], **{name: args[name] for name in rest})}
+
+        args = {"img": img, **rest}
+        found = replace.get(("single_block", i))
+        img = (single(args) if found is None else found(args, {"original_block": single}))["img"]
+    return self.final_layer(img[:, txt.shape[1] :], vec)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_copy_of_an_older_forward(
+    flux: FluxWorld, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = flux.apply(flux.route(*flux.subjects[:count]))
+    plain, expected = flux.sample(), flux.sample(model)
+    net = flux.model.model.diffusion_model
+    seen: list[int] = []
+
+    def forward(*args: Any, **kw: Any) -> Tensor:
+        seen.append(1)
+        named = inspect.signature(whole).bind(*args, **kw).arguments
+        kept = inspect.signature(older_forward).parameters
+        return older_forward(net, **{name: x for name, x in named.items() if name in kept})
+
+    whole = net.forward_orig
+    monkeypatch.setattr(net, "forward_orig", forward)
+    assert close(flux.sample(), plain)
+    assert close(flux.sample(model), expected) and len(seen) == 12
+
+
+def test_blocks_with_other_tokens_go_without(
+    flux: FluxWorld, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another pack takes tokens away between two blocks; the run goes on, and says so once."""
     from comfy.patcher_extension import WrappersMP
 
-    kind = WrappersMP.DIFFUSION_MODEL
-    model.add_wrapper_with_key(kind, "cache", skip)
-    assert torch.isfinite(flux.sample(model)).all()
+    def cut(executor: Any, x: Tensor, *args: Any, **kw: Any) -> Any:
+        (options,) = (arg for arg in args if isinstance(arg, dict) and "sigmas" in arg)
+        options["patches"] = {"post_input": [shorter]}
+        return executor(x, *args, **kw)
+
+    def shorter(args: dict[str, Any]) -> dict[str, Any]:
+        text = args["txt"].shape[1] - 1
+        return {**args, "txt": args["txt"][:, :text], "txt_ids": args["txt_ids"][:, :text]}
+
+    for count in (1, 2):
+        caplog.clear()
+        model = flux.apply(flux.route(*flux.subjects[:count]))
+        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "other", cut)
+        assert torch.isfinite(flux.sample(model)).all()
+        assert caplog.text.count("another node changes them") == 1
+
+
+def test_style_model_apply(flux: FluxWorld) -> None:
+    """The host's own node: more tokens in the text, or a bias on them."""
+    from types import SimpleNamespace
+
+    from nodes import StyleModelApply
+
+    tokens = torch.randn(
+        1, 3, CONFIG.transformer.context_dim, generator=torch.Generator().manual_seed(6)
+    )
+    style = SimpleNamespace(get_cond=lambda _: tokens.clone())
+    routing, plain = flux.route(), flux.sample(flux.apply())
+    found: list[Tensor] = []
+    for strength, kind in ((1.0, "multiply"), (0.4, "multiply"), (0.4, "attn_bias")):
+        (positive,) = StyleModelApply().apply_stylemodel(flux.positive, style, None, strength, kind)
+        found.append(flux.sample(flux.apply(routing), positive=positive))
+        assert not close(found[-1], flux.sample(positive=positive), 1e-2)
+    assert not any(close(x, y, 1e-3) for x, y in zip(found, (plain, *found), strict=False))
+
+
+def test_sampler_custom_advanced_and_flux_guidance(flux: FluxWorld) -> None:
+    from comfy_extras import nodes_custom_sampler as nodes
+    from comfy_extras.nodes_flux import FluxGuidance
+
+    def result(node: Any, *args: Any) -> Any:
+        out = node.execute(*args)
+        return getattr(out, "args", out)[0]
+
+    model = flux.apply()
+    positive = result(FluxGuidance, flux.positive, 2.0)
+    guider = result(nodes.BasicGuider, model, positive)
+    noise, sampler = result(nodes.RandomNoise, 0), result(nodes.KSamplerSelect, "euler")
+    sigmas = result(nodes.BasicScheduler, model, "simple", 6, 1.0)
+    out = result(nodes.SamplerCustomAdvanced, noise, guider, sampler, sigmas, flux.latent())
+    assert close(out["samples"], flux.sample(model, positive=flux.prompt(1, guidance=2.0)))
+    assert not close(out["samples"], flux.sample(model), 1e-2)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_partial_loading(flux: FluxWorld, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the model's layers stay behind and are cast where they stand, as with --lowvram."""
+    import comfy.model_management as mm
+
+    routing = flux.route(*flux.subjects[:count])
+    expected = flux.sample(flux.apply(routing))
+    whole, left = mm.load_models_gpu, []
+
+    def load(models: Any, *args: Any, **kw: Any) -> Any:
+        result = whole(models, *args, **kw)
+        for patcher in models:
+            patcher.unpatch_model(patcher.offload_device)
+            size = patcher.model_size()
+            patcher.load(patcher.load_device, lowvram_model_memory=size // 2)
+            left.append(size - patcher.loaded_size())
+        return result
+
+    monkeypatch.setattr(mm, "load_models_gpu", load)
+    assert close(flux.sample(flux.apply(routing, flux_parts.flux_patcher())), expected)
+    assert len(left) == 1 + 2 * (count - 1) and all(size > 0 for size in left)
+
+
+def test_conds_in_threads(flux: FluxWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that spreads the conds over devices evaluates them at the same time."""
+    import threading
+
+    import comfy.samplers
+
+    model = flux.apply(references_in_uncond=True)
+    wanted = flux.sample(model, cfg=2.0, steps=3)
+    one = comfy.samplers._calc_cond_batch
+
+    def at_once(model: Any, conds: list[Any], *args: Any) -> list[Any]:
+        found: dict[int, Any] = {}
+        start = threading.Barrier(len(conds))
+
+        def work(place: int) -> None:
+            alone = [cond if i == place else None for i, cond in enumerate(conds)]
+            start.wait()
+            with torch.inference_mode():
+                found[place] = one(model, alone, *args)[place]
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(conds))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [found[i] for i in range(len(conds))]
+
+    monkeypatch.setattr(comfy.samplers, "_calc_cond_batch", at_once)
+    assert close(flux.sample(model, cfg=2.0, steps=3), wanted)
 
 
 def test_memory_is_flat(flux: FluxWorld) -> None:

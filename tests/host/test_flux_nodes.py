@@ -40,9 +40,10 @@ def by_hand(
     world: FluxWorld, naive: flux_naive.Flux, subjects: list[Any], *, mode: str = "learned",
     masks: Any = None, steps: int = 6, concept: tuple[float, float] = (0.1, 0.3),
     first: float | None = None, scale: float = 0.6, gamma: float = 0.0, prompt: Any = None,
-    row: int = 0, batch: int = 1,
+    row: int = 0, batch: int = 1, factor: Any = None,
 ) -> Tensor:  # fmt: skip
-    """Euler's steps with the naive transcription and the authors' rule for windows."""
+    """Euler's steps with the naive transcription and the authors' rule for windows. factor: of both
+    strengths at a step."""
     import comfy.samplers
 
     prompt = prompt or world.positive
@@ -63,13 +64,14 @@ def by_hand(
     for i in range(steps):
         told = int(steps * concept[0] + 0.5) <= i < int(steps * concept[1] + 0.5)
         seen = int(steps * first + 0.5) <= i
+        now = 1.0 if factor is None else factor(i / steps)
         people = [
             flux_naive.Person(
-                scale * s.concept if told else None,
+                scale * now * s.concept if told else None,
                 s.routing,
                 flux_scene.packed(s.latents) if seen else None,
                 s.keep,
-                gamma,
+                gamma + math.log(now),
             )
             for s in subjects
         ]
@@ -126,6 +128,50 @@ def test_settings(world: FluxWorld, naive: flux_naive.Flux) -> None:
         gamma=math.log(0.5),
     )  # fmt: skip
     assert close(world.sample(model)[0], expected)
+
+
+def test_strengths_that_change(world: FluxWorld, naive: flux_naive.Flux, pack: ModuleType) -> None:
+    given = {"strength": 1.0, "reference_strength": 1.0, "start": 0.0, "end": 1.0}
+    ramp = {"strength_at_start": 0.3, "strength_at_end": 2.0, "easing": "ease in"}
+    subjects = [
+        pack.AnyStorySubjectOptions.execute(s, **given, **ramp).args[0] for s in world.subjects
+    ]
+    out = world.sample(world.apply(world.route(*subjects), concept_end=0.8), steps=8)
+    expected = by_hand(
+        world, naive, world.subjects, steps=8, concept=(0.1, 0.8),
+        factor=lambda t: 0.3 + 1.7 * t * t,
+    )  # fmt: skip
+    assert close(out[0], expected, 1e-3)  # the host's table of noise levels has 10,000 entries
+    constant = by_hand(world, naive, world.subjects, steps=8, concept=(0.1, 0.8))
+    assert not close(out[0], constant, 1e-2)
+    gone = {**given, "strength_at_start": 0.0, "strength_at_end": 0.0}
+    nobody = [pack.AnyStorySubjectOptions.execute(s, **gone).args[0] for s in world.subjects]
+    assert torch.equal(world.sample(world.apply(world.route(*nobody))), world.sample())
+
+
+def test_each_picture_of_a_batch_has_its_masks(world: FluxWorld, naive: flux_naive.Flux) -> None:
+    left, right = world.halves()
+    masks = [torch.cat((left, right)), torch.cat((right, left))]
+    model = world.apply(world.route(mode="masks", masks=masks))
+    out = world.sample(model, latent_image=world.latent(batch=2), steps=3)
+    for row in range(2):
+        own = [mask[row : row + 1] for mask in masks]
+        expected = by_hand(
+            world, naive, world.subjects, mode="masks", masks=own, steps=3, row=row, batch=2
+        )
+        assert close(out[row], expected)
+    with pytest.raises(world.errors.RoutingError, match="has 2 masks, the batch has 3 pictures"):
+        world.sample(model, latent_image=world.latent(batch=3), steps=3)
+    with pytest.raises(world.errors.RoutingError, match="one subject has 2 masks and another 3"):
+        world.route(mode="masks", masks=[masks[0], torch.cat((left, right, left))])
+
+
+def test_a_mask_that_gives_no_place_is_said(world: FluxWorld, pack: ModuleType) -> None:
+    left, _ = world.halves()
+    inputs = {"subject_1": world.subjects[0], "mask_1": left}
+    inputs |= {"subject_2": world.subjects[1], "mask_2": left}
+    said = pack.SubjectRouter.execute(anystory=world.anystory, mode="masks", **inputs).ui["text"]
+    assert len(said) == 1 and "Subject 2 ('box') gets no place" in said[0]
 
 
 def test_rows_of_a_batch_route_for_themselves(world: FluxWorld, naive: flux_naive.Flux) -> None:

@@ -44,10 +44,31 @@ def test_other_models_of_the_kind(flux: FluxWorld, changes: dict[str, Any], word
         flux.apply(model=flux_parts.flux_patcher(**changes))
 
 
-def test_global_modulation(flux: FluxWorld) -> None:
-    """FLUX.2's own mark, at the sizes of the tiny model."""
-    with said(flux, r"FLUX\.2 and Chroma"):
-        flux.apply(model=flux_parts.flux_patcher(global_modulation=True))
+@pytest.mark.parametrize("kind", ["Flux2", "Chroma"])
+def test_models_with_modulation_of_their_own(flux: FluxWorld, kind: str) -> None:
+    """The host's own classes, at the sizes of the tiny model."""
+    with said(flux, rf"model: {kind} modulates all blocks at once, .*FLUX\.1-dev"):
+        flux.apply(model=flux_parts.other_patcher(kind))
+
+
+def test_a_control_lora(flux: FluxWorld) -> None:
+    """It makes the first layer take more channels when it is patched in, behind every check."""
+    from comfy.patcher_extension import WrappersMP
+
+    def more(executor: Any, x: torch.Tensor, *args: Any, **kw: Any) -> Any:
+        return executor(torch.cat((x, x), dim=1), *args, **kw)
+
+    model = flux.apply(flux.route(flux.subjects[0]))
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "control", more)
+    with said(flux, "model: it takes 8 channels, .* expect 4: a control LoRA"):
+        flux.sample(model)
+
+
+@pytest.mark.parametrize("references", ["whole", "masked in the decoder"])
+def test_references_beyond_the_mask(flux: FluxWorld, references: str) -> None:
+    with said(flux, f"references: got '{references}'; on FLUX"):
+        flux.apply(references=references)
+    flux.apply(references="masked")
 
 
 def test_schnell_gets_a_line_in_the_log(flux: FluxWorld, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,11 +12,13 @@ import pytest
 from PIL import Image
 
 from devkit.client import Client
+from devkit.graphs import LARGE
 from devkit.host import Host
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 BOTH = sorted({p.stem for p in FOLDER.glob("*.json")} & {p.stem for p in FOLDER.glob("api/*.json")})
 TEMPLATES = sorted(FOLDER.glob("*.json"))
+FLUX = {f"{name}_flux" for name in ("single_subject", "two_subjects", "story")}
 LARGEST = 100 * 1024  # bytes of a picture
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 NOTES = {"Note", "MarkdownNote"}  # the editor's own, unknown to the queue
@@ -108,13 +110,14 @@ def test_notes_say_what_to_change_first(path: Path) -> None:
     known = json.loads((FOLDER / "api" / path.name).read_text()).values()
     inputs = set(re.findall(r"(?<!\*)\*([^*]+)\*(?!\*)", advice))
     assert named | inputs and inputs <= {name for node in known for name in node["inputs"]}
-    assert ("drawn with the small model" in note) == path.stem.endswith("_sdxl")
+    assert ("drawn with the small model" in note) == path.stem.endswith(LARGE)
 
 
 def test_the_graphs_are_there() -> None:
     large = {"single_subject", "two_subjects", "two_subjects_masks"}
     small = {"three_subjects", "routes", "segmentation", "hires_fix", "story"}
-    assert set(BOTH) == large | small | {f"{name}_sdxl" for name in (*large, "public_weights")}
+    sdxl = {f"{name}_sdxl" for name in (*large, "public_weights")}
+    assert set(BOTH) == large | small | sdxl | FLUX
     assert {path.stem for path in FOLDER.glob("*.json")} == set(BOTH)
 
 
@@ -134,3 +137,31 @@ def test_the_graph_of_public_weights_names_what_the_builder_writes(host: Host) -
     assert of["CLIPVisionLoader"]["clip_name"] in files and len(files) == 4
     assert all(file in page for file in files)
     assert all(f"models/{folder}" in note for folder in ("checkpoints", "ipadapter", "clip_vision"))
+
+
+@pytest.mark.parametrize("name", sorted(FLUX))
+def test_the_graphs_of_flux_name_their_files(host: Host, name: str) -> None:
+    """Every file of a loader is in the note, as is what the builder reads and where it writes; and
+    the page on FLUX has them all."""
+    known = Client(host.url).get("/object_info")
+    builder = known["BuildAnyStoryFlux"]["input"]["required"]
+    api = json.loads((FOLDER / "api" / f"{name}.json").read_text())
+    of = {node["class_type"]: node["inputs"] for node in api.values()}
+    assert of["LoadAnyStory"]["anystory_name"] == f"{builder['name'][1]['default']}.safetensors"
+    assert of["KSampler"]["negative"] == of["KSampler"]["positive"]  # cfg 1 does not read it
+    nodes = json.loads((FOLDER / f"{name}.json").read_text())["nodes"]
+    (note,) = [node["widgets_values"][0] for node in nodes if node["type"] in NOTES]
+    page = (FOLDER.parent / "docs" / "flux.md").read_text()
+    loaders = ("UNETLoader", "DualCLIPLoader", "VAELoader", "CLIPVisionLoader", "LoadAnyStory")
+    files = {
+        value
+        for kind in loaders
+        for value in of[kind].values()
+        if isinstance(value, str) and value.endswith(".safetensors")
+    }
+    assert len(files) == 6
+    for text in (note, page):
+        assert all(f"{file}`" in text for file in files), text
+        assert "`anystory_flux.bin`" in text and "`flux1-redux-dev.safetensors`" in text
+        assert "non-commercial licence" in text and "That is not AnyStory" in text
+    assert "models/diffusion_models" in note and known["BuildAnyStoryFlux"]["display_name"] in note

@@ -104,6 +104,13 @@ class FluxPasses(RunPasses):
                 "positive: it has reference latents (FLUX Kontext), whose tokens AnyStory does not "
                 "know; connect a conditioning without them"
             )
+        channels: int = self.run.latents[0].shape[1]
+        if x.shape[1] != channels:
+            raise ModelMismatchError(
+                f"model: it takes {x.shape[1]} channels, these AnyStory weights expect {channels}: "
+                "a control LoRA, or another node, gives it more than the latent; load FLUX.1-dev "
+                "without it"
+            )
         conds = self.conds_of(options, x, self.run.pictures)
         recording = self.recording(options, x, conds, entry, active)
         groups, views = self._groups(conds, values, options, biases, net)

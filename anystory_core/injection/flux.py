@@ -62,7 +62,7 @@ class FluxRun:
     looks at all subjects.
     """
 
-    concepts: tuple[Tensor | None, ...]
+    concepts: Concepts
     biases: tuple[float, ...]
     latents: tuple[Tensor, ...]
     keep: tuple[Tensor, ...]
@@ -78,7 +78,8 @@ class FluxRun:
         router = self.router
         if router is not None:
             router = dataclasses.replace(router, tokens=router.tokens.to(device, dtype))
-        concepts = tuple(None if x is None else x.to(device, dtype) for x in self.concepts)
+        tokens = tuple(None if x is None else x.to(device, dtype) for x in self.concepts.tokens)
+        concepts = dataclasses.replace(self.concepts, tokens=tokens)
         return dataclasses.replace(self, concepts=concepts, router=router)
 
     @property
@@ -88,20 +89,27 @@ class FluxRun:
         return all(
             (concept is None or own.empty) and (bias == -math.inf or theirs.empty)
             for concept, bias, (own, theirs) in zip(
-                self.concepts, self.biases, windows, strict=True
+                self.concepts.tokens, self.biases, windows, strict=True
             )
         )
 
     def concepts_at(self, sigma: float) -> Concepts:
         """The subjects' tokens that are inside their windows."""
         found: list[Tensor | None] = []
-        for tokens, window, ramp in zip(
-            self.concepts, self.concept_windows, self.ramps, strict=True
+        repeats: list[int] = []
+        for tokens, again, window, ramp in zip(
+            self.concepts.tokens,
+            self.concepts.repeats,
+            self.concept_windows,
+            self.ramps,
+            strict=True,
         ):
             factor = 1.0 if ramp is None else ramp.factor(sigma)
-            inside = tokens is not None and window.holds(sigma) and factor > 0
-            found.append(tokens * factor if inside and factor != 1 else tokens if inside else None)
-        return Concepts(tuple(found))
+            if tokens is None or factor == 0 or not window.holds(sigma):
+                tokens, again = None, 0
+            found.append(tokens if tokens is None or factor == 1 else tokens * factor)
+            repeats.append(again)
+        return Concepts(tuple(found), tuple(repeats))
 
     def biases_at(self, sigma: float) -> tuple[float, ...]:
         """gamma of the references that are inside their windows, -inf for the others."""
@@ -232,9 +240,11 @@ def prepare_flux(
     acts = [max(s.options.at_start, s.options.at_end) > 0 for s in found]
     concept = defaults.concept_scale * settings.strength
     return FluxRun(
-        concepts=tuple(
-            _scaled(s.concept, concept * s.options.strength * on)
-            for s, on in zip(found, acts, strict=True)
+        concepts=Concepts.merged(
+            [
+                _scaled(s.concept, concept * s.options.strength * on)
+                for s, on in zip(found, acts, strict=True)
+            ]
         ),
         biases=tuple(
             _log(settings.reference_strength * s.options.reference_strength * on)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import math
 from pathlib import Path
 from types import ModuleType
@@ -113,6 +115,34 @@ def test_masks_decide(world: FluxWorld, naive: flux_naive.Flux) -> None:
     out = world.sample(world.apply(routing))
     assert close(out[0], by_hand(world, naive, world.subjects, mode="masks", masks=masks))
     assert not close(out, world.sample(world.apply()), 1e-3)
+
+
+@pytest.mark.parametrize("least", [1, 10**9], ids=["by region", "masked"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_empty_places_go_through_the_layers_once(
+    world: FluxWorld, naive: flux_naive.Flux, count: int, least: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Three of four places of each subject lie outside of its mask; the transcription has them
+    all."""
+    monkeypatch.setattr(world.module("bases.flux.call"), "LEAST_SORTED", least)
+    where = importlib.import_module(f"{world.pack.__name__}.host.flux.passes")
+    lengths: list[tuple[int, ...]] = []
+    layout = where.Layout
+
+    def seen(text: int, concepts: tuple[int, ...], *rest: Any) -> Any:
+        lengths.append(concepts)
+        return layout(text, concepts, *rest)
+
+    monkeypatch.setattr(where, "Layout", seen)
+    subjects = [
+        dataclasses.replace(s, concept=s.concept * torch.tensor([[0.0], [1.0], [0.0], [0.0]]))
+        for s in world.subjects[:count]
+    ]
+    out = world.sample(world.apply(world.route(*subjects), concept_end=1.0, reference_start=0.0))
+    assert set(lengths) == {(2,) * count, (0,) * count}
+    expected = by_hand(world, naive, subjects, concept=(0.1, 1.0), first=0.0)
+    assert close(out[0], expected)
 
 
 def test_settings(world: FluxWorld, naive: flux_naive.Flux) -> None:
@@ -263,8 +293,6 @@ def test_two_prompts_have_references_of_their_own(world: FluxWorld) -> None:
     right = node_helpers.conditioning_set_values(world.prompt(5), {"area": (8, 6, 0, 4)})
     passes: list[int] = []
     glue = world.module("bases.flux.reference")
-    import importlib
-
     where = importlib.import_module(f"{world.pack.__name__}.host.flux.passes")
     whole = glue.reference_pass
     with pytest.MonkeyPatch.context() as patch:

@@ -88,8 +88,10 @@ def subject(generator: torch.Generator, views: int, *, concept: bool, gamma: flo
     side = grid * CONFIG.transformer.patch_size
     keep = torch.rand(views, grid * grid, generator=generator) < 0.6
     keep[:, 0] = True
+    tokens = normal(4 * views, width)
+    tokens[torch.rand(4 * views, generator=generator) < 0.4] = 0  # places outside of the mask
     return Subject(
-        normal(4 * views, width) if concept else None,
+        tokens if concept else None,
         normal(views, width),
         normal(views, CONFIG.transformer.channels, side, side),
         keep,
@@ -153,10 +155,10 @@ def call_of(
     groups: tuple[RowGroup, ...],
     **kw: Any,
 ) -> tuple[FluxCall, Concepts]:
-    concepts = Concepts(tuple(s.concept for s in subjects))
+    concepts = Concepts.merged([s.concept for s in subjects])
     call = FluxCall(
         model.sites,
-        Layout(text, concepts.lengths, grid),
+        Layout(text, concepts.lengths, grid, concepts.repeats),
         groups,
         tuple(s.gamma for s in subjects),
         attention,

@@ -15,6 +15,10 @@ everything. The exact ways:
 
 A row that takes no part looks at text and image as if the subjects' tokens were not there.
 
+A subject's tokens for places outside of its mask are all zero. They enter the text stream as one
+vector at one position, so they stay the same through every block: one of them goes through the
+layers, and as a key it counts as often as there are such places.
+
 Axes: B rows, H heads, L tokens of the sequence, M image tokens, K keys, h width of a head.
 """
 
@@ -37,11 +41,13 @@ Grid = tuple[int, int]  # height and width in tokens
 @dataclass(frozen=True)
 class Layout:
     """Where what is in the sequence: ``text`` tokens, ``concepts[i]`` tokens of subject i (0: it
-    has none at this call), then the image."""
+    has none at this call), then the image. ``repeats[i]``: as a key, the last token of subject i
+    counts so many times more; nothing: none does."""
 
     text: int
     concepts: tuple[int, ...]
     grid: Grid
+    repeats: tuple[int, ...] = ()
 
     @property
     def image(self) -> int:
@@ -57,6 +63,10 @@ class Layout:
     def total(self) -> int:
         """L."""
         return self.start + self.image
+
+    def again(self, subject: int) -> int:
+        """How many times more the last token of a subject counts as a key."""
+        return self.repeats[subject] if self.repeats else 0
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """First and last + 1 token of each subject."""
@@ -90,33 +100,41 @@ class Given:
         pairs = zip(self.references, self.biases, strict=True)
         return any(r is not None and bias != 0 for r, bias in pairs)
 
-    def columns(self, like: Tensor, before: int = 0) -> Tensor:
-        """gamma of every reference key, subject by subject, behind ``before`` keys without:
-        (before+K,)."""
-        row = like.new_zeros(before + sum(self.lengths))
-        start = before
+    def columns(self, like: Tensor, layout: Layout) -> Tensor:
+        """gamma of all keys that :meth:`joined` gives: (K,)."""
+        start = layout.total
+        row = like.new_zeros(start + sum(self.lengths) + sum(layout.repeats))
         for length, bias in zip(self.lengths, self.biases, strict=True):
             if length:
                 row[start : start + length] = bias
             start += length
         return row
 
-    def joined(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v (B,H,L,h) with all references behind them."""
-        own = [r.rows(k.shape[0]) for r in self.references if r is not None]
-        if not own:
-            return k, v
-        return torch.cat((k, *(r.k for r in own)), dim=2), torch.cat(
-            (v, *(r.v for r in own)), dim=2
-        )
+    def joined(self, x: Tensor, layout: Layout, *, values: bool) -> Tensor:
+        """The sequence's keys or values x (B,H,L,h) with all references behind them, and behind
+        those the tokens that count more than once."""
+        own = [r.rows(x.shape[0]) for r in self.references if r is not None]
+        parts = [x, *(r.v if values else r.k for r in own)]
+        for subject, (_, end) in enumerate(layout.spans()):
+            if layout.again(subject):
+                parts.append(_again(x, end, layout.again(subject)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def attend_open(q: Tensor, k: Tensor, v: Tensor, given: Given, attention: HeadAttention) -> Tensor:
+def _again(x: Tensor, end: int, count: int) -> Tensor:
+    """Copies of the token before ``end``: (B,H,count,h)."""
+    return x[:, :, end - 1 : end].expand(-1, -1, count, -1)
+
+
+def attend_open(
+    q: Tensor, k: Tensor, v: Tensor, given: Given, layout: Layout, attention: HeadAttention
+) -> Tensor:
     """q (B,H,Q,h) over k, v (B,H,L,h) and all references -> (B,Q,H*h)."""
-    keys, values = given.joined(k, v)
+    keys = given.joined(k, layout, values=False)
+    values = given.joined(v, layout, values=True)
     if not given.biased:
         return attention(q, keys, values)
-    row = given.columns(q, before=k.shape[2])
+    row = given.columns(q, layout)
     return attention(q, keys, values, row.expand(1, 1, q.shape[2], -1))
 
 
@@ -165,7 +183,7 @@ def attend_by_region(
     if len(copies) == 1:
         text = copies[0].everything(head, given, attention)
     else:
-        text = attend_open(head, k, v, given, attention)
+        text = attend_open(head, k, v, given, layout, attention)
     order = ids.argsort(dim=1, stable=True)
     inverse = order.argsort(dim=1)
     sizes = _sizes(ids, subjects + 1)
@@ -208,6 +226,8 @@ class _Copy:
         def theirs(x: Tensor, subject: int, values: bool) -> list[Tensor]:
             start, end = spans[subject]
             own = [x[:, :, start:end]]
+            if layout.again(subject):
+                own.append(_again(x, end, layout.again(subject)))
             reference = given.references[subject]
             if reference is not None:
                 rows = reference.rows(batch)
@@ -220,12 +240,12 @@ class _Copy:
             return torch.cat((*theirs(x, first, values), *middle, *after), dim=2)
 
         lengths = given.lengths
-        before = lengths[first] + layout.concepts[first]
+        before = lengths[first] + layout.concepts[first] + layout.again(first)
         middle = before + layout.text + layout.image
         parts = {-1: (before, middle), first: (0, middle)}
         references = {first: (0, lengths[first])}
         if second is not None:
-            end = middle + layout.concepts[second] + lengths[second]
+            end = middle + layout.concepts[second] + layout.again(second) + lengths[second]
             parts[second] = before, end
             references[second] = end - lengths[second], end
         return cls(join(k, False), join(v, True), parts, references)
@@ -275,12 +295,13 @@ def attend_masked(
 ) -> Tensor:
     """As :func:`attend_by_region` (ids None: as :func:`attend_open`) in one call over all keys.
     mask (B or 1,1 or H,L,L): the caller's own over the sequence, additive or bool."""
-    keys, values = given.joined(k, v)
+    keys = given.joined(k, layout, values=False)
+    values = given.joined(v, layout, values=True)
     allowed = _allowed(given, ids, layout, q.device)  # (B or 1,1,L,K) bool
     if mask is None and not given.biased:
         return attention(q, keys, values, allowed)
     bias = q.new_zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)
-    bias += given.columns(q, before=k.shape[2])
+    bias += given.columns(q, layout)
     if mask is not None:
         own = additive(mask, q)
         bias = bias + torch.nn.functional.pad(own, (0, keys.shape[2] - k.shape[2]))
@@ -298,7 +319,7 @@ def additive(mask: Tensor, like: Tensor) -> Tensor:
 
 def _allowed(given: Given, ids: Tensor | None, layout: Layout, device: torch.device) -> Tensor:
     """Which keys each query of the sequence may look at: (B or 1,1,L,K) bool."""
-    keys = layout.total + sum(given.lengths)
+    keys = layout.total + sum(given.lengths) + sum(layout.repeats)
     if ids is None:
         return torch.ones(1, 1, layout.total, keys, dtype=torch.bool, device=device)
     table = torch.zeros(len(layout.concepts) + 1, keys, dtype=torch.bool)
@@ -311,6 +332,10 @@ def _allowed(given: Given, ids: Tensor | None, layout: Layout, device: torch.dev
         table[subject, first:last] = True
         table[subject, position : position + length] = True
         position += length
+    for subject in range(len(layout.concepts)):
+        count = layout.again(subject)
+        table[subject, position : position + count] = True
+        position += count
     image = table.to(device)[ids]  # (B,M,K)
     text = image.new_ones(image.shape[0], layout.start, keys)
     return torch.cat((text, image), dim=1)[:, None]

@@ -51,9 +51,25 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class Concepts:
-    """The subjects' tokens in the text stream, each (n_i,C) at its strength; None: it has none."""
+    """The subjects' tokens in the text stream, each (n_i,C) at its strength; None: it has none.
+    ``repeats[i]``: the last of them stands for so many more; nothing: none does."""
 
     tokens: tuple[Tensor | None, ...]
+    repeats: tuple[int, ...] = ()
+
+    @classmethod
+    def merged(cls, tokens: Sequence[Tensor | None]) -> Concepts:
+        """With one token for all of a subject's empty places (:mod:`.attention`)."""
+        found: list[Tensor | None] = []
+        repeats: list[int] = []
+        for own in tokens:
+            empty = None if own is None else (own == 0).all(dim=-1)
+            count = 0 if empty is None else int(empty.sum())
+            if own is not None and empty is not None and count > 1:
+                own = torch.cat((own[~empty], own[empty][:1]))
+            found.append(own)
+            repeats.append(max(0, count - 1))
+        return cls(tuple(found), tuple(repeats))
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -159,7 +175,7 @@ class FluxCall:
         if mask is not None:
             return attend_masked(q, k, v, given, ids, self.layout, self.attention, mask)
         if ids is None:
-            return attend_open(q, k, v, given, self.attention)
+            return attend_open(q, k, v, given, self.layout, self.attention)
         if self.layout.image < LEAST_SORTED:
             return attend_masked(q, k, v, given, ids, self.layout, self.attention)
         return attend_by_region(q, k, v, given, ids, self.layout, self.attention)

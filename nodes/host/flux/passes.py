@@ -118,7 +118,7 @@ class FluxPasses(RunPasses):
             return options
         patch = net.patch_size
         grid = -(-x.shape[-2] // patch), -(-x.shape[-1] // patch)
-        layout = Layout(context.shape[1], concepts.lengths, grid)
+        layout = Layout(context.shape[1], concepts.lengths, grid, concepts.repeats)
         recorder, recorded = (None, ()) if recording is None else recording
         call = FluxCall(
             self.record.sites,
@@ -223,7 +223,7 @@ class FluxPasses(RunPasses):
         values of the references."""
         net, run = model.diffusion_model, self.run
         width = max(1, -(-shape[-1] // net.patch_size))
-        tokens = sum(x.shape[0] for x in run.concepts if x is not None)
+        tokens = sum(x.shape[0] for x in run.concepts.tokens if x is not None)
         tokens += 0 if run.router is None else run.router.tokens.shape[1]
         kept = sum(
             int(mask.sum())

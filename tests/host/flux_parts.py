@@ -69,6 +69,7 @@ def other_patcher(kind: str) -> Any:
     import comfy.model_management as mm
     import comfy.model_patcher
     import comfy.supported_models
+    from comfy.ldm.chroma import model as chroma
 
     changes: dict[str, Any] = {
         "Flux2": {"image_model": "flux2", "global_modulation": True},
@@ -81,9 +82,9 @@ def other_patcher(kind: str) -> Any:
         },
     }[kind]
     sizes = unet_config()
-    if kind == "Chroma":  # it has neither pooled text nor guidance, and counts channels in tokens
-        for name in ("vec_in_dim", "guidance_embed", "txt_ids_dims"):
-            sizes.pop(name, None)
+    if kind == "Chroma":  # it has no guidance, and counts channels in tokens
+        known = inspect.signature(chroma.ChromaParams).parameters
+        sizes = {name: x for name, x in sizes.items() if name in known}
         sizes["in_channels"] = CONFIG.transformer.token_width
     config = getattr(comfy.supported_models, kind)({**sizes, **changes})
     config.set_inference_dtype(torch.float32, None)

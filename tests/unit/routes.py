@@ -7,11 +7,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from anystory_core.bases.base import Site
+from anystory_core.bases.flux import sites as flux
+from anystory_core.bases.flux.config import FluxConfig
+from anystory_core.bases.sdxl import sites as sdxl
 from anystory_core.bases.sdxl.config import AnyStoryConfig
-from anystory_core.bases.sdxl.sites import build_sites
 from anystory_core.routing.record import LevelRecord, RoutingRecord
 
 Regions = Callable[[Tensor, Tensor], Tensor]  # y, x in [0,1) of each token -> region ids
+
+
+def sites_of(config: AnyStoryConfig | FluxConfig) -> tuple[Site, ...]:
+    if isinstance(config, FluxConfig):
+        return flux.build_sites(config.transformer)
+    return sdxl.build_sites(config.unet)
 
 
 def halves(subjects: int) -> Regions:
@@ -20,7 +29,7 @@ def halves(subjects: int) -> Regions:
 
 
 def record_of(
-    config: AnyStoryConfig,
+    config: AnyStoryConfig | FluxConfig,
     regions: Regions,
     *,
     labels: tuple[str, ...] = ("fox", "owl"),
@@ -28,7 +37,7 @@ def record_of(
     size: tuple[int, int] = (256, 256),
 ) -> RoutingRecord:
     """The same regions at every block and step of a picture of ``size``, one batch row."""
-    sites = build_sites(config.unet)
+    sites = sites_of(config)
     schedule = (*(14.6 / (number + 1) for number in range(steps)), 0.0)
     record = RoutingRecord(labels, sites, schedule)
     for number in range(steps):
@@ -44,7 +53,12 @@ def record_of(
 
 
 def random_record(
-    config: AnyStoryConfig, labels: tuple[str, ...], *, steps: int, size: tuple[int, int], seed: int
+    config: AnyStoryConfig | FluxConfig,
+    labels: tuple[str, ...],
+    *,
+    steps: int,
+    size: tuple[int, int],
+    seed: int,
 ) -> RoutingRecord:
     """Every token by chance: the worst case for compression."""
     generator = torch.Generator().manual_seed(seed)

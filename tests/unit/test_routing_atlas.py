@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from routes import halves, random_record, record_of
 
+from anystory_core.bases.flux.config import FluxConfig
 from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.errors import RoutingError
 from anystory_core.pictures.atlas import LIMIT, Atlas, build_atlas
@@ -51,6 +52,21 @@ def test_sdxl_at_full_length_stays_below_two_megabytes() -> None:
     atlas = build_atlas(record, 0)
     assert len(atlas.layout["steps"]) == 25 and len(atlas.layout["blocks"]) == 70
     assert len(atlas.png) + len(json.dumps(atlas.layout)) <= LIMIT
+
+
+def test_flux_at_full_length() -> None:
+    """25 steps, 57 blocks, 2 subjects, 1024 squared: all are there, none is left out."""
+    record = random_record(FluxConfig(), THREE[:2], steps=25, size=(1024, 1024), seed=3)
+    atlas = build_atlas(record, 0)
+    labels = list(atlas.layout["blocks"].values())
+    assert labels == [*(f"double {i}" for i in range(19)), *(f"single {i}" for i in range(38))]
+    assert atlas.layout["grids"] == [[[index, 64, 64] for index in range(1, 58)]]
+    assert len(atlas.layout["steps"]) == 25
+    assert len(atlas.png) + len(json.dumps(atlas.layout)) <= LIMIT
+    last = unpack(atlas)[24]
+    for index in (1, 19, 20, 57):
+        expected = record.levels[24].map(index, 0)
+        assert expected is not None and torch.equal(last[index], expected)
 
 
 def test_steps_are_left_out_evenly_above_the_limit() -> None:

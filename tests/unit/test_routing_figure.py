@@ -8,6 +8,7 @@ import pytest
 import torch
 from routes import halves, record_of
 
+from anystory_core.bases.flux.config import FluxConfig
 from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.errors import RoutingError
 from anystory_core.pictures.figure import MOST_PIXELS, figure, fitting, overlay
@@ -39,6 +40,14 @@ def test_a_tile_shows_the_blocks_own_region() -> None:
     pixels = int(_has(picture, palette(2)[0]).sum())
     swatch = 11 * 11
     assert pixels == 16 * tile * tile // 2 + swatch
+
+
+def test_flux_has_a_tile_for_each_of_57_blocks() -> None:
+    record = record_of(FluxConfig(), halves(2), steps=1, size=(512, 512))
+    assert len(record.blocks) == 57
+    picture = figure(record, levels=[record.levels[0]], tile=32)
+    pixels = int(_has(picture, palette(2)[0]).sum())
+    assert pixels == 57 * 32 * 32 // 2 + 11 * 11
 
 
 def test_a_subject_outside_its_window_is_blank() -> None:

@@ -6,7 +6,8 @@
 
 A candidate whose coarse region is empty attends to every token. All maps of Z are linear and R has
 few rows, so nothing of size hw x d_k is built: W2, Wk and W4 are stored transposed (``Linear(d_k ->
-d)``) and applied on the R side, and Wv is applied after the sum over tokens. That is exact.
+d)``) and applied on the R side, and Wv is applied after the sum over tokens. That is exact. What is
+left of a router for a sampling run are its :class:`RouterKeys`; its weights are not asked again.
 
 Axes: B rows, C candidates (N subjects, then the background), Q image tokens, D block width,
 E routing width d_r, K key width d_k, H heads.
@@ -26,21 +27,77 @@ from ..config import RouterConfig
 
 
 @dataclass(frozen=True)
-class RouterKeys:
-    """What a router needs of the routing features; constant over a sampling run."""
-
-    candidates: int
-    scores: Tensor  # (R,C*(1+H),D), R = 1 or B: each candidate's coarse key, then its H queries
-    refined: Tensor | None = None  # (R,C,D): W4^T W3 R_i / sqrt(d_k)
-    update: Tensor | None = None  # (K,D): W4^T W3 W_o / sqrt(d_k), what attention adds to it
-
-
-@dataclass(frozen=True)
 class RoutingLogits:
     """Scores before the softmax over candidates, float32; ``allowed`` already applied."""
 
     coarse: Tensor  # (B,C,Q)
     refined: Tensor  # (B,C,Q); the coarse ones themselves when the router does not refine
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What a router asks of the tokens of each coarse region."""
+
+    refined: Tensor  # (R,C,D): W4^T W3 R_i / sqrt(d_k)
+    value: Tensor  # (D,K): Wv, transposed
+    update: Tensor  # (K,D): W4^T W3 W_o / sqrt(d_k), what attention adds to ``refined``
+    own: Tensor  # (H,1,K): 1 on the values of each head
+    numbers: Tensor  # (C,1): 0 to C - 1
+
+
+@dataclass(frozen=True)
+class RouterKeys:
+    """A router and the routing features that it was asked with, folded together; constant over a
+    sampling run."""
+
+    candidates: int
+    # (R,(1+H)*C,D), R = 1 or B: the candidates' coarse keys, then their queries, head by head;
+    # without refinement the coarse keys alone.
+    scores: Tensor
+    refinement: Refinement | None = None
+
+    def logits(self, z: Tensor, allowed: Tensor | None = None) -> RoutingLogits:
+        """Scores of every candidate at every token.
+
+        z (B,Q,D): the block's ``norm2`` output. allowed (B or 1, C, Q) bool: candidates forbidden
+        at a token score -inf; each token must keep at least one.
+        """
+        across = z.transpose(1, 2)
+        scores = _wide(torch.matmul(_as(self.scores, z), across))  # (B,(1+H)*C,Q)
+        if self.refinement is None:
+            coarse = _forbid(scores, allowed)
+            return RoutingLogits(coarse, coarse)
+        scores = scores.unflatten(1, (-1, self.candidates))  # (B,1+H,C,Q)
+        coarse = _forbid(scores[:, 0], allowed)
+        # A region's other tokens are closed to its candidate, unless it has none.
+        outside = coarse.argmax(dim=1, keepdim=True) != self.refinement.numbers
+        outside = outside > outside.all(dim=-1, keepdim=True)  # (B,C,Q)
+        attention = scores[:, 1:].masked_fill(outside.unsqueeze(1), -torch.inf).softmax(dim=-1)
+        summed = torch.matmul(_as(attention.flatten(1, 2), z), z)  # (B,H*C,D): sum_u a_u Z_u
+        key = self._refined(summed)  # (B,C,D)
+        return RoutingLogits(coarse, _forbid(_wide(torch.matmul(key, across)), allowed))
+
+    def _refined(self, summed: Tensor) -> Tensor:
+        """W4^T W3 R'_i / sqrt(d_k), from what each head found: (B,H*C,D) -> (B,C,D)."""
+        assert self.refinement is not None
+        values = torch.matmul(summed, _as(self.refinement.value, summed))  # (B,H*C,K)
+        values = values.unflatten(1, (-1, self.candidates))
+        own = (values * _as(self.refinement.own, summed)).sum(dim=1)  # each head keeps its slice
+        update = torch.matmul(own, _as(self.refinement.update, summed))
+        return update + _as(self.refinement.refined, summed)
+
+
+def _as(x: Tensor, like: Tensor) -> Tensor:
+    """In the number type and on the device of ``like``; without a call where it is so already."""
+    return x if x.dtype == like.dtype and x.device == like.device else x.to(like)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float32 else x.float()
+
+
+def _forbid(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    return logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)
 
 
 class Router(nn.Module):
@@ -59,6 +116,7 @@ class Router(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.key_dim = config.key_dim
+        self.width = width
         self.refine = config.refine
 
         def linear(inputs: int, outputs: int) -> nn.Module:
@@ -82,55 +140,29 @@ class Router(nn.Module):
         coarse = self.coarse_z(self.coarse_r(routing)) / self.key_dim**0.5  # (R,C,D)
         if not self.refine:
             return RouterKeys(candidates, coarse)
-        query = self.query(self.norm(routing)).unflatten(-1, (self.heads, -1))  # (R,C,H,K/H)
+        place = {"dtype": routing.dtype, "device": routing.device}
+        own = torch.eye(self.heads, **place).repeat_interleave(self.key_dim // self.heads, dim=1)
+        own = own[:, None]  # (H,1,K)
         # One row per head, zero outside that head's slice: the transposed key map then acts on each
         # head alone although it is one ordinary Linear.
-        spread = torch.diag_embed(query.transpose(-1, -2), dim1=-3, dim2=-2)  # (R,C,H,H,K/H)
-        queries = self.key(spread.flatten(-2)) / (self.key_dim / self.heads) ** 0.5  # (R,C,H,D)
+        spread = self.query(self.norm(routing))[:, None] * own  # (R,H,C,K)
+        queries = self.key(spread) / (self.key_dim / self.heads) ** 0.5  # (R,H,C,D)
         # R'_i is linear in what attention finds, and so is its key: three maps become one.
-        unit = torch.eye(self.key_dim, dtype=routing.dtype, device=routing.device)
+        unit = torch.eye(self.key_dim, **place)
         both = torch.cat((routing.flatten(0, 1), self.out(unit).to(routing)))
         both = self.refine_z(self.refine_r(both)) / self.key_dim**0.5
         refined, update = both.split((len(both) - self.key_dim, self.key_dim))
         return RouterKeys(
             candidates,
             torch.cat((coarse, queries.flatten(1, 2)), dim=1),
-            refined.unflatten(0, (-1, candidates)),
-            update,
+            Refinement(
+                refined.unflatten(0, (-1, candidates)),
+                self.value(torch.eye(self.width, **place)),
+                update,
+                own,
+                torch.arange(candidates, device=routing.device)[:, None],
+            ),
         )
-
-    def logits(self, z: Tensor, keys: RouterKeys, allowed: Tensor | None = None) -> RoutingLogits:
-        """Scores of every candidate at every token.
-
-        z (B,Q,D): the block's ``norm2`` output. allowed (B or 1, C, Q) bool: candidates forbidden
-        at a token score -inf; each token must keep at least one.
-        """
-        candidates = keys.candidates
-        across = z.transpose(1, 2)
-        scores = torch.matmul(keys.scores.to(z), across)  # (B,C*(1+H),Q)
-        coarse = _forbid(scores[:, :candidates].float(), allowed)
-        if keys.refined is None or keys.update is None:
-            return RoutingLogits(coarse, coarse)
-
-        with torch.no_grad():  # the mask is hard: no gradient passes through it
-            winner = coarse.argmax(dim=1, keepdim=True)  # (B,1,Q)
-            inside = torch.zeros_like(coarse, dtype=torch.bool).scatter_(1, winner, True)
-            # (B,C,Q); a candidate whose region is empty attends to every token
-            outside = ~inside & inside.any(dim=-1, keepdim=True)
-        attention = scores[:, candidates:].float()
-        attention = attention.reshape(-1, candidates, self.heads, z.shape[1])
-        attention = attention.masked_fill(outside[:, :, None], -torch.inf).softmax(dim=-1)
-        summed = torch.matmul(attention.flatten(1, 2).to(z), z)  # (B,C*H,D): sum_u a_u Z_u
-        value: Tensor = self.value(summed)  # (B,C*H,K)
-        # (B,C,H,H,K/H): head h keeps its own slice
-        value = value.reshape(-1, candidates, self.heads, self.heads, self.key_dim // self.heads)
-        value = value.diagonal(dim1=2, dim2=3).transpose(-1, -2).flatten(2)  # (B,C,K)
-        key = keys.refined.to(z) + torch.matmul(value, keys.update.to(z))  # (B,C,D)
-        return RoutingLogits(coarse, _forbid(torch.matmul(key, across).float(), allowed))
-
-
-def _forbid(logits: Tensor, allowed: Tensor | None) -> Tensor:
-    return logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)
 
 
 class Routers(nn.Module):

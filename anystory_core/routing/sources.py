@@ -112,10 +112,9 @@ class MaskRoutes:
 class LearnedRoutes:
     """The trained router; ``masks`` forbid subject i where mask_i < 0.5 ("learned within masks").
 
-    ``keys`` are the prepared routing features by block. ``present`` (B,C) bool marks real
+    ``keys`` are the routers with their routing features, by block. ``present`` (B,C) bool marks real
     candidates where rows hold different numbers of subjects (training)."""
 
-    routers: Routers
     keys: Mapping[int, RouterKeys]
     candidates: int
     masks: MaskRoutes | None = None
@@ -132,13 +131,13 @@ class LearnedRoutes:
     ) -> LearnedRoutes:
         """Fold the routing features (R,C,E), R = 1 or B, into every block's router."""
         keys = {index: router.prepare(routing) for index, router in routers.items()}
-        return cls(routers, keys, routing.shape[1], masks, present)
+        return cls(keys, routing.shape[1], masks, present)
 
     def maps(self, site: Site, z: Tensor, grid: Grid, crops: Crops) -> SoftMaps:
         allowed = None if self.present is None else self.present[:, :, None]
         if self.masks is not None:
             allowed = self.masks.allowed(grid, crops, z.device)
-        logits = self.routers.at(site.index).logits(z, self.keys[site.index], allowed)
+        logits = self.keys[site.index].logits(z, allowed)
         return SoftMaps(logits.refined.softmax(dim=1), grid, logits)
 
     def resize(self, soft: SoftMaps, grid: Grid, crops: Crops) -> SoftMaps:

@@ -144,7 +144,7 @@ def test_what_is_left_behind_goes_through_casting_layers(scene: Scene) -> None:
             made.append(model.projections.reference.at(site.index)(feature).v)
         router = model.routers.at(site.index)
         keys = router.prepare(routing[None])
-        made.append(router.logits(there(1, 16, site.channels), keys).refined)
+        made.append(keys.logits(there(1, 16, site.channels)).refined)
     assert {x.device.type for x in made} == {"meta"}
 
 

@@ -22,7 +22,7 @@ def make(seed: int, width: int, routing: int, heads: int, refine: bool = True) -
 
 
 def maps(router: Router, r: Tensor, z: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, ...]:
-    logits = router.logits(z, router.prepare(r), allowed)
+    logits = router.prepare(r).logits(z, allowed)
     return logits.coarse.softmax(dim=1), logits.refined.softmax(dim=1)
 
 
@@ -76,7 +76,7 @@ def test_without_refinement_the_map_is_the_coarse_one() -> None:
     router = make(4, 12, 10, 2, refine=False)
     r = torch.randn(1, 3, 10, dtype=torch.float64)
     z = torch.randn(2, 7, 12, dtype=torch.float64)
-    logits = router.logits(z, router.prepare(r))
+    logits = router.prepare(r).logits(z)
     assert logits.refined is logits.coarse
     assert set(router.state_dict()) == {"coarse_r.weight", "coarse_z.weight"}
 
@@ -85,13 +85,13 @@ def test_one_set_of_features_serves_all_rows() -> None:
     router = make(5, 12, 10, 2)
     r = torch.randn(1, 3, 10, dtype=torch.float64)
     z = torch.randn(4, 7, 12, dtype=torch.float64)
-    together = router.logits(z, router.prepare(r)).refined
-    apart = torch.cat([router.logits(row[None], router.prepare(r)).refined for row in z])
+    together = router.prepare(r).logits(z).refined
+    apart = torch.cat([router.prepare(r).logits(row[None]).refined for row in z])
     assert torch.allclose(together, apart, atol=TOLERANCE)
 
 
 def test_half_precision_keeps_maps_in_float32() -> None:
     router = make(6, 12, 10, 2).to(torch.bfloat16)
     r = torch.randn(1, 3, 10).bfloat16()
-    logits = router.logits(torch.randn(2, 7, 12).bfloat16(), router.prepare(r))
+    logits = router.prepare(r).logits(torch.randn(2, 7, 12).bfloat16())
     assert logits.refined.dtype == torch.float32

@@ -229,9 +229,11 @@ class Bench:
         )
         settings = core("injection.prepare").Settings()
         base = host("nodes.bases").base_of(self.anystory)
-        wrapper = Wrapper(base, routing, settings, 0.0, 1.0, sockets.RoutingMaps())
+        handover = host("nodes.host.handover").Handover()
+        wrapper = Wrapper(base, routing, settings, 0.0, 1.0, sockets.RoutingMaps(), handover)
         extension = host("comfy.patcher_extension")
         clone = self.unet.clone()
+        handover.attach(clone)
         clone.add_wrapper_with_key(extension.WrappersMP.OUTER_SAMPLE, "bench", wrapper)
         return clone
 

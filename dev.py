@@ -95,12 +95,14 @@ def serve(port: int | None) -> None:
         raise SetupError(f"the host ended by itself:\n{process.tail()}")
 
 
-def bench(name: str, arguments: list[str]) -> int:
+def bench(name: str | None, arguments: list[str]) -> int:
     """Run tests/benchmarks/bench_NAME.py."""
-    script = ROOT / "tests" / "benchmarks" / f"bench_{name.replace('-', '_')}.py"
+    folder = ROOT / "tests" / "benchmarks"
+    script = folder / f"bench_{(name or '').replace('-', '_')}.py"
     if not script.exists():
-        known = sorted(p.stem[6:].replace("_", "-") for p in script.parent.glob("bench_*.py"))
-        raise SetupError(f"bench: got {name!r}, expected one of {known}")
+        known = sorted(p.stem[6:].replace("_", "-") for p in folder.glob("bench_*.py"))
+        got = "" if name is None else f"got {name!r}, "
+        raise SetupError(f"bench: {got}expected one of {known}")
     host = environment.prepare_host()
     interpreter = str(environment.prepare_python(host, EXTRAS))
     variables = {**os.environ, "COMFYUI_PATH": str(host)}
@@ -142,8 +144,10 @@ def main() -> int:
     command = commands.add_parser("pictures", help="draw the pictures of the templates again")
     command.add_argument("graphs", nargs="*", help="names of templates; default: all")
     commands.add_parser("test", help="all tests; more arguments go to pytest")
-    command = commands.add_parser("bench", help="a benchmark; more arguments go to it")
-    command.add_argument("name")
+    command = commands.add_parser(  # --help is the benchmark's
+        "bench", help="a benchmark; more arguments go to it", add_help=False
+    )
+    command.add_argument("name", nargs="?")
     options, rest = parser.parse_known_args()
     if rest and options.command not in ("test", "bench"):
         parser.error(f"unknown arguments: {' '.join(rest)}")

@@ -176,6 +176,7 @@ def test_without_a_browser_its_tests_are_skipped_and_ci_fails(
         (["demo"], {"COMFYUI_PATH": "/nowhere"}, "COMFYUI_PATH: /nowhere has no main.py"),
         (["demo"], {"ANYSTORY_PYTHON": "/nowhere/python"}, "ANYSTORY_PYTHON: /nowhere/python"),
         (["bench", "nothing"], {}, "bench: got 'nothing', expected one of"),
+        (["bench", "--help"], {}, "bench: expected one of"),
         (["demo", "--graph", "nothing"], {}, "invalid choice: 'nothing'"),
         (["demo", "--what"], {}, "unknown arguments: --what"),
     ],
@@ -191,6 +192,12 @@ def test_mistakes_are_named(
     text, _ = process.communicate(timeout=60)
     assert process.returncode not in (0, None)
     assert said in text and "Traceback" not in text
+
+
+def test_a_benchmark_has_help_of_its_own(variables: dict[str, str]) -> None:
+    command = [sys.executable, str(ROOT / "dev.py"), "bench", "speed", "--help"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0 and "--repetitions" in done.stdout
 
 
 def test_a_failing_step_is_tried_three_times_and_named(

@@ -6,6 +6,8 @@ Both hosts (ComfyUI's patches, diffusers' attention processors) call the same th
     attn1:  out = call.self_attention(l, q, k, v, grid)   Eq. 6-8, route of block l-1
     norm2:  call.begin_cross_attention(l, z, grid)        the router of block l
     attn2:  out = call.cross_attention(l, q, text)        Eq. 5, route of block l
+
+and :meth:`Call.record` after the pass.
 """
 
 from __future__ import annotations
@@ -77,7 +79,10 @@ class Shown:
 def by_region(q: Tensor) -> bool:
     """Sort tokens by region where region sizes cost nothing to read and rows are long enough to
     repay a call for each row and region; elsewhere, and where all those calls would run backwards
-    too (a training step of the mini model: 0.87 of the time), one masked call. q (B,Q,D)."""
+    too (a training step of the mini model: 0.87 of the time), one masked call, whose shapes no
+    route changes, so that it can be compiled. q (B,Q,D)."""
+    if torch.compiler.is_compiling():
+        return False
     return q.device.type == "cpu" and q.shape[1] >= LEAST_SORTED and not q.requires_grad
 
 
@@ -88,10 +93,29 @@ class BlockRoute:
     index: int
     soft: SoftMaps
     ids: Tensor  # (b,Q) long
+    _spread: dict[tuple[tuple[int, ...], int], Tensor] = field(repr=False)
 
     @classmethod
     def of(cls, index: int, soft: SoftMaps) -> BlockRoute:
-        return cls(index, soft, soft.maps.argmax(dim=1))
+        return cls(index, soft, soft.maps.argmax(dim=1), {})
+
+    def spread(self, places: tuple[int, ...], rows: int) -> Tensor:
+        """(rows,Q): row i of the ids, of as many as there are ``places``, in row ``places[i]``; the
+        others are background."""
+        if (places, rows) not in self._spread:
+            background = self.soft.maps.shape[1] - 1
+            ids = take(self.ids, tuple(range(len(places))))
+            if not is_range(places):
+                spread = ids.new_full((rows, ids.shape[1]), background)
+                spread[list(places)] = ids
+            elif len(places) == rows:
+                spread = ids
+            else:
+                after = rows - places[0] - len(places)
+                edges = (0, 0, places[0], after)
+                spread = torch.nn.functional.pad(ids, edges, value=background)
+            self._spread[places, rows] = spread
+        return self._spread[places, rows]
 
 
 @dataclass
@@ -110,6 +134,7 @@ class Call:
     shown: Shown = Shown()
     recording: Recording | None = None
     _latest: BlockRoute | None = None
+    _found: list[BlockRoute] = field(default_factory=list[BlockRoute])  # that are to be recorded
     _waiting: dict[int, Grid] = field(default_factory=dict[int, Grid])  # for the block's query
 
     def __post_init__(self) -> None:
@@ -176,9 +201,18 @@ class Call:
         route = BlockRoute.of(index, SoftMaps(soft.maps, soft.grid))
         self._latest = route
         if self.recording is not None:
-            rows = tuple(self._routed.index(row) for row in self.recording.rows)
-            ids = take(route.ids, rows).to(torch.uint8)
-            self.recording.recorder.record(index, ids, soft.grid, take(soft.maps, rows))
+            self._found.append(route)
+
+    def record(self) -> None:
+        """After the pass: hand its routes over to the recorder. Inside of it nothing is done to
+        objects that outlive it, so that a compiled model may run it."""
+        if self.recording is None:
+            return
+        rows = tuple(self._routed.index(row) for row in self.recording.rows)
+        for route in self._found:
+            ids, maps = take(route.ids, rows).to(torch.uint8), take(route.soft.maps, rows)
+            self.recording.recorder.record(route.index, ids, route.soft.grid, maps)
+        self._found.clear()
 
     def _route(self, index: int) -> BlockRoute | None:
         """The route of block ``index``, None where it has none or has passed."""
@@ -209,7 +243,7 @@ class Call:
             # One set of keys for all rows, and unconditional rows are all background: they attend
             # together.
             rows = tuple(sorted(cond + uncond))
-            ids = self._spread(route.ids[: len(cond)], tuple(map(rows.index, cond)), len(rows))
+            ids = route.spread(tuple(map(rows.index, cond)), len(rows))
             term = self._routed_clip(take(q, rows), conditions, ids, attend)
             return self._added(index, text, rows, term)
         terms: list[Tensor] = []
@@ -237,24 +271,11 @@ class Call:
     ) -> Tensor:
         """q (b,Q,D), each token by its region ``ids`` (b,Q)."""
         if not by_region(q):
-            tables = self.prepared.tables
-            return equations.clip_masked(q, conditions, self._eta, ids, attend, tables)
+            return equations.clip_masked(q, conditions, self._eta, ids, attend)
         given = conditions.given([eta > 0 for eta in self._eta], q)
         tokens = q.flatten(0, 1)[None] if conditions.rows == 1 else q
         regions = Regions.of(ids.reshape(tokens.shape[:2]), len(given))
         return equations.clip_by_region(tokens, given, self._eta, regions, attend).view_as(q)
-
-    def _spread(self, ids: Tensor, places: tuple[int, ...], rows: int) -> Tensor:
-        """Row i of ``ids`` becomes row ``places[i]`` of ``rows``; the others are background."""
-        if is_range(places):
-            if len(places) == rows:
-                return ids
-            after = rows - places[0] - len(places)
-            background = self.prepared.subjects
-            return torch.nn.functional.pad(ids, (0, 0, places[0], after), value=background)
-        spread = ids.new_full((rows, ids.shape[1]), self.prepared.subjects)
-        spread[list(places)] = ids
-        return spread
 
     def self_attention(
         self, index: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid
@@ -279,10 +300,8 @@ class Call:
             regions = Regions.of(route.ids, len(given))
             routed = equations.reference_by_region(tokens, own, given, self._gamma, regions, attend)
         else:
-            ids = self._spread(route.ids, self._routed, len(rows)) if together else route.ids
-            routed = equations.reference_masked(
-                tokens, own, references, self._gamma, ids, attend, self.prepared.tables
-            )
+            ids = route.spread(self._routed, len(rows)) if together else route.ids
+            routed = equations.reference_masked(tokens, own, references, self._gamma, ids, attend)
         plain = tuple(row for row in range(q.shape[0]) if row not in rows)
         if not plain:
             return scatter(routed, rows)

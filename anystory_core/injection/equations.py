@@ -26,7 +26,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .keys import Candidates, KeyValue, Regions, Tables
+from .keys import Candidates, KeyValue, Regions, bias_table, strength_table
 
 
 class Attend(Protocol):
@@ -70,18 +70,19 @@ def clip_masked(
     strengths: Sequence[float],
     route: Tensor,
     attend: Attend,
-    tables: Tables,
 ) -> Tensor:
     """As :func:`clip_by_region` in one call: keys of all candidates, masked by region."""
-    kv = conditions.joined()
+    kv = conditions.joined(q.shape[0], q)
     if kv is None:
         return torch.zeros_like(q)
-    kv = kv.to(q).rows(q.shape[0])
     lengths = conditions.lengths
     eta = tuple(s if length else 0.0 for s, length in zip(strengths, lengths, strict=True))
-    mask = tables.bias(0, lengths, [0.0 if s else -math.inf for s in eta], q)[route]
+    open_ = tuple(0.0 if s else -math.inf for s in eta)
+    mask = bias_table(lengths, open_, q, alone=True)[route]
     out = attend(q, kv.k, kv.v, mask=mask)
-    return out if all(s == 1 for s in eta) else out * tables.strengths(eta, q)[route]
+    if all(s == 1 for s in eta):
+        return out
+    return out * strength_table(eta, q)[route]
 
 
 def clip_dense(
@@ -181,16 +182,15 @@ def reference_masked(
     biases: Sequence[float],
     route: Tensor,
     attend: Attend,
-    tables: Tables,
 ) -> Tensor:
     """As :func:`reference_by_region` in one call with the bias matrix of Eq. 7. A bias of -inf
     closes a candidate's keys to its own region too."""
-    kv = references.joined()
+    kv = references.joined(q.shape[0], q)
     if kv is None:
         return attend(q, own.k, own.v)
-    kv = kv.to(q).rows(q.shape[0])
     keys, values = torch.cat((own.k, kv.k), dim=1), torch.cat((own.v, kv.v), dim=1)
-    mask = tables.bias(own.k.shape[1], references.lengths, biases, q)[route]
+    given = bias_table(references.lengths, tuple(biases), q)[route]
+    mask = torch.nn.functional.pad(given, (own.k.shape[1], 0))
     return attend(q, keys, values, mask=mask)
 
 

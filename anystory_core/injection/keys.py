@@ -6,9 +6,10 @@ rows, Q image tokens, T subject tokens, D channels, C candidates (N subjects, th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from functools import lru_cache
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -45,7 +46,14 @@ class Candidates:
     """Keys and values of all C candidates at one block; None: it has none."""
 
     parts: list[KeyValue | None]
+    rows: int = field(init=False)  # 1, or B where some candidate differs from row to row
+    lengths: tuple[int, ...] = field(init=False)  # tokens of each candidate, 0 for None
     _joined: KeyValue | None = None
+    _expanded: dict[int, KeyValue] = field(default_factory=dict[int, KeyValue])  # by batch
+
+    def __post_init__(self) -> None:
+        self.rows = max((p.k.shape[0] for p in self.parts if p is not None), default=1)
+        self.lengths = tuple(0 if p is None else p.k.shape[1] for p in self.parts)
 
     def __getitem__(self, place: int) -> KeyValue | None:
         return self.parts[place]
@@ -56,16 +64,6 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.parts)
 
-    @property
-    def rows(self) -> int:
-        """1, or B where some candidate differs from row to row."""
-        return max((p.k.shape[0] for p in self.parts if p is not None), default=1)
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens of each candidate, 0 for None."""
-        return tuple(0 if p is None else p.k.shape[1] for p in self.parts)
-
     def given(self, on: Sequence[bool], like: Tensor) -> list[KeyValue | None]:
         """What the candidates that are ``on`` have, in the dtype and on the device of ``like``."""
         return [
@@ -73,54 +71,86 @@ class Candidates:
             for part, o in zip(self.parts, on, strict=True)
         ]
 
-    def joined(self) -> KeyValue | None:
-        """All of them one after the other: (R,T_1+..+T_C,D). The parts become views of it, so that
-        nothing is held twice."""
-        if self._joined is None and any(self.lengths):
-            batch = self.rows
-            there = [p.rows(batch) for p in self.parts if p is not None]
-            k, v = torch.cat([p.k for p in there], dim=1), torch.cat([p.v for p in there], dim=1)
-            self._joined = KeyValue(k, v)
-            sizes = self.lengths
-            pieces = zip(*(torch.split(x, list(sizes), dim=1) for x in (k, v)), strict=True)
-            self.parts = [
-                KeyValue(*piece) if size else None
-                for piece, size in zip(pieces, sizes, strict=True)
-            ]
-        return self._joined
+    def join(self) -> None:
+        """Lay all of them out one after the other, (R,T_1+..+T_C,D). The parts become views of it,
+        so that nothing is held twice."""
+        if self._joined is not None or not any(self.lengths):
+            return
+        there = [p.rows(self.rows) for p in self.parts if p is not None]
+        k, v = torch.cat([p.k for p in there], dim=1), torch.cat([p.v for p in there], dim=1)
+        self._joined = KeyValue(k, v)
+        pieces = zip(*(torch.split(x, list(self.lengths), dim=1) for x in (k, v)), strict=True)
+        self.parts = [
+            KeyValue(*piece) if size else None
+            for piece, size in zip(pieces, self.lengths, strict=True)
+        ]
+
+    def joined(self, batch: int, like: Tensor) -> KeyValue | None:
+        """All of them one after the other: (batch,T_1+..+T_C,D), in the dtype and on the device of
+        ``like``; None when there is none."""
+        self.join()
+        if self._joined is None:
+            return None
+        if torch.compiler.is_compiling():
+            return self._joined.rows(batch).to(like)
+        if batch not in self._expanded:
+            self._expanded[batch] = self._joined.rows(batch)
+        return self._expanded[batch].to(like)
 
 
-@dataclass
-class Tables:
-    """What masked calls look up by region id. Regions change with every block and step, but a row
-    of the bias matrix is the same for all tokens of a region: rows are made once for a run."""
+def bias_table(
+    lengths: tuple[int, ...], biases: tuple[float, ...], like: Tensor, *, alone: bool = False
+) -> Tensor:
+    """Eq. 7 and 8 for a token of each region, what masked calls look up by region id: (C,T),
+    ``biases[i]`` on candidate i's keys in row i, -inf on all others. Regions change with every
+    block and step, but a row of the bias matrix is the same for all tokens of a region. ``alone``:
+    there are no other keys; a row that would have none is then 0: it looks anywhere, and its
+    strength is 0."""
+    return _bias_table(lengths, biases, alone, like.dtype, like.device)
 
-    _made: dict[Any, Tensor] = field(default_factory=dict[Any, Tensor], repr=False)
 
-    def bias(
-        self, own: int, lengths: Sequence[int], biases: Sequence[float], like: Tensor
-    ) -> Tensor:
-        """Eq. 7 and 8 for a token of each region: (C,own+T), 0 on the block's ``own`` keys,
-        ``biases[i]`` on candidate i's keys in row i, -inf on all others. A row that would have no
-        key at all is 0: it looks anywhere, and its strength is 0."""
-        key = own, tuple(lengths), tuple(biases), like.dtype, like.device
-        if key not in self._made:
-            table = torch.full((len(lengths), own + sum(lengths)), -torch.inf, dtype=torch.float64)
-            table[:, :own] = 0
-            start = own
-            for i, (length, bias) in enumerate(zip(lengths, biases, strict=True)):
-                table[i, start : start + length] = bias
-                start += length
-            table[table.isneginf().all(dim=1)] = 0
-            self._made[key] = table.to(like)
-        return self._made[key]
+def strength_table(strengths: tuple[float, ...], like: Tensor) -> Tensor:
+    """(C,1): eta of a token of each region."""
+    return _strength_table(strengths, like.dtype, like.device)
 
-    def strengths(self, strengths: Sequence[float], like: Tensor) -> Tensor:
-        """(C,1)."""
-        key = tuple(strengths), like.dtype, like.device
-        if key not in self._made:
-            self._made[key] = torch.tensor(strengths, dtype=torch.float64)[:, None].to(like)
-        return self._made[key]
+
+Table = TypeVar("Table", bound=Callable[..., Tensor])
+
+
+def _made_once(make: Table) -> Table:
+    """Made once for its arguments; in a compiled model a constant."""
+    kept = lru_cache(64)(make)
+
+    def table(*arguments: Any) -> Tensor:
+        with torch.inference_mode(False):  # or no training step could use it
+            return kept(*arguments)
+
+    return cast(Table, cast(Any, torch.compiler).assume_constant_result(table))
+
+
+@_made_once
+def _bias_table(
+    lengths: tuple[int, ...],
+    biases: tuple[float, ...],
+    alone: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    table = torch.full((len(lengths), sum(lengths)), -torch.inf, dtype=torch.float64)
+    start = 0
+    for i, (length, bias) in enumerate(zip(lengths, biases, strict=True)):
+        table[i, start : start + length] = bias
+        start += length
+    if alone:
+        table[table.isneginf().all(dim=1)] = 0
+    return table.to(device, dtype)
+
+
+@_made_once
+def _strength_table(
+    strengths: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return torch.tensor(strengths, dtype=torch.float64)[:, None].to(device, dtype)
 
 
 @dataclass(frozen=True)

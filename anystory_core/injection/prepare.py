@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -20,7 +20,7 @@ from ..routing.grids import area_mean
 from ..routing.sources import RouteSource
 from ..routing.words import TextRoutes
 from ..subject.subject import Subject
-from .keys import Candidates, Tables
+from .keys import Candidates
 from .projections import Projections
 
 
@@ -100,7 +100,6 @@ class PreparedSubjects:
     biases: tuple[float, ...]  # gamma_i, the same
     keep_references_in_uncond: bool = False
     agree: bool = False
-    tables: Tables = field(default_factory=Tables, compare=False, repr=False)
 
     @property
     def subjects(self) -> int:
@@ -194,6 +193,9 @@ def prepare_subjects(
         [*features, None],
         references_from=model.decoder_from if which == "masked in the decoder" else 2,
     )
+    for each in conditions:
+        each.clip.join()
+        each.reference.join()
     return PreparedSubjects(
         conditions,
         source,

@@ -34,7 +34,8 @@ def take(x: Tensor, rows: tuple[int, ...]) -> Tensor:
 
 def add(x: Tensor, rows: tuple[int, ...], term: Tensor) -> Tensor:
     """x with row i of ``term`` added to row ``rows[i]``; x itself is not written to."""
-    term = term.to(x.dtype)
+    if term.dtype != x.dtype:
+        term = term.to(x.dtype)
     if len(rows) == x.shape[0]:
         return x + scatter(term, rows)
     if is_range(rows):

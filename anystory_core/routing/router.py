@@ -62,12 +62,13 @@ class RouterKeys:
         z (B,Q,D): the block's ``norm2`` output. allowed (B or 1, C, Q) bool: candidates forbidden
         at a token score -inf; each token must keep at least one.
         """
+        rows, tokens, _ = z.shape
         across = z.transpose(1, 2)
         scores = _wide(torch.matmul(_as(self.scores, z), across))  # (B,(1+H)*C,Q)
         if self.refinement is None:
             coarse = _forbid(scores, allowed)
             return RoutingLogits(coarse, coarse)
-        scores = scores.unflatten(1, (-1, self.candidates))  # (B,1+H,C,Q)
+        scores = scores.view(rows, -1, self.candidates, tokens)  # (B,1+H,C,Q)
         coarse = _forbid(scores[:, 0], allowed)
         # A region's other tokens are closed to its candidate, unless it has none.
         outside = coarse.argmax(dim=1, keepdim=True) != self.refinement.numbers
@@ -81,7 +82,7 @@ class RouterKeys:
         """W4^T W3 R'_i / sqrt(d_k), from what each head found: (B,H*C,D) -> (B,C,D)."""
         assert self.refinement is not None
         values = torch.matmul(summed, _as(self.refinement.value, summed))  # (B,H*C,K)
-        values = values.unflatten(1, (-1, self.candidates))
+        values = values.view(len(summed), -1, self.candidates, values.shape[-1])
         own = (values * _as(self.refinement.own, summed)).sum(dim=1)  # each head keeps its slice
         update = torch.matmul(own, _as(self.refinement.update, summed))
         return update + _as(self.refinement.refined, summed)
@@ -140,16 +141,18 @@ class Router(nn.Module):
         coarse = self.coarse_z(self.coarse_r(routing)) / self.key_dim**0.5  # (R,C,D)
         if not self.refine:
             return RouterKeys(candidates, coarse)
-        place = {"dtype": routing.dtype, "device": routing.device}
-        own = torch.eye(self.heads, **place).repeat_interleave(self.key_dim // self.heads, dim=1)
+
+        def unit(size: int) -> Tensor:
+            return torch.eye(size, dtype=routing.dtype, device=routing.device)
+
+        own = unit(self.heads).repeat_interleave(self.key_dim // self.heads, dim=1)
         own = own[:, None]  # (H,1,K)
         # One row per head, zero outside that head's slice: the transposed key map then acts on each
         # head alone although it is one ordinary Linear.
         spread = self.query(self.norm(routing))[:, None] * own  # (R,H,C,K)
         queries = self.key(spread) / (self.key_dim / self.heads) ** 0.5  # (R,H,C,D)
         # R'_i is linear in what attention finds, and so is its key: three maps become one.
-        unit = torch.eye(self.key_dim, **place)
-        both = torch.cat((routing.flatten(0, 1), self.out(unit).to(routing)))
+        both = torch.cat((routing.flatten(0, 1), self.out(unit(self.key_dim)).to(routing)))
         both = self.refine_z(self.refine_r(both)) / self.key_dim**0.5
         refined, update = both.split((len(both) - self.key_dim, self.key_dim))
         return RouterKeys(
@@ -157,7 +160,7 @@ class Router(nn.Module):
             torch.cat((coarse, queries.flatten(1, 2)), dim=1),
             Refinement(
                 refined.unflatten(0, (-1, candidates)),
-                self.value(torch.eye(self.width, **place)),
+                self.value(unit(self.width)).to(routing),
                 update,
                 own,
                 torch.arange(candidates, device=routing.device)[:, None],

@@ -112,8 +112,8 @@ class MaskRoutes:
 class LearnedRoutes:
     """The trained router; ``masks`` forbid subject i where mask_i < 0.5 ("learned within masks").
 
-    ``keys`` are the routers with their routing features, by block. ``present`` (B,C) bool marks real
-    candidates where rows hold different numbers of subjects (training)."""
+    ``keys`` are the routers with their routing features, by block. ``present`` (B,C) bool marks
+    real candidates where rows hold different numbers of subjects (training)."""
 
     keys: Mapping[int, RouterKeys]
     candidates: int

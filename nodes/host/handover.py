@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.patcher_extension
+import torch
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from torch import Tensor
 
@@ -79,17 +81,14 @@ class Handover:
         finally:
             self._evaluating -= 1
 
+    # In a compiled model this stays out of the graphs, what it leads to does not.
+    @torch.compiler.disable(recursive=False)
     def diffusion_model(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         run = self.run
         if run is None:
             return executor(*args, **kwargs)
 
-        entry = Entry()
-
-        def inner(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
-            return run.diffusion_model(executor, entry, *args, **kwargs)
-
-        return _innermost(executor, inner).execute(*args, **kwargs)
+        return _innermost(executor, _Inner(run, Entry())).execute(*args, **kwargs)
 
     def prepare_state(self, patcher: Any, timestep: Tensor, *_: Any) -> None:
         """Callback of every evaluation, also of those whose options lack the wrappers."""
@@ -102,6 +101,19 @@ class Handover:
             )
 
 
+@dataclass(frozen=True)
+class _Inner:
+    """The wrapper of a run for the passes of one call into the diffusion model."""
+
+    run: Passes
+    entry: Entry
+
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
+        return self.run.diffusion_model(executor, self.entry, *args, **kwargs)
+
+
+@torch.compiler.disable
 def _innermost(executor: WrapperExecutor, wrapper: Callable[..., Any]) -> WrapperExecutor:
     """What is left of ``executor`` behind the wrapper that it runs, and ``wrapper`` behind that."""
     rest = [*executor.wrappers[executor.idx + 1 :], wrapper]

@@ -44,7 +44,7 @@ def test_conds_in_threads(scene: Scene, monkeypatch: pytest.MonkeyPatch, mode: s
 
 def test_the_host_can_make_routers_for_another_device(scene: Scene) -> None:
     """Each of its devices gets a module of its own with the same weights."""
-    (routers,) = scene.apply().get_additional_models_with_key(scene.ids.WRAPPER_KEY)
+    routers = scene.mini.anystory.patchers["routers"]
     make, args = routers.cached_patcher_init
     for options in ({}, {"disable_dynamic": True}):
         other = make(*args, **options)

@@ -116,6 +116,7 @@ class World:
                 first = naive.dense_attention(q1, k1, v1, site.heads)
             call.begin_cross_attention(site.index, z, grid)
             out[site.index] = first, call.cross_attention(site.index, q2, text)
+        call.record()
         return out
 
     def expected(

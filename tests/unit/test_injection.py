@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anystory_core.injection import equations as injection
-from anystory_core.injection.keys import Candidates, KeyValue, Regions, Tables
+from anystory_core.injection.keys import Candidates, KeyValue, Regions
 
 HEADS, WIDTH = 2, 8
 TOLERANCE = 1e-10  # float64 sums in another order
@@ -64,12 +64,12 @@ class Case:
 
     def clip_masked(self, eta: list[float]) -> Tensor:
         conditions = Candidates(list(self.conditions))
-        return injection.clip_masked(self.q, conditions, eta, self.route, ATTEND, Tables())
+        return injection.clip_masked(self.q, conditions, eta, self.route, ATTEND)
 
     def reference_masked(self) -> Tensor:
         references = Candidates(list(self.references))
         return injection.reference_masked(
-            self.q, self.own, references, self.gamma, self.route, ATTEND, Tables()
+            self.q, self.own, references, self.gamma, self.route, ATTEND
         )
 
     @property
@@ -181,8 +181,8 @@ def test_joined_keys_hold_nothing_twice() -> None:
     case = Case(1, 2, 6, 2, True)
     candidates = Candidates([case.conditions[0], None, case.conditions[2]])
     before = [None if p is None else (p.k.clone(), p.v.clone()) for p in candidates]
-    joined = candidates.joined()
-    assert joined is not None and candidates.joined() is joined
+    joined = candidates.joined(2, case.q)
+    assert joined is not None and candidates.joined(2, case.q) is joined
     assert candidates.lengths == (3, 0, 5) and candidates.rows == 2
     for part, old in zip(candidates, before, strict=True):
         assert (part is None) == (old is None)

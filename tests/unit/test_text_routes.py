@@ -219,6 +219,7 @@ def test_kinds_of_calls_do_not_mix(kinds: tuple[str | None, str | None]) -> None
             for index in (1, 2):
                 call.begin_cross_attention(index, q[0], grid)
                 call.cross_attention(index, q[(number + index) % 6], torch.zeros_like(q[0]))
+            call.record()
             out[number] = [maps[index].maps for index in (1, 2)]
         return out
 

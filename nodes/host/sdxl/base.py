@@ -71,8 +71,7 @@ class SDXLBase:
         return label_states(clip, [subject.label for subject in subjects], model.config)
 
     def routers(self, routing: Routing) -> list[Any]:
-        learned = routing.mode.startswith("learned")
-        return routing.anystory.having("routers") if learned else []
+        return []  # folded into keys before the first step
 
     def check(self, model: Any, anystory: ManagedAnyStory, settings: Settings) -> None:
         check_model(model, anystory.model.config, anystory.model.sites)
@@ -82,9 +81,9 @@ class SDXLBase:
         if windows is None:
             return None
         request.check_masks()
-        routing = request.routing
-        self.check(request.guider.model_patcher, routing.anystory, request.settings)
-        return prepare_passes(request, windows, self.routers(routing))
+        anystory = request.routing.anystory
+        self.check(request.guider.model_patcher, anystory, request.settings)
+        return prepare_passes(request, windows)
 
     def check_segmentation(self, anystory: ManagedAnyStory) -> None:
         pass

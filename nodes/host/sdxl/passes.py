@@ -3,7 +3,7 @@ that give each forward pass its :class:`~....anystory_core.injection.call.Call`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,6 +63,7 @@ class UNetPasses(RunPasses):
         model_options = {**model_options, "transformer_options": options}
         return super().calc_cond_batch(executor, model, conds, x, timestep, model_options)
 
+    @torch.compiler.disable(recursive=False)
     def diffusion_model(
         self, executor: WrapperExecutor, entry: Entry, *args: Any, **kwargs: Any
     ) -> Any:
@@ -70,24 +71,33 @@ class UNetPasses(RunPasses):
         position = 5  # x, timesteps, context, y, control, transformer_options
         values = list(args)
         options = values[position] if len(values) > position else kwargs["transformer_options"]
-        options = self._with_call(options, values[0], values[2], entry, executor.class_obj)
+        x, context = values[0], values[2]
+        call, patched = self._patched(options, x, context, entry, executor.class_obj)
         if len(values) > position:
-            values[position] = options
+            values[position] = patched
         else:
-            kwargs["transformer_options"] = options
-        return executor(*values, **kwargs)
+            kwargs["transformer_options"] = patched
+        out = executor(*values, **kwargs)
+        if call is not None:
+            self._record(call)
+        return out
 
     @torch.compiler.disable
-    def _with_call(
+    def _record(self, call: Call) -> None:
+        call.record()
+
+    @torch.compiler.disable
+    def _patched(
         self, options: dict[str, Any], x: Tensor, context: Tensor, entry: Entry, unet: Any
-    ) -> dict[str, Any]:
-        """``options`` for a pass of ``unet``; themselves where nothing acts."""
+    ) -> tuple[Call | None, dict[str, Any]]:
+        """The call of a pass of ``unet``, and options with the patches that ask it; the given ones
+        where nothing acts."""
         call = self._begin(options, x, entry)
         if call is None:
-            return options
+            return None, options
         # Where another pack gives text states of more rows than x has (NAG), attn2 is its own.
         late = context.shape[0] != x.shape[0]
-        return {**installed(options, self.table, unet, late=late), CALL_KEY: call}
+        return call, {**installed(options, self.table, unet, late=late), CALL_KEY: call}
 
     def _begin(self, options: dict[str, Any], x: Tensor, entry: Entry) -> Call | None:
         sigma = float(options["sigmas"][0])
@@ -151,9 +161,7 @@ def windows_of(request: RunRequest) -> tuple[Window, ...] | None:
     return windows if acts else None
 
 
-def prepare_passes(
-    request: RunRequest, windows: tuple[Window, ...], routers: Sequence[Any]
-) -> UNetPasses:
+def prepare_passes(request: RunRequest, windows: tuple[Window, ...]) -> UNetPasses:
     """Project the subjects for a run, unless an earlier one has."""
     routing, guider, kept = request.routing, request.guider, request.kept
     model = guider.model_patcher
@@ -163,7 +171,7 @@ def prepare_passes(
         prepared = replace(earlier, source=source)
         request.advance(2)
     else:
-        prepared = _project(request, routers)
+        prepared = _project(request)
         if kept is not None:
             kept.prepared = prepared
     return UNetPasses(
@@ -177,7 +185,7 @@ def prepare_passes(
     )
 
 
-def _project(request: RunRequest, routers: Sequence[Any]) -> PreparedSubjects:
+def _project(request: RunRequest) -> PreparedSubjects:
     routing, guider, advance = request.routing, request.guider, request.advance
     anystory = routing.anystory
     subjects = subjects_of(Subject, routing.subjects, anystory.model.fingerprint)
@@ -189,8 +197,9 @@ def _project(request: RunRequest, routers: Sequence[Any]) -> PreparedSubjects:
         texts = route_texts(routing.labels, guider, device)
     # Only tokens that know their places are made here: the others were made with the subject.
     grounded = any(subject.states is not None for subject in subjects)
-    used = anystory.having("projections", *(("encoder",) if grounded else ()))
-    load([*used, *routers])
+    asked = (("encoder", grounded), ("routers", routing.mode.startswith("learned")))
+    used = anystory.having("projections", *(name for name, is_used in asked if is_used))
+    load(used)
     advance(1)
     try:
         moved = [s.map(lambda x: x.to(device, dtype)) for s in subjects]

@@ -3,8 +3,7 @@
 They are put into the options of a pass when it begins, because only then all others are there:
 those of the model, of the evaluation, of a cond's hooks, of other packs' wrappers; and they chain
 whatever occupies their slots. Which :class:`Call` they serve lies in the same options. A compiled
-U-Net breaks its graph at each of them: what they run depends on the
-sizes of regions, which change with every step.
+U-Net takes them into its graph.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
 from comfy import model_management as mm
 from comfy.ldm.modules import attention as backends
+from comfy.ops import scaled_dot_product_attention
 from torch import Tensor
 
 from ....anystory_core.bases.sdxl.sites import UNetSite
@@ -38,7 +38,8 @@ class HostAttention:
     every call, nor to another pack's override, which mostly is SageAttention, nor to the
     sub-quadratic way where it would take the keys in parts: it measures scores against the largest
     one of a part, masked or not, so that a row whose own keys score much less (18 in half
-    precision) is 0 / 0."""
+    precision) is 0 / 0. They go to PyTorch's own attention then, and so on a CPU, where it needs no
+    more memory and half as many operators."""
 
     options: Options
     precision: Any = None
@@ -46,21 +47,32 @@ class HostAttention:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None
     ) -> Tensor:
-        kwargs = {"attn_precision": self.precision, "transformer_options": self.options}
+        if mask is not None and _goes_to_pytorch(q, k, heads):
+            return _pytorch_attention(q, k, v, heads, mask)
         if mask is None:
-            return backends.optimized_attention(q, k, v, heads, **kwargs)
-        attention, kwargs["transformer_options"] = self._masked
-        if attention is backends.attention_sub_quad and not _holds_all_keys(q, k, heads):
-            attention = backends.attention_pytorch
+            attention, options = backends.optimized_attention, self.options
+        else:
+            attention = backends.optimized_attention_masked
+            options = {name: x for name, x in self.options.items() if name != OVERRIDE}
+        kwargs = {"attn_precision": self.precision, "transformer_options": options}
         return attention(q, k, v, heads, mask, **kwargs)
 
-    @cached_property
-    def _masked(self) -> tuple[Callable[..., Tensor], Options]:
-        """What computes masked attention in this pass of the U-Net, and its options."""
-        attention = backends.optimized_attention_masked
-        if mm.sage_attention_enabled() or mm.flash_attention_enabled():
-            attention = backends.attention_pytorch
-        return attention, {name: x for name, x in self.options.items() if name != OVERRIDE}
+
+def _goes_to_pytorch(q: Tensor, k: Tensor, heads: int) -> bool:
+    """Whether masked attention leaves the host's choice of backend."""
+    attention = backends.optimized_attention_masked
+    if mm.sage_attention_enabled() or mm.flash_attention_enabled():
+        return True
+    if attention is backends.attention_sub_quad:
+        return q.device.type == "cpu" or not _holds_all_keys(q, k, heads)
+    return attention is backends.attention_pytorch
+
+
+def _pytorch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor) -> Tensor:
+    rows, width = q.shape[0], q.shape[2] // heads
+    q, k, v = (x.view(rows, -1, heads, width).transpose(1, 2) for x in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1))
+    return out.transpose(1, 2).reshape(rows, -1, heads * width)
 
 
 def _holds_all_keys(q: Tensor, k: Tensor, heads: int) -> bool:
@@ -121,7 +133,6 @@ class RoutePatch:
     table: BlockTable
     others: bool
 
-    @torch.compiler.disable
     def __call__(
         self, n: Tensor, context: Tensor, value: Tensor, options: MutableMapping[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,7 +154,6 @@ class CrossAttentionPatch:
     table: BlockTable
     previous: Replace | None
 
-    @torch.compiler.disable
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, options: MutableMapping[str, Any], **_: Any
     ) -> Tensor:
@@ -168,7 +178,6 @@ class LatePatch:
     table: BlockTable
     unet: Any
 
-    @torch.compiler.disable
     def __call__(self, out: Tensor, options: MutableMapping[str, Any]) -> Tensor:
         call: Call | None = options.get(CALL_KEY)
         states: Tensor | None = options.pop(STATES_KEY, None)
@@ -194,7 +203,6 @@ class SelfAttentionPatch:
     previous: Replace | None
     attended: set[int]  # blocks of this pass that have attended with all their rows
 
-    @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: Options, **_: Any) -> Tensor:
         call: Call | None = options.get(CALL_KEY)
         routed = None

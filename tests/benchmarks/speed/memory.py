@@ -53,19 +53,17 @@ def measure(bench: Bench) -> dict[str, Any]:
     def use(_: dict[str, Step]) -> None:
         for n in (1, 2, 3):
             run = bench.prepared[n]
-            routers = size(bench.anystory.model.routers)
             clip = size([site.clip for site in run.conditions])
             reference = size([site.reference for site in run.conditions])
             folded = folded_maps(run)
-            source = size(run.source) - routers - folded
+            source = size(run.source) - folded
             table[f"N = {n}"] = {
                 "keys and values, CLIP branch": clip / GIB,
                 "keys and values, reference branch": reference / GIB,
                 "routing keys": source / GIB,
-                "routers": routers / GIB,
                 "routers' folded maps, once a run": folded / GIB,
                 "per subject picture": (clip + reference + source) / n / GIB,
-                "ReferenceNet and projections": held(bench, run) / GIB,
+                "ReferenceNet, projections and routers": held(bench, run) / GIB,
             }
 
     bench.with_steps(models, (512, 512), use)
@@ -74,16 +72,18 @@ def measure(bench: Bench) -> dict[str, Any]:
 
 def folded_maps(run: Any) -> int:
     """Bytes of what the routers fold when a run starts, whatever the number of subjects."""
-    return size([keys.update for keys in run.source.keys.values()])
+    folded = [keys.refinement for keys in run.source.keys.values()]
+    return size([(each.update, each.value, each.own, each.numbers) for each in folded])
 
 
 def held(bench: Bench, state: Any) -> int:
-    """Bytes of the ReferenceNet and of the projections that a run still refers to.
+    """Bytes of the ReferenceNet, the projections and the routers that a run still refers to.
 
     Load and offload device are one here; tests/host/test_load_device.py shows that the host takes
-    both off a load device of its own."""
+    them off a load device of its own."""
     model = bench.anystory.model
-    parts = (model.reference_net, model.projections.clip, model.projections.reference)
+    projections = model.projections
+    parts = (model.reference_net, projections.clip, projections.reference, model.routers)
     ours = {t.untyped_storage().data_ptr() for part in parts for t in tensors(part)}
     kept = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
@@ -94,8 +94,8 @@ def held(bench: Bench, state: Any) -> int:
 
 def gpu_1024(bench: Bench, subjects: int = 2) -> dict[str, Any]:
     """GiB by line at 1024x1024 in half precision with guidance, as on a GPU: one masked call per
-    block, fused attention, and while sampling only the U-Net, the routers and the run's keys and
-    values on the device (the host offloads the rest). Activations are those of a step's tensors
+    block, fused attention, and while sampling only the U-Net and the run's keys and values on the
+    device (the host offloads the rest). Activations are those of a step's tensors
     when they are the most."""
     alive = {"plain": Alive(), "N": Alive()}
     patched = bench.patched(subjects, fixed=False, preparing=WithoutProducts)
@@ -120,7 +120,6 @@ def gpu_1024(bench: Bench, subjects: int = 2) -> dict[str, Any]:
     run = bench.prepared[subjects]
     lines = {
         "U-Net weights": size(bench.unet.model.diffusion_model),
-        "routers": size(bench.anystory.model.routers),
         "routers' folded maps": folded_maps(run),
         "keys and values, CLIP branch": size([site.clip for site in run.conditions]),
         "keys and values, reference branch": size([site.reference for site in run.conditions]),

@@ -123,7 +123,8 @@ class Call:
     """One forward pass of the U-Net; holds the route of the block that ran last.
 
     ``factors`` (N): how much of its strengths each subject has now, 0 outside of its window.
-    ``recording``: whose routes are recorded.
+    ``recording``: whose routes are recorded. ``plain``: attention of rows to which nothing is
+    done, as they would have it without a call; None: ``attention``.
     """
 
     prepared: PreparedSubjects
@@ -133,6 +134,7 @@ class Call:
     attention: Attention
     shown: Shown = Shown()
     recording: Recording | None = None
+    plain: Attention | None = None
     _latest: BlockRoute | None = None
     _found: list[BlockRoute] = field(default_factory=list[BlockRoute])  # that are to be recorded
     _waiting: dict[int, Grid] = field(default_factory=dict[int, Grid])  # for the block's query
@@ -305,5 +307,7 @@ class Call:
         plain = tuple(row for row in range(q.shape[0]) if row not in rows)
         if not plain:
             return scatter(routed, rows)
-        rest = attend(take(q, plain), take(k, plain), take(v, plain))
+        usual = self.plain or self.attention
+        heads = self.sites[index - 1].heads
+        rest = usual(take(q, plain), take(k, plain), take(v, plain), heads)
         return scatter(torch.cat((routed, rest)), rows + plain)

@@ -77,7 +77,7 @@ def main() -> None:
         ours = hosts.predict(twin, slot, call(count, hosts.dense_attention), inputs)
         table = patches.BlockTable(model.sites)
         options = patches.installed({}, table, patcher.model.diffusion_model, late=False)
-        options[ids_module.CALL_KEY] = call(count, patches.HostAttention(options))
+        options[ids_module.CALL_KEY] = call(count, patches.RoutedAttention(options))
         theirs = patcher.model.diffusion_model(
             latents, timesteps, context=text, y=label, transformer_options=options
         )

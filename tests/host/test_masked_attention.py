@@ -13,6 +13,27 @@ from torch import Tensor, equal, testing
 CLOSE = {"rtol": 1e-2, "atol": 1e-3}
 
 
+@pytest.fixture
+def gpu(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention to subjects takes the way that it takes on a GPU."""
+    patcher = module("anystory_pack.nodes.host.sdxl.patcher")
+    monkeypatch.setattr(patcher, "on_cpu", lambda _: False)
+
+
+def test_a_processor_computes_it_by_pytorch(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the host has chosen; that is asked for the plain model's calls alone."""
+    backends = module("comfy.ldm.modules.attention")
+    model = scene.apply(routing=scene.route(mode="masks", masks=halves()))
+    wanted = scene.sample(model, steps=1)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(backends, "optimized_attention_masked", refuse)
+    assert equal(scene.sample(model, steps=1), wanted)
+
+
+@pytest.mark.usefixtures("gpu")
 def test_sage_attention_gets_no_masks(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes a mask and ignores it; then every token would read all subjects."""
     backends = module("comfy.ldm.modules.attention")
@@ -30,6 +51,7 @@ def test_sage_attention_gets_no_masks(scene: Scene, monkeypatch: pytest.MonkeyPa
     testing.assert_close(scene.sample(model, steps=1) / scale, wanted / scale, **CLOSE)
 
 
+@pytest.mark.usefixtures("gpu")
 def test_flash_attention_gets_no_masks(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """It fails on a mask, and the host logs that at every call."""
     backends = module("comfy.ldm.modules.attention")
@@ -52,6 +74,7 @@ def test_flash_attention_gets_no_masks(scene: Scene, monkeypatch: pytest.MonkeyP
     assert all(mask is None for mask in masked)
 
 
+@pytest.mark.usefixtures("gpu")
 def test_another_packs_attention_gets_no_masks(scene: Scene) -> None:
     """It has all other calls."""
     model = scene.apply(routing=scene.route(mode="masks", masks=halves()))
@@ -81,6 +104,7 @@ def far_apart(dtype: torch.dtype) -> tuple[Tensor, ...]:
     return q, k, v, mask
 
 
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("free", [2.0**14, 2.0**40], ids=["little memory", "much memory"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_masked_calls_of_the_sub_quadratic_way(
@@ -91,12 +115,13 @@ def test_masked_calls_of_the_sub_quadratic_way(
     monkeypatch.setattr(backends, "optimized_attention_masked", backends.attention_sub_quad)
     monkeypatch.setattr(memory, "get_free_memory", lambda *_: (free, free))
     q, k, v, mask = far_apart(dtype)
-    out = patcher.HostAttention({})(q, k, v, 1, mask)
+    out = patcher.RoutedAttention({})(q, k, v, 1, mask)
     wanted = v[:, 1::2].double().mean(dim=1, keepdim=True).expand(-1, 64, -1)
     accuracy = 2 * torch.finfo(dtype).eps  # of values up to 1
     testing.assert_close(out.double(), wanted, rtol=0, atol=accuracy)
 
 
+@pytest.mark.usefixtures("gpu")
 def test_the_sub_quadratic_way_keeps_what_it_does_well(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,14 +132,15 @@ def test_the_sub_quadratic_way_keeps_what_it_does_well(
     q, k, v, mask = far_apart(torch.float32)
     room = 320 * 4 * 4096 * 4  # the host's rule for 320 keys of one head
     used: list[str] = []
-    monkeypatch.setattr(backends, "attention_pytorch", lambda *_, **__: used.append("pytorch"))
+    monkeypatch.setattr(patcher, "_pytorch_attention", lambda *_: used.append("pytorch"))
     for free in (room, room - 1):
         monkeypatch.setattr(memory, "get_free_memory", lambda *_, free=free: (free, free))
-        out = patcher.HostAttention({})(q, k, v, 1, mask)
+        out = patcher.RoutedAttention({})(q, k, v, 1, mask)
         assert (out is None) == (free < room)
     assert used == ["pytorch"]
 
 
+@pytest.mark.usefixtures("gpu")
 def test_a_picture_on_the_sub_quadratic_way_in_little_memory(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:

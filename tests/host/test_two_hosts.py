@@ -60,7 +60,7 @@ def test_the_same_prediction(
     ours = hosts.predict(unet, slot, call(hosts.dense_attention), inputs)
     table = patcher.BlockTable(model.sites)
     options = patcher.installed({}, table, mini.model.model.diffusion_model, late=False)
-    options[scene.ids.CALL_KEY] = call(patcher.HostAttention(options))
+    options[scene.ids.CALL_KEY] = call(patcher.RoutedAttention(options))
     size_label = torch.cat(
         [
             module("comfy.ldm.modules.diffusionmodules.util").timestep_embedding(

@@ -29,6 +29,7 @@ from .patcher import (
     BlockTable,
     HostAttention,
     Replacements,
+    RoutedAttention,
     installed,
     replaced_since,
     replacements,
@@ -130,7 +131,7 @@ class UNetPasses(RunPasses):
             Rows(tuple(cond), tuple(uncond)),
             factors,
             self.record.sites,
-            HostAttention(options, self.precision),
+            RoutedAttention(options, self.precision),
             Shown(
                 crops=tuple(crops) if any(crops) else (),
                 apart=tuple(apart),
@@ -138,6 +139,7 @@ class UNetPasses(RunPasses):
                 again=entry.passes > 1,
             ),
             None if recording is None else Recording(*recording),
+            plain=HostAttention(options, self.precision),
         )
 
 

@@ -32,14 +32,7 @@ Replace = Callable[[Tensor, Tensor, Tensor, Options], Tensor]
 
 @dataclass(frozen=True)
 class HostAttention:
-    """Dense attention as the host computes it, with its own choice of backend; except that masked
-    calls never go to SageAttention, which takes a mask and ignores it (the host itself avoids that
-    only in newer versions), nor to FlashAttention, which fails on one and says so in the log at
-    every call, nor to another pack's override, which mostly is SageAttention, nor to the
-    sub-quadratic way where it would take the keys in parts: it measures scores against the largest
-    one of a part, masked or not, so that a row whose own keys score much less (18 in half
-    precision) is 0 / 0. They go to PyTorch's own attention then, and so on a CPU, where it needs no
-    more memory and half as many operators."""
+    """Dense attention as the host computes it, with its own choice of backend."""
 
     options: Options
     precision: Any = None
@@ -47,15 +40,43 @@ class HostAttention:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None
     ) -> Tensor:
-        if mask is not None and _goes_to_pytorch(q, k, heads):
+        return backends.optimized_attention(
+            q, k, v, heads, mask,
+            attn_precision=self.precision, transformer_options=self.options,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RoutedAttention:
+    """Dense attention to the subjects: the host's, except that masked calls never go to
+    SageAttention, which takes a mask and ignores it (the host itself avoids that only in newer
+    versions), nor to FlashAttention, which fails on one and says so in the log at every call, nor
+    to another pack's override, which mostly is SageAttention, nor to the sub-quadratic way where it
+    would take the keys in parts: it measures scores against the largest one of a part, masked or
+    not, so that a row whose own keys score much less (18 in half precision) is 0 / 0.
+
+    They go to PyTorch's own attention then. So do all calls on a CPU, whose memory it does not
+    fill either: it takes a few per cent of the sub-quadratic way's time in half precision there."""
+
+    options: Options
+    precision: Any = None
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None
+    ) -> Tensor:
+        if on_cpu(q) or (mask is not None and _goes_to_pytorch(q, k, heads)):
             return _pytorch_attention(q, k, v, heads, mask)
         if mask is None:
-            attention, options = backends.optimized_attention, self.options
-        else:
-            attention = backends.optimized_attention_masked
-            options = {name: x for name, x in self.options.items() if name != OVERRIDE}
-        kwargs = {"attn_precision": self.precision, "transformer_options": options}
-        return attention(q, k, v, heads, mask, **kwargs)
+            return HostAttention(self.options, self.precision)(q, k, v, heads)
+        options = {name: x for name, x in self.options.items() if name != OVERRIDE}
+        return backends.optimized_attention_masked(
+            q, k, v, heads, mask, attn_precision=self.precision, transformer_options=options
+        )
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether a tensor is in the processor's own memory."""
+    return x.device.type == "cpu"
 
 
 def _goes_to_pytorch(q: Tensor, k: Tensor, heads: int) -> bool:
@@ -64,14 +85,15 @@ def _goes_to_pytorch(q: Tensor, k: Tensor, heads: int) -> bool:
     if mm.sage_attention_enabled() or mm.flash_attention_enabled():
         return True
     if attention is backends.attention_sub_quad:
-        return q.device.type == "cpu" or not _holds_all_keys(q, k, heads)
+        return not _holds_all_keys(q, k, heads)
     return attention is backends.attention_pytorch
 
 
-def _pytorch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor) -> Tensor:
+def _pytorch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None) -> Tensor:
     rows, width = q.shape[0], q.shape[2] // heads
     q, k, v = (x.view(rows, -1, heads, width).transpose(1, 2) for x in (q, k, v))
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1))
+    every_head = None if mask is None else mask.unsqueeze(1)
+    out = scaled_dot_product_attention(q, k, v, attn_mask=every_head)
     return out.transpose(1, 2).reshape(rows, -1, heads * width)
 
 

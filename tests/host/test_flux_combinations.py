@@ -133,6 +133,39 @@ def test_an_attention_mask_of_the_conditioning(flux: FluxWorld, count: int) -> N
     assert not close(results[1], plain, 1e-3)
 
 
+@pytest.mark.parametrize("mode", ["learned", "masks"])
+def test_areas_are_pictures_of_their_own(flux: FluxWorld, mode: str) -> None:
+    """Two prompts for two parts of the picture, in one step: each part is what a run of that part
+    alone gives, with its part of the masks."""
+    import comfy.sample
+    import node_helpers
+
+    noise = torch.randn(1, CONFIG.transformer.channels, 8, 12, generator=torch.manual_seed(3))
+    rows = torch.zeros(1, 8, 12)
+    rows[:, :3] = 1  # not the same in both parts
+    rows[:, :, 8:] = 1
+    masks = [rows, 1 - rows]
+
+    def drawn(positive: Any, noise: Tensor, masks: list[Tensor]) -> Tensor:
+        model = flux.apply(flux.route(mode=mode, masks=masks), reference_start=0.0)
+        return comfy.sample.sample(
+            model, noise, 1, 1.0, "euler", "simple", positive, positive, torch.zeros_like(noise),
+            disable_pbar=True,
+        )  # fmt: skip
+
+    both: list[Any] = []
+    parts: list[Tensor] = []
+    for seed, first, width in ((1, 0, 4), (5, 4, 8)):
+        prompt = flux.prompt(seed)
+        area = {"area": (8, width, 0, first)}
+        both += node_helpers.conditioning_set_values(prompt, area)
+        part = slice(first, first + width)
+        parts.append(drawn(prompt, noise[..., part], [mask[..., part] for mask in masks]))
+    whole = drawn(both, noise, masks)
+    assert close(whole, torch.cat(parts, dim=-1), 1e-5)
+    assert not close(whole, drawn(flux.prompt(1), noise, masks), 1e-2)
+
+
 def test_custom_sampler_and_guider(flux: FluxWorld) -> None:
     import comfy.samplers
     from comfy_extras.nodes_custom_sampler import BasicGuider, Noise_RandomNoise
@@ -357,6 +390,19 @@ def test_blocks_with_other_tokens_go_without(
         model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "other", cut)
         assert torch.isfinite(flux.sample(model)).all()
         assert caplog.text.count("another node changes them") == 1
+
+
+def test_what_acts_inside_of_a_block_is_told(
+    flux: FluxWorld, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Newer hosts have places there; where the router decides, the blocks are ours."""
+    model = flux.model.clone()
+    patches = {"attn1_output_patch": [lambda attention, options: attention]}
+    model.model_options["transformer_options"]["patches"] = patches
+    flux.sample(flux.apply(flux.route(flux.subjects[0]), model))
+    assert "does not act" not in caplog.text
+    flux.sample(flux.apply(model=model))
+    assert caplog.text.count("'attn1_output_patch' does not act") == 1
 
 
 def test_style_model_apply(flux: FluxWorld) -> None:

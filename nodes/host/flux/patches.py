@@ -21,6 +21,7 @@ from ....anystory_core.bases.flux.sites import FluxSite
 
 Options = Mapping[str, Any]
 OVERRIDE = "optimized_attention_override"  # the host's place for another attention
+_INSIDE = ("attn1_patch", "attn1_output_patch")  # newer hosts' places inside of a block
 Replace = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 
 
@@ -60,7 +61,7 @@ class BlockTable:
 
     sites: Sequence[FluxSite]
     index: dict[tuple[str, int], FluxSite] = field(init=False)
-    warned: bool = False
+    told: set[str] = field(default_factory=set[str])
 
     def __post_init__(self) -> None:
         self.index = {(site.kind, site.number): site for site in self.sites}
@@ -71,8 +72,8 @@ class BlockTable:
 
     def warn(self, site: FluxSite, tokens: int, call: FluxCall) -> None:
         """Say that a block has other tokens than the pass."""
-        if not self.warned:
-            self.warned = True
+        if "tokens" not in self.told:
+            self.told.add("tokens")
             logging.warning(
                 "AnyStory: block '%s' has %d tokens, expected %d (another node changes them); it "
                 "goes without the subjects.",
@@ -80,6 +81,17 @@ class BlockTable:
                 tokens,
                 call.layout.total,
             )
+
+    def check(self, options: Options) -> None:
+        """Say what of another pack's does not act in blocks that are ours."""
+        for name in _INSIDE:
+            if options.get("patches", {}).get(name) and name not in self.told:
+                self.told.add(name)
+                logging.warning(
+                    "AnyStory: another node's '%s' does not act where the router decides; choose "
+                    "the mode 'masks' in Subject Router to have it.",
+                    name,
+                )
 
 
 @dataclass(frozen=True)
@@ -192,6 +204,8 @@ class BlockReplace:
 
 def installed(options: Options, table: BlockTable, net: Any, call: FluxCall) -> dict[str, Any]:
     """The options of a pass of ``net`` with the patches that serve ``call`` among the others."""
+    if call.routes_itself:
+        table.check(options)
     own = {**options, OVERRIDE: AttentionOverride(table, call, options.get(OVERRIDE))}
     out, replacements = dict(own), dict(options.get("patches_replace", {}))
     before: dict[Any, Replace] = replacements.get("dit", {})

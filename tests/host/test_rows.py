@@ -19,8 +19,8 @@ def calls(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Calls:
     seen: Calls = []
     build = scene.passes.Call
 
-    def recording(prepared: Any, rows: Any, *args: Any) -> Any:
-        call = build(prepared, rows, *args)
+    def recording(prepared: Any, rows: Any, *args: Any, **others: Any) -> Any:
+        call = build(prepared, rows, *args, **others)
         recorded = () if call.recording is None else call.recording.rows
         seen.append((rows.cond, rows.uncond, len(recorded)))
         return call

@@ -108,7 +108,6 @@ def gpu_1024(bench: Bench, subjects: int = 2) -> dict[str, Any]:
         with (
             mock.patch.object(core("injection.call"), "by_region", lambda q: False),
             mock.patch.multiple(attention, **fused),
-            mock.patch.multiple(host("nodes.host.sdxl.patcher"), **fused),
         ):
             for name, step in steps.items():
                 with WithoutProducts():

@@ -136,10 +136,13 @@ class ClipBranchConfig:
             )
 
 
-# Which reference features act (Eq. 6): of the whole cut-out, as in the paper; those of the subject
-# alone, without the empty space around it; and those in the U-Net's decoder alone.
-References = Literal["whole", "masked", "masked in the decoder"]
-REFERENCES: tuple[References, ...] = ("whole", "masked", "masked in the decoder")
+# Which references act (Eq. 6): features of the whole cut-out, as in the paper; those of the subject
+# alone, without the empty space around it; those in the U-Net's decoder alone; and in place of
+# features what the U-Net makes of the picture at the noise of the step (:mod:`.injection.matched`).
+References = Literal[
+    "whole", "masked", "masked in the decoder", "matched noise", "masked, matched noise"
+]
+REFERENCES: tuple[References, ...] = typing.get_args(References)
 
 
 def later(default: T) -> T:

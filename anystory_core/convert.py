@@ -65,8 +65,9 @@ def _sdxl(arguments: Sequence[str]) -> Converted:
         "--references",
         choices=REFERENCES,
         default="masked",
-        help="which reference features act: of the whole cut-out, of the subject alone, or of the "
-        "subject in the U-Net's decoder alone (default: %(default)s)",
+        help="which references act: features of the whole cut-out, of the subject alone, of the "
+        "subject in the U-Net's decoder alone, or what the U-Net makes of the cut-out at the noise "
+        "of each step, which needs no reference net (default: %(default)s)",
     )
     parser.add_argument(
         "--no-gate", action="store_true", help="MIP-Adapter without the gate that reads the text"

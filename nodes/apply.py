@@ -75,7 +75,9 @@ class ApplyAnyStory(io.ComfyNode):
                     optional=True,
                     tooltip="Which details of the subjects act. whole: of their whole cut-outs, as "
                     "in the paper. masked: without the empty space around them. masked in the "
-                    "decoder: the same, in the second half of the U-Net alone.",
+                    "decoder: the same, in the second half of the U-Net alone. matched noise: the "
+                    "model itself reads the cut-outs, noised as the picture is at each step "
+                    "(slower; for weights whose references are not trained).",
                 ),
                 io.Float.Input(
                     "concept_start",
@@ -103,6 +105,22 @@ class ApplyAnyStory(io.ComfyNode):
                     tooltip="FLUX only: fraction of the sampling at which details begin to be "
                     "copied. -1 is the authors' choice: 0 for one subject, 0.09 for more.",
                 ),
+                io.Float.Input(
+                    "matched_start",
+                    default=0.0,
+                    **fraction,
+                    optional=True,
+                    tooltip="Only for references of matched noise: fraction of the sampling at "
+                    "which they begin to act.",
+                ),
+                io.Float.Input(
+                    "matched_end",
+                    default=1.0,
+                    **fraction,
+                    optional=True,
+                    tooltip="Only for references of matched noise: fraction of the sampling at "
+                    "which they stop to act. Less than 1 leaves the last steps to the model.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model"),
@@ -125,6 +143,8 @@ class ApplyAnyStory(io.ComfyNode):
         concept_start: float = 0.1,
         concept_end: float = 0.3,
         reference_start: float = -1.0,
+        matched_start: float = 0.0,
+        matched_end: float = 1.0,
     ) -> io.NodeOutput:
         timing = Timing(
             concept=(concept_start, concept_end),
@@ -136,6 +156,8 @@ class ApplyAnyStory(io.ComfyNode):
             keep_references_in_uncond=references_in_uncond,
             timing=timing,
             references=_references(references),
+            matched_start=matched_start,
+            matched_end=matched_end,
         )
         maps = RoutingMaps()
         patched = apply_routing(model, routing, settings, start, end, maps, node="ApplyAnyStory")

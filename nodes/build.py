@@ -84,8 +84,9 @@ class BuildAnyStory(io.ComfyNode):
                     optional=True,
                     tooltip="Which details of a subject act. whole: of its whole cut-out, as in "
                     "the paper. masked: without the empty space around the subject. masked in the "
-                    "decoder: the same, in the second half of the U-Net alone. Apply AnyStory can "
-                    "change it.",
+                    "decoder: the same, in the second half of the U-Net alone. matched noise: what "
+                    "the model itself makes of the cut-out, noised as the picture is at each step; "
+                    "it needs no reference_net. Apply AnyStory can change it.",
                 ),
             ],
             outputs=[io.String.Output(display_name="anystory_name")],

@@ -62,8 +62,8 @@ class EncodeSubject(io.ComfyNode):
                     "clip",
                     optional=True,
                     tooltip="Only for weights that read the label's text (converted from "
-                    "MS-Diffusion, or with the original ReferenceNet): the clip of the model that "
-                    "will sample.",
+                    "MS-Diffusion, or with the original ReferenceNet) and for references at "
+                    "matched noise: the clip of the model that will sample.",
                 ),
                 io.Combo.Input(
                     "mask_shows",

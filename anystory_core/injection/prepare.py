@@ -7,20 +7,21 @@ them before its first step and holds nothing of the ReferenceNet or of the proje
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
 
 from ..bases.base import Site
+from ..bases.sdxl.config import AnyStoryConfig
 from ..config import ClipBranchConfig, References
 from ..errors import RoutingError
-from ..routing.grids import area_mean
 from ..routing.sources import RouteSource
 from ..routing.words import TextRoutes
 from ..subject.subject import Subject
 from .keys import Candidates
+from .matched import MatchedReferences, pictures_of, places_inside
 from .projections import Projections
 
 
@@ -51,7 +52,8 @@ class Settings:
     """Overall strengths; each subject's own are multiplied in
     (:class:`~..subject.subject.SubjectOptions`).
 
-    ``references``: which reference features act; None: those that the weights' file says.
+    ``references``: which references act; None: those that the weights' file says. Those of matched
+    noise act from ``matched_start`` to ``matched_end`` of the sampling, 0 to 1.
     ``keep_references_in_uncond``: unconditional rows keep the reference features (the paper's
     training drops only CLIP); they then route by their own hidden states.
     """
@@ -61,11 +63,26 @@ class Settings:
     keep_references_in_uncond: bool = False
     timing: Timing = Timing()
     references: References | None = None
+    matched_start: float = 0.0
+    matched_end: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("matched_start", "matched_end"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise RoutingError(f"{name}: got {value}, expected a fraction from 0 to 1")
+        if self.matched_start > self.matched_end:
+            raise RoutingError(
+                f"matched_start: got {self.matched_start}, after matched_end = {self.matched_end}; "
+                "expected matched_start <= matched_end"
+            )
 
 
 class InjectionModel(Protocol):
     """What of a model projects subjects: an :class:`~..weights.model.AnyStoryModel`."""
 
+    @property
+    def config(self) -> AnyStoryConfig: ...
     @property
     def sites(self) -> Sequence[Site]: ...
     @property
@@ -92,7 +109,8 @@ class PreparedSubjects:
     """The subjects as every pass of one sampling run needs them (:func:`prepare_subjects`).
 
     ``agree``: the blocks of a pass decide together which subject is where
-    (:mod:`..routing.agreement`)."""
+    (:mod:`..routing.agreement`). ``matched``: the references are read anew at every noise level,
+    and come in by :meth:`with_references`; until then there are none."""
 
     conditions: tuple[SiteConditions, ...]  # conditions[l - 1]
     source: RouteSource | TextRoutes
@@ -100,11 +118,20 @@ class PreparedSubjects:
     biases: tuple[float, ...]  # gamma_i, the same
     keep_references_in_uncond: bool = False
     agree: bool = False
+    matched: MatchedReferences | None = None
 
     @property
     def subjects(self) -> int:
         """N."""
         return len(self.strengths) - 1
+
+    def with_references(self, references: Mapping[int, Candidates]) -> PreparedSubjects:
+        """The same with other references at the blocks that are keys of the table."""
+        conditions = tuple(
+            replace(before, reference=references.get(index, before.reference))
+            for index, before in enumerate(self.conditions, 1)
+        )
+        return replace(self, conditions=conditions)
 
     def is_idle(self, factors: Sequence[float]) -> bool:
         """Nothing to inject with these factors of the subjects' strengths: the host then runs the
@@ -179,9 +206,10 @@ def prepare_subjects(
         for s, eta in zip(subjects, strengths, strict=True)
     ]
     which = settings.references or model.references
+    masked, matched = "masked" in which, "matched" in which
     features: list[Sequence[Tensor] | None] = [
-        [g[None] for g in (s.features if which == "whole" else inside_features(s))]
-        if gamma > -math.inf
+        [g[None] for g in (inside_features(s) if masked else s.features)]
+        if gamma > -math.inf and not matched
         else None
         for s, gamma in zip(subjects, biases, strict=True)
     ]
@@ -203,6 +231,29 @@ def prepare_subjects(
         (*biases, -math.inf),
         settings.keep_references_in_uncond,
         agree,
+        _matched(model, subjects, biases, settings, masked=masked) if matched else None,
+    )
+
+
+def _matched(
+    model: InjectionModel,
+    subjects: Sequence[Subject],
+    biases: Sequence[float],
+    settings: Settings,
+    *,
+    masked: bool,
+) -> MatchedReferences | None:
+    pictures = pictures_of(subjects, [gamma > -math.inf for gamma in biases], masked=masked)
+    if not pictures:
+        return None
+    return MatchedReferences(
+        pictures,
+        model.sites,
+        len(subjects),
+        model.config.unet.context_dim,
+        model.config.unet.pooled_dim,
+        settings.matched_start,
+        settings.matched_end,
     )
 
 
@@ -217,10 +268,7 @@ def inside_features(subject: Subject) -> list[Tensor]:
         places = feature.shape[0] // subject.views
         if places not in kept:
             side = math.isqrt(places)
-            share = area_mean(subject.inside.cpu().float(), (side, side)).flatten(1)  # (V,G)
-            best = share.amax(dim=1, keepdim=True)
-            inside = (share >= 0.5) | ((best < 0.5) & (share == best))
-            kept[places] = inside.flatten().nonzero()[:, 0]
+            kept[places] = places_inside(subject.inside.cpu(), (side, side))
         chosen.append(feature[kept[places].to(feature.device)])
     return chosen
 

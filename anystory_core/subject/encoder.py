@@ -53,17 +53,18 @@ class PictureStates:
 
     clip (V,S,W) and background (1,S,W): penultimate CLIP states of ``views.clip`` and of
     :func:`~.preprocess.zero_clip`; None when the model has no QFormer. latents (V,4,h,w): the VAE's
-    of ``views.vae`` at U-Net scale; None without a ReferenceNet. label (1 or V,S,C): text states of
-    the subject's label, only for a ReferenceNet with cross-attention. phrase (P,): the label's
-    pooled text state, for weights that are grounded. ``clip_fingerprint`` names the CLIP vision
-    weights. ``number_types``: what "clip_vision", "vae" and "clip" computed in, where the tensors
-    here are of another type.
+    of ``views.vae`` at U-Net scale. label (1 or V,S,C) and pooled (P,): text states of the
+    subject's label, which a ReferenceNet with cross-attention needs. phrase (P,): the label's
+    pooled state of CLIP-L, for weights that are grounded. ``clip_fingerprint`` names the CLIP
+    vision weights. ``number_types``: what "clip_vision", "vae" and "clip" computed in, where the
+    tensors here are of another type.
     """
 
     clip: Tensor | None = None
     background: Tensor | None = None
     latents: Tensor | None = None
     label: Tensor | None = None
+    pooled: Tensor | None = None
     phrase: Tensor | None = None
     clip_fingerprint: str = ""
     number_types: Mapping[str, torch.dtype] = field(default_factory=dict[str, torch.dtype])
@@ -71,7 +72,8 @@ class PictureStates:
     def parts(self) -> Iterator[tuple[str, Tensor | None]]:
         """Each tensor with the network that made it."""
         yield from (("clip_vision", self.clip), ("clip_vision", self.background))
-        yield from (("vae", self.latents), ("clip", self.label), ("clip", self.phrase))
+        yield from (("vae", self.latents), ("clip", self.label))
+        yield from (("clip", self.pooled), ("clip", self.phrase))
 
 
 def check_finite(part: str, made: Tensor | None, number_type: torch.dtype | None = None) -> None:
@@ -153,10 +155,14 @@ def encode_subject(
             background_tokens = None
     features: tuple[Tensor, ...] = ()
     inside: Tensor | None = None
-    if model.reference_net is not None and states.latents is not None:
-        features = _reference_features(model.reference_net, views.mask, states, store, at_once)
+    if states.latents is not None:
         grid = (states.latents.shape[-2], states.latents.shape[-1])
         inside = latent_mask(views.mask, grid)[:, 0].float()
+    if model.reference_net is not None and states.latents is not None:
+        context = states.label if model.config.reference.cross_attention else None
+        features = _reference_features(
+            model.reference_net, views.mask, states.latents, context, store, at_once
+        )
     if tokens is None and not features:
         raise SubjectError(
             "anystory: these weights hold neither a subject encoder nor a ReferenceNet, so nothing "
@@ -186,19 +192,22 @@ def encode_subject(
         states=keep("clip_vision", states.clip) if grounded else None,
         phrase=keep("clip", states.phrase),
         inside=keep("mask", inside),
+        latents=keep("vae", states.latents),
+        text=keep("clip", None if states.label is None else states.label[0]),
+        pooled=keep("clip", states.pooled),
     )
 
 
 def _reference_features(
     net: ReferenceNet,
     masks: Tensor,
-    states: PictureStates,
+    latents: Tensor,
+    context: Tensor | None,
     store: torch.device | str,
     at_once: int | None,
 ) -> tuple[Tensor, ...]:
-    """L-1 features (V*G_l, d_l) on ``store`` of V latents and masks (V,1,R,R)."""
-    latents, context = states.latents, states.label
-    assert latents is not None
+    """L-1 features (V*G_l, d_l) on ``store`` of V latents and masks (V,1,R,R); ``context`` (1 or
+    V,S,C) is the label's text, where the net reads it."""
     count = latents.shape[0]
     mask = latent_mask(masks, (latents.shape[-2], latents.shape[-1])).to(latents)
     inputs = torch.cat((latents, mask), dim=1)

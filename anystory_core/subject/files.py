@@ -31,8 +31,10 @@ from .subject import EncodedSubject, Subject, SubjectOptions
 FORMAT = "1"
 SDXL = Subject.family
 MOST_VIEWS = 64
-# A subject without a label has no phrase, and older files do not say where a subject is inside.
-_MAY_MISS = {"phrase", "inside"}
+# A subject without a label has no phrase and no text, and older files neither say where a subject
+# is inside nor hold its latents.
+_MAY_MISS = {"phrase", "text", "pooled", "inside", "latents"}
+ANY = -1  # in an expected shape
 _HEADER_KEYS = ("label", "options", "weights", "clip")
 
 
@@ -198,6 +200,9 @@ def load_subject(path: str | os.PathLike[str], model: Encoders) -> Subject:
         states=tensors.get("states"),
         phrase=tensors.get("phrase"),
         inside=tensors.get("inside"),
+        latents=tensors.get("latents"),
+        text=tensors.get("text"),
+        pooled=tensors.get("pooled"),
         cutout=saved.cutout,
         fingerprint=saved.weights,
         clip_fingerprint=saved.clip,
@@ -275,13 +280,19 @@ def _expected(model: Encoders, views: int) -> dict[str, tuple[int, ...]]:
     if model.reference_net is not None:
         for index, (tokens, width) in feature_shapes(config).items():
             shapes[f"features.{index}"] = (views * tokens, width)
-        side = config.reference.size // config.reference.latent_stride
-        shapes["inside"] = (views, side, side)
+    side = config.reference.size // config.reference.latent_stride
+    shapes["inside"] = (views, side, side)
+    shapes["latents"] = (views, config.unet.in_channels, side, side)
+    shapes["text"] = (ANY, config.unet.context_dim)
+    shapes["pooled"] = (config.unet.pooled_dim,)
     return shapes
 
 
 def _check_tensor(file: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+    fits = len(shape) == tensor.ndim and all(
+        size in (got, ANY) for size, got in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits or not tensor.is_floating_point() or not tensor.numel():
         raise SubjectError(
             f"{file}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, expected floats of "
             f"shape {shape}; save the subject again"

@@ -109,8 +109,9 @@ class Subject(EncodedSubject):
     (T,C) and background_routing (d_r,) are those of the zero image, the same for all subjects of a
     model. states (V,S,W), the pictures' CLIP states, and phrase (P,), a pooled text state of the
     label, are there for weights whose tokens depend on the subject's place (:mod:`.grounding`).
-    inside (V,h,w) in [0,1]: the pictures' masks on the latent's grid; None where nobody said, or
-    without features.
+    latents (V,4,h,w) are the pictures' own, at the U-Net's scale, and inside (V,h,w) in [0,1] their
+    masks on that grid; None where nobody said. text (S,C) and pooled (P,) are the label's text
+    states; None without a label or a text encoder.
     """
 
     family: ClassVar[str] = "sdxl"
@@ -123,6 +124,9 @@ class Subject(EncodedSubject):
     states: Tensor | None = None
     phrase: Tensor | None = None
     inside: Tensor | None = None
+    latents: Tensor | None = None
+    text: Tensor | None = None
+    pooled: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         optional = {
@@ -133,6 +137,9 @@ class Subject(EncodedSubject):
             "states": self.states,
             "phrase": self.phrase,
             "inside": self.inside,
+            "latents": self.latents,
+            "text": self.text,
+            "pooled": self.pooled,
         }
         there = {name: x for name, x in optional.items() if x is not None}
         return there | {f"features.{i}": x for i, x in enumerate(self.features, start=2)}
@@ -152,6 +159,9 @@ class Subject(EncodedSubject):
             background_routing=optional(self.background_routing),
             states=optional(self.states),
             phrase=optional(self.phrase),
+            latents=optional(self.latents),
+            text=optional(self.text),
+            pooled=optional(self.pooled),
         )
 
 

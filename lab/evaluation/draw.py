@@ -15,7 +15,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from anystory_core.injection.prepare import PreparedSubjects, project
+from anystory_core.config import References
+from anystory_core.injection.matched import ReferenceInputs, ReferencePass
+from anystory_core.injection.prepare import (
+    PreparedSubjects,
+    Settings,
+    prepare_subjects,
+    project,
+)
 from anystory_core.injection.rows import Rows
 from anystory_core.mini.config import CONFIG, PICTURE_SIZE
 from anystory_core.routing.sources import LearnedRoutes, RouteSource, SingleRoute
@@ -25,11 +32,11 @@ from anystory_core.subject.preprocess import prepare_views, zero_clip
 from anystory_core.subject.subject import Subject
 from anystory_core.training.call import TrainingCall
 from anystory_core.training.hosts import unet as diffusers_unet
-from anystory_core.training.schedule import ddim
+from anystory_core.training.schedule import alphas_cumprod, ddim
 from anystory_core.weights.model import AnyStoryModel
 
 from ..networks.base import size_ids
-from ..networks.row_sources import RowSources
+from ..networks.row_sources import OwnPlaces, RowSources
 from ..phase import autocast
 from .stack import Stack
 from .tasks import Task
@@ -47,13 +54,18 @@ class Variant:
     without a router, where every token attends to the tokens of all subjects; "text" goes by the
     words of the subjects' names, which are one task's own, so tasks are then drawn one by one.
     ``agree``: of "router", the blocks decide together who is where
-    (:mod:`anystory_core.routing.agreement`)."""
+    (:mod:`anystory_core.routing.agreement`). ``references``: which act, and how strongly, in tasks
+    of one subject by the routes "single" and "masks"; None: all features.
+    ``matched_end``: part of the sampling up to which those of matched noise act."""
 
     model: AnyStoryModel | None
     routes: Routes = "single"
     clip: bool = True
     reference: bool = True
     agree: bool = True
+    references: References | None = None
+    reference_strength: float = 1.0
+    matched_end: float = 1.0
 
 
 @dataclass
@@ -74,16 +86,15 @@ class Encoder:
             image = torch.from_numpy(picture.copy()).float()[None] / 255
             views = prepare_views(image, torch.from_numpy(mask)[None].float(), CONFIG)
             model = self.model
-            latents = None if model.reference_net is None else self.stack.encode_pictures(views.vae)
             states = None if model.encoder.subject is None else self.stack.clip_states(views.clip)
-            label, context = task.names()[number], None
-            if model.config.reference.cross_attention:
-                context = self.stack.encode_text([label])[0]
+            label = task.names()[number]
+            context, pooled = self.stack.encode_text([label])
             seen = PictureStates(
                 clip=states,
                 background=None if states is None else self._background,
-                latents=latents,
+                latents=self.stack.encode_pictures(views.vae),
                 label=context,
+                pooled=pooled[0],
             )
             out.append(encode_subject(model, views, seen, label=label))
         return out
@@ -93,6 +104,19 @@ def prepare_tasks(variant: Variant, encoder: Encoder, tasks: Sequence[Task]) -> 
     """Keys and values of a batch, a row per task."""
     model = encoder.model
     encoded = [encoder.subjects(task) for task in tasks]
+    if variant.references is not None:
+        # Their numbers differ from task to task: each is a candidate of its own, for its row.
+        own = [row[0] for row in encoded]
+        whole = torch.ones(len(own), PICTURE_SIZE, PICTURE_SIZE)
+        boxes = variant.routes == "masks"
+        places = torch.stack([task.boxes()[0] for task in tasks]) if boxes else whole
+        settings = Settings(
+            strength=float(variant.clip),
+            reference_strength=variant.reference_strength * variant.reference,
+            references=variant.references,
+            matched_end=variant.matched_end,
+        )
+        return prepare_subjects(model, own, OwnPlaces(places), settings)
     places = range(len(encoded[0]))
     tokens: list[Tensor | None] = [
         _stack([row[i].tokens for row in encoded]) if variant.clip else None for i in places
@@ -166,6 +190,26 @@ def make_call(
     return TrainingCall(prepared, rows, active, model.sites, diffusers_unet.dense_attention)
 
 
+def read_references(stack: Stack, prepared: PreparedSubjects, t: int) -> PreparedSubjects:
+    """``prepared`` with its references of timestep ``t``, where they are read at each."""
+    matched, alphas = prepared.matched, alphas_cumprod().float()
+    if matched is None or not matched.start <= 1 - t / (len(alphas) - 1) <= matched.end:
+        return prepared
+    alpha = alphas[t]
+
+    def forward(given: ReferenceInputs, reading: ReferencePass) -> None:
+        count = len(given.latents)
+        noisy = alpha.sqrt() * given.latents + (1 - alpha).sqrt() * given.noise
+        inputs = diffusers_unet.UNetInputs(
+            noisy, torch.full((count,), t), given.text, given.pooled, size_ids(count)
+        )
+        diffusers_unet.predict(stack.unet, stack.slot, reading, inputs)
+
+    with autocast():
+        found = matched.read(float(t), forward, at_once=len(matched.pictures))
+    return prepared.with_references(found)
+
+
 @torch.no_grad()
 def draw(
     stack: Stack,
@@ -186,11 +230,10 @@ def draw(
     labels = torch.cat((pooled, empty_pooled.expand(count, -1)))
 
     def predict(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        call = (
-            None
-            if prepared is None
-            else make_call(prepared, cast(Any, variant.model), count, count)
-        )
+        call = None
+        if prepared is not None:
+            now = read_references(stack, prepared, int(t))
+            call = make_call(now, cast(Any, variant.model), count, count)
         with autocast():
             inputs = diffusers_unet.UNetInputs(
                 torch.cat((z, z)), t.expand(2 * count), states, labels, size_ids(2 * count)

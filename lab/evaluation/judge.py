@@ -70,6 +70,12 @@ class Judge:
         crops = [cut(picture, one.box) for one in found]
         return cast(Any, self.identity)(torch.stack(crops))
 
+    def look(self, picture: Tensor) -> tuple[list[Found], str]:
+        """The found places of a picture (3,H,W) in [-1,1], warmest first, and the named one that it
+        shows."""
+        seen = functional.interpolate(picture[None], size=(SEEN, SEEN), mode="area")
+        return find(self.finder, seen)[0]
+
     def judge(self, pictures: Tensor, tasks: Sequence[Task]) -> list[Verdict]:
         """Pictures (B,3,H,W) in [-1,1] of as many tasks; seen at the networks' own size."""
         pictures = functional.interpolate(pictures, size=(SEEN, SEEN), mode="area")

@@ -15,6 +15,11 @@ COMPARED = 256  # values of a row that tell it from the others
 Entries = Sequence[Mapping[str, Any]]  # one list of conds
 
 
+def is_hooked(guider: Any) -> bool:
+    """Whether conds of a guider bring weights of their own (LoRA hooks)."""
+    return any("hooks" in entry for entries in guider.conds.values() for entry in entries)
+
+
 @dataclass(frozen=True)
 class Roles:
     """Read from a guider before it samples. A list named like "negative" is unconditional (PerpNeg

@@ -12,6 +12,7 @@ from ...anystory_core.bases.sdxl.config import AnyStoryConfig
 from ...anystory_core.bases.sdxl.sites import UNetSite
 from ...anystory_core.errors import ModelMismatchError, RoutingError
 from ...anystory_core.routing.words import Texts
+from .conds import is_hooked
 
 
 def encode_label(clip: Any, label: str, config: AnyStoryConfig) -> tuple[Tensor, int]:
@@ -41,6 +42,19 @@ def encode_label(clip: Any, label: str, config: AnyStoryConfig) -> tuple[Tensor,
             "gives it"
         )
     return states.float().cpu(), (len(ids) if own is None else own) - 1
+
+
+def encode_pooled(clip: Any, label: str, config: AnyStoryConfig) -> Tensor:
+    """A label's pooled state (P,), as the U-Net's label embedding takes it. ModelMismatchError:
+    another width, or none."""
+    pooled = clip.encode_from_tokens(clip.tokenize(label), return_pooled=True)[1]
+    width = None if pooled is None else pooled.shape[-1]
+    if width != config.unet.pooled_dim:
+        raise ModelMismatchError(
+            f"clip: it gives a pooled text state of width {width}, the AnyStory weights expect "
+            f"{config.unet.pooled_dim} ({config.name}); connect the clip that encodes the prompt"
+        )
+    return pooled[0].float().cpu()
 
 
 def encode_phrase(clip: Any, label: str, width: int) -> Tensor:
@@ -90,6 +104,5 @@ def route_texts(labels: Sequence[Tensor], guider: Any, device: Any) -> Texts:
     def keys(site: UNetSite, states: Tensor) -> Tensor:
         return unet.get_submodule(site.ldm).attn2.to_k(states)
 
-    hooked = any("hooks" in entry for entries in guider.conds.values() for entry in entries)
     moved = tuple(states.to(device, torch.float32) for states in labels)
-    return Texts(moved, keys, constant=not hooked)
+    return Texts(moved, keys, constant=not is_hooked(guider))

@@ -27,7 +27,10 @@ GOLDEN: dict[str, tuple[list[str], list[str]]] = {
     "AnyStorySplitMasks": (["masks", "order"], ["MASK"] * 8),
     "SubjectRouter": (["anystory", "mode", *PAIRS, "clip", "agreement"], ["ANYSTORY_ROUTING"]),
     "ApplyAnyStory": (
-        ["model", "routing", *OPTIONS, "references_in_uncond", "references", *TIMING],
+        [
+            "model", "routing", *OPTIONS, "references_in_uncond", "references", *TIMING,
+            "matched_start", "matched_end",
+        ],
         ["MODEL", "ANYSTORY_MAPS"],
     ),
     "RoutingMapPreview": (

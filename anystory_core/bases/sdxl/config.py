@@ -67,6 +67,11 @@ class UNetConfig:
                 )
 
     @property
+    def pooled_dim(self) -> int:
+        """Width of the pooled text state, what the label embedding has beside six sizes."""
+        return self.adm_channels - 6 * 256
+
+    @property
     def time_channels(self) -> int:
         """Width of the time embedding."""
         return 4 * self.model_channels

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...bases.sdxl.sites import UNetSite
 from ...injection.call import Call
+from ...injection.matched import ReferencePass
 from ...routing.grids import Grid
 
 
@@ -52,7 +53,7 @@ def attention_kernels(device: torch.device) -> Generator[None, None, None]:
 class Slot:
     """The call being served, and the token grid of each running Transformer2DModel."""
 
-    call: Call | None = None
+    call: Call | ReferencePass | None = None
     grids: dict[str, Grid] = field(default_factory=dict[str, Grid])
 
 
@@ -144,7 +145,7 @@ class UNetInputs:
     time_ids: Tensor
 
 
-def predict(unet: Any, slot: Slot, call: Call | None, inputs: UNetInputs) -> Tensor:
+def predict(unet: Any, slot: Slot, call: Call | ReferencePass | None, inputs: UNetInputs) -> Tensor:
     """One forward pass with ``call`` in the slot: what the U-Net predicts, (B,4,h,w).
 
     The slot keeps the call, because a checkpointed block runs again in the backward pass."""

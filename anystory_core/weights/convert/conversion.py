@@ -51,7 +51,8 @@ def convert(
     "none". config: sizes of the base (SDXL when None); the QFormer's own sizes are the file's.
     reference_net: "simplified" (the paper's: no cross-attention), "original" (with it; the label's
     text is then encoded with each subject), or "none". gate: MIP-Adapter's, with it or without.
-    references: which reference features act, unless the user says otherwise when drawing.
+    references: which references act, unless the user says otherwise when drawing; of those of
+    matched noise no ``reference_net`` takes part.
     progress: what it raises ends the conversion.
 
     A file that was made from the same sources (by their hashes) in the same way is kept, another
@@ -87,7 +88,7 @@ def convert(
         parts = tuple(part for part in PARTS if part in made)
         full = dataclasses.replace(
             adapter.config(base, gate=gate),
-            references="whole" if unet is None else references,
+            references=references if unet is not None or "matched" in references else "whole",
             reference=dataclasses.replace(
                 base.reference, cross_attention=reference_net == "original"
             ),

@@ -91,6 +91,5 @@ class SDXLBase:
     def empty_conditioning(self, anystory: ManagedAnyStory) -> list[Any]:
         """Zero text states, which SDXL was trained to take for an empty prompt."""
         unet = anystory.model.config.unet
-        pooled = unet.adm_channels - 6 * 256
         states = torch.zeros(1, 77, unet.context_dim)
-        return [[states, {"pooled_output": torch.zeros(1, pooled)}]]
+        return [[states, {"pooled_output": torch.zeros(1, unet.pooled_dim)}]]

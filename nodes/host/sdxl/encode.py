@@ -23,7 +23,7 @@ from ....anystory_core.weights.fingerprint import weights_fingerprint
 from .. import tensors
 from ..base import EncodeRequest
 from ..managed import ManagedAnyStory, compute_dtype, fitting, load, number_types, release
-from ..texts import encode_label, encode_phrase
+from ..texts import encode_label, encode_phrase, encode_pooled
 
 
 def clip_states(clip_vision: Any, pixels: Tensor, config: AnyStoryConfig) -> Tensor:
@@ -66,7 +66,7 @@ def encode(request: EncodeRequest) -> tuple[Subject, tuple[str, ...]]:
     device = mm.get_torch_device()
     dtype = compute_dtype(device)
     with torch.inference_mode():
-        clip_out = background = latents = label_out = phrase = None
+        clip_out = background = label_out = pooled = phrase = None
         if "encoder" in anystory.patchers:
             clip_out = clip_states(clip_vision, views.clip, config).to(device, dtype)
             background = clip_states(clip_vision, zero_clip(config), config).to(device, dtype)
@@ -75,16 +75,18 @@ def encode(request: EncodeRequest) -> tuple[Subject, tuple[str, ...]]:
                 phrase = encode_phrase(clip, clean_label(label), grounding.phrase_dim)
                 phrase = phrase.to(device, dtype)
         advance(1)
-        if model.reference_net is not None:
-            pictures = tensors.vae_latents(request.vae, tensors.vae_picture(views.vae))
-            latents = reference_latents(model, pictures.float()).to(device, dtype)
-            if config.reference.cross_attention:
-                label_out = label_context(clip, label, config).to(device, dtype)
+        pictures = tensors.vae_latents(request.vae, tensors.vae_picture(views.vae))
+        latents = reference_latents(model, pictures.float()).to(device, dtype)
+        reads = model.reference_net is not None and config.reference.cross_attention
+        if clip is not None or reads:
+            label_out = label_context(clip, label, config).to(device, dtype)
+            pooled = encode_pooled(clip, label, config).to(device, dtype)
         states = PictureStates(
             clip=clip_out,
             background=background,
             latents=latents,
             label=label_out,
+            pooled=pooled,
             phrase=phrase,
             clip_fingerprint=weights_fingerprint(clip_vision.model),
             number_types=number_types(clip_vision, request.vae, clip),
@@ -117,7 +119,7 @@ def _encode(anystory: ManagedAnyStory, views: Views, states: PictureStates, labe
 
 
 def label_context(clip: Any, label: str, config: AnyStoryConfig) -> Tensor:
-    """Text states (1,S,C) of the label, for a ReferenceNet with cross-attention."""
+    """Text states (1,S,C) of the label, which a ReferenceNet with cross-attention needs."""
     if clip is None:
         raise ModelMismatchError(
             "clip: the ReferenceNet of these AnyStory weights reads the label's text; connect the "

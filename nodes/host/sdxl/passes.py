@@ -25,6 +25,7 @@ from ..managed import load, release
 from ..passes import RunPasses
 from ..texts import route_texts
 from ..windows import Window
+from .matched import Level, MatchedPass
 from .patcher import (
     BlockTable,
     HostAttention,
@@ -45,6 +46,7 @@ class UNetPasses(RunPasses):
     precision: Any  # of attention, where the user forces one
     table: BlockTable
     replaced: Replacements  # what stood in the blocks' slots when the run began
+    matched: MatchedPass | None = None  # where references are read at each noise level
 
     # The wrappers, outermost first.
 
@@ -72,8 +74,9 @@ class UNetPasses(RunPasses):
         position = 5  # x, timesteps, context, y, control, transformer_options
         values = list(args)
         options = values[position] if len(values) > position else kwargs["transformer_options"]
-        x, context = values[0], values[2]
-        call, patched = self._patched(options, x, context, entry, executor.class_obj)
+        y = values[3] if len(values) > 3 else kwargs.get("y")
+        level = Level(executor.original, executor.class_obj, values[0], values[1], y)
+        call, patched = self._patched(options, level, values[2], entry)
         if len(values) > position:
             values[position] = patched
         else:
@@ -89,18 +92,20 @@ class UNetPasses(RunPasses):
 
     @torch.compiler.disable
     def _patched(
-        self, options: dict[str, Any], x: Tensor, context: Tensor, entry: Entry, unet: Any
+        self, options: dict[str, Any], level: Level, context: Tensor, entry: Entry
     ) -> tuple[Call | None, dict[str, Any]]:
-        """The call of a pass of ``unet``, and options with the patches that ask it; the given ones
+        """The call of a pass of the U-Net, and options with the patches that ask it; the given ones
         where nothing acts."""
-        call = self._begin(options, x, entry)
+        call = self._begin(options, level, entry)
         if call is None:
             return None, options
         # Where another pack gives text states of more rows than x has (NAG), attn2 is its own.
-        late = context.shape[0] != x.shape[0]
-        return call, {**installed(options, self.table, unet, late=late), CALL_KEY: call}
+        late = context.shape[0] != level.x.shape[0]
+        patched = installed(options, self.table, level.unet, late=late)
+        return call, {**patched, CALL_KEY: call}
 
-    def _begin(self, options: dict[str, Any], x: Tensor, entry: Entry) -> Call | None:
+    def _begin(self, options: dict[str, Any], level: Level, entry: Entry) -> Call | None:
+        x = level.x
         sigma = float(options["sigmas"][0])
         factors = tuple(window.factor(sigma) for window in self.windows)
         active = tuple(factor > 0 for factor in factors)
@@ -126,8 +131,12 @@ class UNetPasses(RunPasses):
         if entry.passes == 0:
             entry.kind = evaluation.kind(routed, len(conds[0].rows), x)
         entry.passes += 1
+        prepared = self.prepared
+        routed_rows = cond + (uncond if prepared.keep_references_in_uncond else [])
+        if self.matched is not None and routed_rows and self.matched.window.holds(sigma):
+            prepared = self.matched.prepared_at(prepared, level, routed_rows[0], options)
         return Call(
-            self.prepared,
+            prepared,
             Rows(tuple(cond), tuple(uncond)),
             factors,
             self.record.sites,
@@ -176,14 +185,18 @@ def prepare_passes(request: RunRequest, windows: tuple[Window, ...]) -> UNetPass
         prepared = _project(request)
         if kept is not None:
             kept.prepared = prepared
+    table = BlockTable(request.record.sites)
     return UNetPasses(
         record=request.record,
         roles=Roles.of(guider),
         prepared=prepared,
         windows=windows,
         precision=_attention_precision(model.model.diffusion_model),
-        table=BlockTable(request.record.sites),
+        table=table,
         replaced=replacements(guider.model_options["transformer_options"]),
+        matched=None
+        if prepared.matched is None
+        else MatchedPass.of(guider, prepared.matched, table),
     )
 
 

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from ....anystory_core.bases.sdxl.sites import UNetSite
 from ....anystory_core.injection.call import Call
+from ....anystory_core.injection.matched import ReferencePass
 from ....anystory_core.routing.grids import Grid
 from ..ids import ALONE_KEY, CALL_KEY, STATES_KEY
 
 Options = Mapping[str, Any]
+Serves = Call | ReferencePass  # under CALL_KEY
 OVERRIDE = "optimized_attention_override"  # the host's place for another attention
 Replace = Callable[[Tensor, Tensor, Tensor, Options], Tensor]
 
@@ -158,7 +160,7 @@ class RoutePatch:
     def __call__(
         self, n: Tensor, context: Tensor, value: Tensor, options: MutableMapping[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        call: Call | None = options.get(CALL_KEY)
+        call: Serves | None = options.get(CALL_KEY)
         if call is not None:
             grid = self.table.grid(options, n)
             if grid is not None:
@@ -180,7 +182,7 @@ class CrossAttentionPatch:
         self, q: Tensor, k: Tensor, v: Tensor, options: MutableMapping[str, Any], **_: Any
     ) -> Tensor:
         text = _plain(self.previous, q, k, v, options)
-        call: Call | None = options.get(CALL_KEY)
+        call: Serves | None = options.get(CALL_KEY)
         if call is None:
             return text
         index = self.table.site(options)
@@ -201,7 +203,7 @@ class LatePatch:
     unet: Any
 
     def __call__(self, out: Tensor, options: MutableMapping[str, Any]) -> Tensor:
-        call: Call | None = options.get(CALL_KEY)
+        call: Serves | None = options.get(CALL_KEY)
         states: Tensor | None = options.pop(STATES_KEY, None)
         if call is None or states is None:
             return out
@@ -226,7 +228,7 @@ class SelfAttentionPatch:
     attended: set[int]  # blocks of this pass that have attended with all their rows
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: Options, **_: Any) -> Tensor:
-        call: Call | None = options.get(CALL_KEY)
+        call: Serves | None = options.get(CALL_KEY)
         routed = None
         if call is not None:
             index = self.table.site(options)

@@ -137,10 +137,10 @@ class ClipBranchConfig:
 
 
 # Which references act (Eq. 6): features of the whole cut-out, as in the paper; those of the subject
-# alone, without the empty space around it; those in the U-Net's decoder alone; and in place of
-# features what the U-Net makes of the picture at the noise of the step (:mod:`.injection.matched`).
+# alone, without the empty space around it; those in the U-Net's decoder alone; in place of features
+# what the U-Net makes of the picture at the noise of the step (:mod:`.injection.matched`); or none.
 References = Literal[
-    "whole", "masked", "masked in the decoder", "matched noise", "masked, matched noise"
+    "whole", "masked", "masked in the decoder", "matched noise", "masked, matched noise", "off"
 ]
 REFERENCES: tuple[References, ...] = typing.get_args(References)
 

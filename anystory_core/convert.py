@@ -64,10 +64,10 @@ def _sdxl(arguments: Sequence[str]) -> Converted:
     parser.add_argument(
         "--references",
         choices=REFERENCES,
-        default="masked",
+        default="off",
         help="which references act: features of the whole cut-out, of the subject alone, of the "
-        "subject in the U-Net's decoder alone, or what the U-Net makes of the cut-out at the noise "
-        "of each step, which needs no reference net (default: %(default)s)",
+        "subject in the U-Net's decoder alone, what the U-Net makes of the cut-out at the noise of "
+        "each step, which needs no reference net, or none (default: %(default)s)",
     )
     parser.add_argument(
         "--no-gate", action="store_true", help="MIP-Adapter without the gate that reads the text"

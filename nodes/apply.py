@@ -77,7 +77,7 @@ class ApplyAnyStory(io.ComfyNode):
                     "in the paper. masked: without the empty space around them. masked in the "
                     "decoder: the same, in the second half of the U-Net alone. matched noise: the "
                     "model itself reads the cut-outs, noised as the picture is at each step "
-                    "(slower; for weights whose references are not trained).",
+                    "(slower; for weights whose references are not trained). off: none.",
                 ),
                 io.Float.Input(
                     "concept_start",

@@ -80,13 +80,14 @@ class BuildAnyStory(io.ComfyNode):
                 io.Combo.Input(
                     "references",
                     options=list(REFERENCES),
-                    default="masked",
+                    default="off",
                     optional=True,
                     tooltip="Which details of a subject act. whole: of its whole cut-out, as in "
                     "the paper. masked: without the empty space around the subject. masked in the "
                     "decoder: the same, in the second half of the U-Net alone. matched noise: what "
                     "the model itself makes of the cut-out, noised as the picture is at each step; "
-                    "it needs no reference_net. Apply AnyStory can change it.",
+                    "it needs no reference_net. off: none, the adapter alone is seen. Apply AnyStory "
+                    "can change it.",
                 ),
             ],
             outputs=[io.String.Output(display_name="anystory_name")],
@@ -101,7 +102,7 @@ class BuildAnyStory(io.ComfyNode):
         name: str,
         reference_net: str,
         precision: str,
-        references: References = "masked",
+        references: References = "off",
     ) -> io.NodeOutput:
         done, text = made_with_progress(
             lambda progress: convert(

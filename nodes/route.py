@@ -73,6 +73,15 @@ class SubjectRouter(io.ComfyNode):
                     "little ahead does not take every place. Off is the paper: each block for "
                     "itself.",
                 ),
+                io.Int.Input(
+                    "text_block",
+                    default=0,
+                    min=0,
+                    max=128,
+                    optional=True,
+                    tooltip="In the modes with text: the number of the only block of the U-Net "
+                    "whose words count; 0 is all. For SDXL public work found 48 best.",
+                ),
             ],
             outputs=[ids.Routing.Output(display_name="routing")],
         )
@@ -84,6 +93,7 @@ class SubjectRouter(io.ComfyNode):
         masks: dict[int, Any] = {}
         notes: list[str] = []
         clip, agree = inputs.pop("clip", None), inputs.pop("agreement", True)
+        text_block = inputs.pop("text_block", 0)
         known = {f"{kind}_{n + 1}" for kind in ("subject", "mask") for n in range(ids.MAX_SUBJECTS)}
         unknown = sorted(set(inputs) - known)
         if unknown:
@@ -100,10 +110,10 @@ class SubjectRouter(io.ComfyNode):
             elif mask is not None:
                 notes.append(f"mask_{number} is left out: subject_{number} is missing or muted.")
         chosen, given = tuple(subjects.values()), tuple(masks.values())
-        labels = base_of(anystory).check_routing(anystory, mode, chosen, given, clip)
+        labels = base_of(anystory).check_routing(anystory, mode, chosen, given, clip, text_block)
         if mode.endswith("masks"):
             notes += lost_places(mode, subjects, masks)
-        routing = Routing(anystory, chosen, given, mode, labels, agree)
+        routing = Routing(anystory, chosen, given, mode, labels, agree, text_block)
         return io.NodeOutput(routing, ui={"text": say(notes)})
 
 

@@ -200,12 +200,13 @@ def prepare_subjects(
     overall = branch.strength * settings.strength
     background = subjects[0].background_tokens if overall > 0 and branch.background else None
     strengths = [overall * s.options.strength for s in subjects]
-    biases = [_log(settings.reference_strength * s.options.reference_strength) for s in subjects]
+    which = settings.references or model.references
+    reference_strength = 0.0 if which == "off" else settings.reference_strength
+    biases = [_log(reference_strength * s.options.reference_strength) for s in subjects]
     tokens: list[Tensor | None] = [
         s.tokens[None] if s.tokens is not None and eta > 0 else None
         for s, eta in zip(subjects, strengths, strict=True)
     ]
-    which = settings.references or model.references
     masked, matched = "masked" in which, "matched" in which
     features: list[Sequence[Tensor] | None] = [
         [g[None] for g in (inside_features(s) if masked else s.features)]

@@ -37,12 +37,17 @@ def check_routing(
     masks: Sequence[Tensor | None],
     *,
     text: bool = False,
+    text_block: int = 0,
 ) -> None:
     """RoutingError or ModelMismatchError, saying what to load or to connect, unless
     :func:`build_source` and :func:`~..injection.prepare.prepare_subjects` can work with this.
-    ``text``: the labels are there as text states."""
+    ``text``: the labels are there as text states. ``text_block``: as in :func:`build_source`."""
     if mode not in MODES:
         raise RoutingError(f"mode: got {mode!r}, expected one of {list(MODES)}")
+    if not 0 <= text_block <= len(model.sites):
+        raise RoutingError(
+            f"text_block: got {text_block}, expected 0 (all blocks) to {len(model.sites)}"
+        )
     own = subjects_of(Subject, subjects, model.fingerprint)
     missing = [i + 1 for i, m in enumerate(masks) if m is None]
     if mode not in ("learned", "text") and missing:
@@ -98,20 +103,21 @@ def build_source(
     subjects: Sequence[Subject],
     masks: Sequence[Tensor | None],
     texts: Texts | None = None,
+    text_block: int = 0,
 ) -> RouteSource | TextRoutes:
     """The source of routes for a SubjectRouter mode; see :func:`check_routing` for its errors.
 
     masks: (H,W) float in [0,1] per subject or None; the modes with masks need every one. texts:
-    the labels' text states, for the modes with text. A model without routers routes a single
-    subject everywhere.
+    the labels' text states, for the modes with text, in which block ``text_block`` alone speaks (0:
+    all). A model without routers routes a single subject everywhere.
     """
-    check_routing(mode, model, subjects, masks, text=texts is not None)
+    check_routing(mode, model, subjects, masks, text=texts is not None, text_block=text_block)
     given = MaskRoutes(tuple(m for m in masks if m is not None))
     if mode == "masks":
         return given
     within = given if mode.endswith("within masks") else None
     if mode.startswith("text") and texts is not None:
-        return TextRoutes(texts, model.sites, masks=within)
+        return TextRoutes(texts, model.sites, masks=within, block=text_block)
     if model.routers is None:
         return SingleRoute()
     features = [*(s.routing for s in subjects), subjects[0].background_routing]

@@ -31,6 +31,10 @@ evenly has z = sqrt((1 - f) / f) there, more than the level up to f = 0.8. A pic
 one, in which a subject is not at all gives it its best place nevertheless.
 
 No second pass through the U-Net is made.
+
+With one ``block`` chosen, it alone speaks: m is its latest score, and until it has run for the
+first time the background has every place. Conceptrol (arXiv 2503.06568) takes an adapter's mask
+from one block and names SDXL's 48th (``output 1.3``).
 """
 
 from __future__ import annotations
@@ -93,11 +97,12 @@ class Memory:
 @dataclass(frozen=True)
 class TextRoutes:
     """Routes of one sampling run by the labels' words; ``sites`` are all of the U-Net's. ``masks``
-    forbid subject i where mask_i < 0.5."""
+    forbid subject i where mask_i < 0.5. ``block``: number of the only one that speaks; 0: all."""
 
     texts: Texts
     sites: Sequence[Site]
     masks: MaskRoutes | None = None
+    block: int = 0
     _keys: dict[int, Tensor] = field(default_factory=dict[int, Tensor], repr=False)
     _memories: dict[Hashable, Memory] = field(default_factory=dict[Hashable, Memory], repr=False)
 
@@ -126,7 +131,13 @@ class TextRoutes:
         self, site: Site, q: Tensor, grid: Grid, crops: Crops, memory: Memory
     ) -> SoftMaps:
         """q (B,Q,D): the attn2 query of the block, whose scores go into ``memory``."""
-        mean = self._remember(site, SoftMaps(self.scores(site, q), grid), memory)
+        if self.block in (0, site.index):
+            self._remember(site, SoftMaps(self.scores(site, q), grid), memory)
+        mean = memory.mean
+        if mean is None:
+            nowhere = torch.zeros(q.shape[0], self.candidates, q.shape[1], device=q.device)
+            nowhere[:, -1] = 1
+            return SoftMaps(nowhere, grid)
         centred = _centred(mean.maps, dim=-1)
         z = centred / centred.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(_FLAT)
         z = torch.cat((z, torch.full_like(z[:, :1], THRESHOLD)), dim=1)
@@ -157,19 +168,18 @@ class TextRoutes:
         resized = resize_soft(soft, grid)
         return resized if self.masks is None else self.masks.confine(resized, crops)
 
-    def _remember(self, site: Site, fresh: SoftMaps, memory: Memory) -> SoftMaps:
-        """Take a block's scores into the running mean and return it, on the finest grid so far."""
+    def _remember(self, site: Site, fresh: SoftMaps, memory: Memory) -> None:
+        """Take a block's scores into the running mean, on the finest grid so far."""
         smallest = min(s.stride for s in self.sites)
         weights = {s.index: (smallest / s.stride) ** 2 for s in self.sites}
         weight = weights[site.index]
         memory.weight = min(memory.weight + weight, sum(weights.values()))
-        if memory.mean is None:
+        if memory.mean is None or self.block:
             memory.mean = fresh
-            return fresh
+            return
         finest = max(memory.mean.grid, fresh.grid, key=lambda g: g[0] * g[1])
         mean, new = resize_soft(memory.mean, finest).maps, resize_soft(fresh, finest).maps
         memory.mean = SoftMaps(torch.lerp(mean.to(new), new, weight / memory.weight), finest)
-        return memory.mean
 
 
 def _centred(x: Tensor, dim: int) -> Tensor:

@@ -125,8 +125,10 @@ class HostBase(Protocol):
         subjects: Sequence[EncodedSubject],
         masks: Sequence[Tensor | None],
         clip: Any,
+        text_block: int,
     ) -> tuple[Tensor, ...]:
-        """The labels' text states, for the modes with text. RoutingError or ModelMismatchError
+        """The labels' text states, for the modes with text, in which block ``text_block`` alone
+        counts (0: all). RoutingError or ModelMismatchError
         unless the weights can route these subjects in this mode."""
         ...
 

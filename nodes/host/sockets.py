@@ -35,6 +35,7 @@ class Routing:
     mode: str
     labels: tuple[Tensor, ...] = ()  # text states of the labels, for the modes with text
     agree: bool = False  # in the mode "learned": the blocks decide together who is where
+    text_block: int = 0  # in the modes with text: number of the block that speaks; 0: all
 
     def get_models(self) -> list[Any]:
         """What the host may count and free with this output."""

@@ -25,7 +25,9 @@ GOLDEN: dict[str, tuple[list[str], list[str]]] = {
         ["ANYSTORY_SUBJECT"],
     ),
     "AnyStorySplitMasks": (["masks", "order"], ["MASK"] * 8),
-    "SubjectRouter": (["anystory", "mode", *PAIRS, "clip", "agreement"], ["ANYSTORY_ROUTING"]),
+    "SubjectRouter": (
+        ["anystory", "mode", *PAIRS, "clip", "agreement", "text_block"], ["ANYSTORY_ROUTING"],
+    ),
     "ApplyAnyStory": (
         [
             "model", "routing", *OPTIONS, "references_in_uncond", "references", *TIMING,

@@ -114,6 +114,10 @@ def test_what_is_projected(
     prepared = prepare_subjects(chosen, [subject], SingleRoute(), Settings(references=given))
     which = given or of_file
     features = subject.features if which == "whole" else inside_features(subject)
+    if which == "off":
+        assert all(conditions.reference[0] is None for conditions in prepared.conditions)
+        assert prepared.biases == (-torch.inf, -torch.inf)
+        return
     decoder = 1 + max(s.index for s in model.sites if s.part != "output")
     assert model.projections.reference is not None
     for site, conditions in zip(model.sites, prepared.conditions, strict=True):
@@ -132,7 +136,7 @@ def test_sdxls_decoder_begins_at_35() -> None:
 
 def test_a_converted_file_says_which(tmp_path, unet, adapter) -> None:
     done, _ = run(tmp_path, unet, adapter)
-    assert read_header(done.path).config.references == "masked"
+    assert read_header(done.path).config.references == "off"
     done, _ = run(tmp_path, unet, adapter, references="masked in the decoder")
     assert not done.kept
     assert read_header(done.path).config.references == "masked in the decoder"
@@ -143,6 +147,12 @@ def test_a_converted_file_says_which(tmp_path, unet, adapter) -> None:
         None, ip, tmp_path / "b.safetensors", config=small_config(), reference_net="none"
     )
     assert read_header(alone.path).config.references == "whole"  # there are none
+    noised = "masked, matched noise"
+    done = convert(
+        None, ip, tmp_path / "c.safetensors", config=small_config(), reference_net="none",
+        references=noised,
+    )  # fmt: skip
+    assert read_header(done.path).config.references == noised
     with pytest.raises(CheckpointError, match="references: got 'some', expected one of"):
         run(tmp_path, unet, adapter, references="some")
     text = CONFIG.to_json()[:-1] + ',"references":"some"}'

@@ -145,6 +145,34 @@ def test_rule_over_blocks_and_steps(seed: int) -> None:
     assert words.projected == [site.index for site in SITES]  # once per run, not per step
 
 
+def test_one_block_alone() -> None:
+    """Its latest score decides at every block; before it has run, the background has all."""
+    words = Words(6, (2, 3))
+    chosen = SITES[4]
+    routes = TextRoutes(words.texts(), SITES, block=chosen.index)
+    memory = routes.memory("")
+    make = torch.Generator().manual_seed(2)
+    latest: tuple[Tensor, Grid] | None = None
+    for _ in range(2):
+        for site in SITES:
+            grid = grid_of(site)
+            q = 2 * torch.randn(2, grid[0] * grid[1], site.channels, generator=make)
+            soft = routes.maps_of_query(site, q, grid, (), memory)
+            if site is chosen:
+                latest = naive_scores(words, site, q), grid
+            if latest is None:
+                assert bool((soft.maps[:, :-1] == 0).all() and (soft.maps[:, -1] == 1).all())
+                continue
+            maps = naive_maps(latest[0])
+            if latest[1][0] > grid[0]:
+                image = maps.reshape(2, 3, *latest[1])
+                wanted = torch.nn.functional.adaptive_avg_pool2d(image, grid).flatten(2)
+            else:
+                wanted = resized(maps, latest[1], grid)
+            assert float((soft.maps - wanted).abs().max()) < TOLERANCE
+    assert words.projected == [chosen.index]
+
+
 def test_scores_alone() -> None:
     words = Words(4, (1, 4))
     routes = TextRoutes(words.texts(), SITES)

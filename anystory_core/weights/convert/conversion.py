@@ -41,7 +41,7 @@ def convert(
     config: AnyStoryConfig | None = None,
     reference_net: str = "simplified",
     gate: bool = True,
-    references: References = "masked",
+    references: References = "off",
     dtype: torch.dtype = torch.float16,
     progress: Progress | None = None,
 ) -> Converted:

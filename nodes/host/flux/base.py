@@ -56,6 +56,7 @@ class FluxBase:
         subjects: Sequence[EncodedSubject],
         masks: Sequence[Tensor | None],
         clip: Any,
+        text_block: int,
     ) -> tuple[Tensor, ...]:
         check_flux_routing(mode, anystory.model, subjects, masks)
         return ()

@@ -61,10 +61,13 @@ class SDXLBase:
         subjects: Sequence[EncodedSubject],
         masks: Sequence[Tensor | None],
         clip: Any,
+        text_block: int,
     ) -> tuple[Tensor, ...]:
         model = anystory.model
         if subjects:
-            check_routing(mode, model, subjects, masks, text=clip is not None)
+            check_routing(
+                mode, model, subjects, masks, text=clip is not None, text_block=text_block
+            )
             check_phrases(mode, subjects_of(Subject, subjects, model.fingerprint))
         if not mode.startswith("text"):
             return ()

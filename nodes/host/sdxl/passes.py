@@ -219,7 +219,9 @@ def _project(request: RunRequest) -> PreparedSubjects:
     try:
         moved = [s.map(lambda x: x.to(device, dtype)) for s in subjects]
         moved = ground_subjects(anystory.model, routing.mode, moved, routing.masks)
-        source = build_source(routing.mode, anystory.model, moved, routing.masks, texts)
+        source = build_source(
+            routing.mode, anystory.model, moved, routing.masks, texts, routing.text_block
+        )
         agree = routing.agree and routing.mode == "learned"
         prepared = prepare_subjects(anystory.model, moved, source, request.settings, agree=agree)
     finally:

@@ -86,8 +86,8 @@ class BuildAnyStory(io.ComfyNode):
                     "the paper. masked: without the empty space around the subject. masked in the "
                     "decoder: the same, in the second half of the U-Net alone. matched noise: what "
                     "the model itself makes of the cut-out, noised as the picture is at each step; "
-                    "it needs no reference_net. off: none, the adapter alone is seen. Apply AnyStory "
-                    "can change it.",
+                    "it needs no reference_net. off: none, the adapter alone is seen. Apply "
+                    "AnyStory can change it.",
                 ),
             ],
             outputs=[io.String.Output(display_name="anystory_name")],

@@ -116,9 +116,29 @@ def test_notes_say_what_to_change_first(path: Path) -> None:
 def test_the_graphs_are_there() -> None:
     large = {"single_subject", "two_subjects", "two_subjects_masks"}
     small = {"three_subjects", "routes", "segmentation", "hires_fix", "story"}
-    sdxl = {f"{name}_sdxl" for name in (*large, "public_weights")}
+    public = {"public_weights", "public_mip", "public_ms_diffusion"}
+    sdxl = {f"{name}_sdxl" for name in large | public}
     assert set(BOTH) == large | small | sdxl | FLUX
     assert {path.stem for path in FOLDER.glob("*.json")} == set(BOTH)
+
+
+@pytest.mark.parametrize("name", ["public_mip_sdxl", "public_ms_diffusion_sdxl"])
+def test_the_graphs_of_other_public_adapters(name: str, host: Host) -> None:
+    """The note says how the file is made that the graph loads, the page on public weights has its
+    files, and the labels are read where the adapter needs them."""
+    api = json.loads((FOLDER / "api" / f"{name}.json").read_text())
+    of = {node["class_type"]: node["inputs"] for node in api.values()}
+    assert of["LoadAnyStory"]["anystory_name"] == f"{name}.safetensors"
+    assert of["SubjectRouter"]["mode"] == "masks"
+    assert ("clip" in of["EncodeSubject"]) == (name == "public_ms_diffusion_sdxl")
+    nodes = json.loads((FOLDER / f"{name}.json").read_text())["nodes"]
+    (note,) = [node["widgets_values"][0] for node in nodes if node["type"] in NOTES]
+    assert f"*name* = `{name}`" in note and of["CLIPVisionLoader"]["clip_name"] in note
+    page = (FOLDER.parent / "docs" / "public_weights.md").read_text()
+    (adapter,) = set(re.findall(r"`(\w+\.bin)`", note))
+    assert adapter in page and of["CLIPVisionLoader"]["clip_name"] in page
+    builder = Client(host.url).get("/object_info")["BuildAnyStory"]["input"]["required"]
+    assert "*reference_net* = *none*" in note and "reference_net" in builder
 
 
 def test_the_graph_of_public_weights_names_what_the_builder_writes(host: Host) -> None:

@@ -405,6 +405,18 @@ def test_what_acts_inside_of_a_block_is_told(
     assert caplog.text.count("'attn1_output_patch' does not act") == 1
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_compiled_model(flux: FluxWorld, count: int) -> None:
+    """By the host's own wrapper, without a compiler behind it: graphs break where we are asked."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    routing = flux.route(*flux.subjects[:count])
+    expected = flux.sample(flux.apply(routing), steps=3)
+    compiled = flux.apply(routing).clone()
+    set_torch_compile_wrapper(model=compiled, backend="eager")
+    assert close(flux.sample(compiled, steps=3), expected)
+
+
 def test_style_model_apply(flux: FluxWorld) -> None:
     """The host's own node: more tokens in the text, or a bias on them."""
     from types import SimpleNamespace

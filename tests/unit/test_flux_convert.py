@@ -207,9 +207,8 @@ def other_rank(content: flux_release.File) -> None:
 
 def test_mixed_ranks_ask_who_is_right(files: tuple[Path, Path]) -> None:
     change(files, other_rank)
-    with pytest.raises(
-        CheckpointError, match=r"ranks of 'ref' differ .*Choose mixed_ranks \(--mixed-ranks\) first"
-    ):
+    question = r"ranks of 'ref' differ .*Choose mixed_ranks \(--mixed-ranks\) first"
+    with pytest.raises(CheckpointError, match=question):
         convert(files)
     source = torch.load(files[0], weights_only=True)["ref"]
     expected = product(source, "transformer_blocks.1.attn.to_k")

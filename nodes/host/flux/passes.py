@@ -65,6 +65,7 @@ class FluxPasses(RunPasses):
         further rows of it."""
         return executor(model, self._with_ours(model.model, list(noise_shape)), *args, **kwargs)
 
+    @torch.compiler.disable(recursive=False)
     def diffusion_model(
         self, executor: WrapperExecutor, entry: Entry, *args: Any, **kwargs: Any
     ) -> Any:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from anystory_core.training.loop import Trainer
+from anystory_core.training.watch import together
 
 from .files.export import export
 from .files.folder import write_base_folder
@@ -145,7 +146,8 @@ def train_stage(work: Path, stage: int, steps: int, **settings: Any) -> None:
         config = stage1(work, steps, **settings)
     else:
         config = stage2(work, steps, work / SUBJECT_FILE, **settings)
-    Trainer(config).run()
+    with together():
+        Trainer(config).run()
 
 
 def cache_scenes(work: Path) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from anystory_core.mini.config import PICTURE_SIZE
-from anystory_core.training.config import (
+from anystory_core.training.config import TrainingConfig
+from anystory_core.training.settings import (
     AugmentSettings,
     BaseSettings,
     DataSettings,
@@ -14,7 +15,6 @@ from anystory_core.training.config import (
     RouterSettings,
     RunSettings,
     SubjectSettings,
-    TrainingConfig,
 )
 
 from .phase import half_is_faster, shares
@@ -48,7 +48,7 @@ def write_data(emoji: list[Emoji], work: Path, kind: Kind, shards: int) -> Path:
 
 def _shared(work: Path, kind: Kind, steps: int, seed: int, name: str) -> dict[str, Any]:
     return {
-        "base": BaseSettings(path=str(work / "base"), model="mini"),
+        "base": BaseSettings(path=str(work / "base"), model="mini", prediction="epsilon"),
         "data": DataSettings(
             paths=(str(work / kind),),
             resolution=PICTURE_SIZE,

@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -29,8 +28,6 @@ from torch import Tensor
 from ..errors import DataError
 from . import parts, pictures
 from .index import Entry, Place
-
-MOST_BAD = 0.01  # share of corrupt samples at which a run stops
 
 
 @dataclass(frozen=True)
@@ -201,36 +198,3 @@ def _labels(entry: Entry, size: tuple[int, int]) -> Tensor:
     if labels.shape != size:
         raise DataError(f"{name} is {tuple(labels.shape)}, the picture {size}")
     return torch.as_tensor(labels)
-
-
-@dataclass
-class BadSamples:
-    """Counts corrupt samples and names each through ``say`` when it is first met; above
-    :data:`MOST_BAD` of those read, stops the run."""
-
-    say: Callable[[str], object] = print
-    read: int = 0
-    bad: list[str] = field(default_factory=list[str])
-    _named: set[str] = field(default_factory=set[str])
-
-    def note(self, error: DataError | None) -> None:
-        """Count one sample. DataError when too many were bad, but not for the first two."""
-        self.read += 1
-        if error is None:
-            return
-        if str(error) not in self._named:
-            self._named.add(str(error))
-            self.say(f"a corrupt sample was replaced by the next: {error}")
-        self.bad.append(str(error))
-        if len(self.bad) > max(2, MOST_BAD * max(self.read, 100)):
-            first = "; ".join(self.bad[:3])
-            raise DataError(
-                f"data: {len(self.bad)} of {self.read} samples are corrupt, more than "
-                f"{MOST_BAD:.0%}. First: {first}. Run `python -m anystory_core.data check`"
-            )
-
-    def summary(self) -> None:
-        """Say at the end how many there were, and which."""
-        if self.bad:
-            names = sorted({text.split(":")[0] for text in self.bad})
-            self.say(f"{len(self.bad)} of {self.read} samples read were corrupt: {names}")

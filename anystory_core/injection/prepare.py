@@ -161,8 +161,7 @@ def project(
         clip = reference = gate = None
         if projections.clip is not None:
             clip = projections.clip.at(site.index)
-            if clip.gate is not None:
-                gate = clip.gate.weight.clone()  # the module goes back to where it is kept
+            gate = clip.gate_row()
         if projections.reference is not None and site.index >= references_from:
             reference = projections.reference.at(site.index)
         conditions.append(

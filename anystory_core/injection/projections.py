@@ -34,6 +34,11 @@ class Projection(nn.Module):
         """(R,T,inputs) -> keys and values (R,T,width)."""
         return KeyValue(self.to_k(x), self.to_v(x))
 
+    def gate_row(self) -> Tensor | None:
+        """The gate's map (1,width), None without one; a copy, because the module goes back to where
+        it is kept."""
+        return None if self.gate is None else self.gate.weight.clone()
+
 
 class ProjectionTable(nn.Module):
     """One :class:`Projection` per site, under the site's number."""

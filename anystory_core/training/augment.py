@@ -1,5 +1,5 @@
 """What happens to pictures between a sample and a batch: references are changed, targets are
-cropped to the run's square."""
+cropped to the run's shapes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import random
 import torch
 from torch import Tensor
 
-from .config import AugmentSettings
 from .libraries import library
+from .settings import AugmentSettings
 
 
 def augment(
@@ -45,12 +45,14 @@ def augment(
     return picture, mask
 
 
-def centre_square(picture: Tensor, masks: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale the shorter side to ``size`` and crop the centre: (H,W,3) in [0,1], (N,H,W) ->
-    (3,size,size) in [-1,1], (N,size,size), time_ids (6) as a batch has them."""
+def centre_crop(
+    picture: Tensor, masks: Tensor, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale until the shape (h,w) is covered, and crop the middle: (H,W,3) in [0,1], (N,H,W) ->
+    (3,h,w) in [-1,1], (N,h,w), time_ids (6) as a batch has them."""
     height, width = picture.shape[:2]
-    scale = size / min(height, width)
-    target = (max(size, round(height * scale)), max(size, round(width * scale)))
+    scale = max(shape[0] / height, shape[1] / width)
+    target = (max(shape[0], round(height * scale)), max(shape[1], round(width * scale)))
     x = picture.movedim(-1, 0)[None]
     if target != (height, width):
         x = torch.nn.functional.interpolate(
@@ -58,8 +60,8 @@ def centre_square(picture: Tensor, masks: Tensor, size: int) -> tuple[Tensor, Te
         ).clamp(0, 1)
         if len(masks):
             masks = torch.nn.functional.interpolate(masks[None], size=target, mode="area")[0]
-    top, left = (target[0] - size) // 2, (target[1] - size) // 2
-    x = x[0, :, top : top + size, left : left + size]
-    masks = masks[:, top : top + size, left : left + size]
-    time_ids = torch.tensor([height, width, top, left, size, size], dtype=torch.float32)
-    return 2 * x - 1, masks if len(masks) else masks.new_zeros(0, size, size), time_ids
+    top, left = (target[0] - shape[0]) // 2, (target[1] - shape[1]) // 2
+    x = x[0, :, top : top + shape[0], left : left + shape[1]]
+    masks = masks[:, top : top + shape[0], left : left + shape[1]]
+    time_ids = torch.tensor([height, width, top, left, *shape], dtype=torch.float32)
+    return 2 * x - 1, masks if len(masks) else masks.new_zeros(0, *shape), time_ids

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-
-from ..tensor_files import open_tensors, save_tensors
 
 Named = Callable[[], Iterator[tuple[str, Tensor]]]  # what is trained, by its name in a weights file
 
@@ -41,16 +39,18 @@ class Average:
         for name, parameter in self._trained():
             self.tensors[name].lerp_(parameter.detach().float(), 1 - decay)
 
-    def save(self, path: Path) -> None:
-        """Write the averages, if any are kept."""
-        if self:
-            save_tensors(path, self.tensors, {})
+    @contextmanager
+    def applied(self) -> Generator[None, None, None]:
+        """Inside ``with``, the averages are the weights, if any are kept."""
+        live = {name: p.detach().clone() for name, p in self._trained()} if self else {}
+        self._put(self.tensors)
+        try:
+            yield
+        finally:
+            self._put(live)
 
-    def load(self, path: Path) -> None:
-        """Go on from a file of :meth:`save`; without it, from the weights as they are."""
-        self.begin()
-        if not self or not path.exists():
-            return
-        with open_tensors(path) as file:
-            for name, tensor in self.tensors.items():
-                tensor.copy_(file.get_tensor(name))
+    @torch.no_grad()
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._trained():
+            if name in tensors:
+                parameter.copy_(tensors[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .config import TrainingConfig
+from .ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,37 +53,45 @@ class Batch:
         fields = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: joined([getattr(b, name) for b in batches]) for name in fields})
 
+    def pin_memory(self) -> Batch:
+        """The batch in pinned memory; the loader calls it."""
+        return self._map(lambda x: x.pin_memory())
+
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on ``device``."""
-        tensors = {n: x.to(device) for n, x in vars(self).items() if isinstance(x, Tensor)}
+        return self._map(lambda x: x.to(device, non_blocking=True))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = {n: change(x) for n, x in vars(self).items() if isinstance(x, Tensor)}
         return dataclasses.replace(self, **tensors)
 
 
 class _Numbers(Sampler[list[int]]):
     """Sample numbers of every batch of one process, from a step on."""
 
-    def __init__(self, config: TrainingConfig, first: int, rank: int, world: int) -> None:
-        self.config, self.first, self.rank, self.world = config, first, rank, world
+    def __init__(self, config: TrainingConfig, ranks: Ranks, first: int) -> None:
+        self.config, self.ranks, self.first = config, ranks, first
 
     def __iter__(self) -> Iterator[list[int]]:
-        run = self.config.run
+        run, ranks = self.config.run, self.ranks
         for micro in range(self.first * run.accumulate, run.steps * run.accumulate):
-            start = (micro * self.world + self.rank) * run.batch
+            start = (micro * ranks.count + ranks.index) * run.batch
             yield list(range(start, start + run.batch))
 
 
 def load_batches(
-    dataset: Dataset[Batch], config: TrainingConfig, *, first_step: int, rank: int, world: int
+    dataset: Dataset[Batch], config: TrainingConfig, ranks: Ranks, *, first_step: int
 ) -> Iterator[Batch]:
-    """All batches of one process from ``first_step`` to the end of the run, read ahead by
+    """All batches of this process from ``first_step`` to the end of the run, read ahead by
     ``data.workers`` processes."""
     workers = config.data.workers
     loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_sampler=_Numbers(config, first_step, rank, world),
+        batch_sampler=_Numbers(config, ranks, first_step),
         collate_fn=Batch.join,
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         persistent_workers=False,
+        pin_memory=ranks.device.type == "cuda",  # such an accelerator copies from it meanwhile
     )
     return iter(cast("Iterator[Batch]", loader))

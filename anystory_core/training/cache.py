@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -42,6 +43,18 @@ def digest_of(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What the frozen networks make of a batch: its targets as latents (B,4,h,w) at U-Net scale, in
+    float32; the captions' states text (B,77,C) and pooled (B,P), and time_ids (B,6), as the U-Net
+    reads them."""
+
+    latents: Tensor
+    text: Tensor
+    pooled: Tensor
+    time_ids: Tensor
+
+
 class Encodings:
     """Encodes a batch's captions and targets with the base, through a folder when there is one."""
 
@@ -60,6 +73,13 @@ class Encodings:
         """What was encoded ahead of training."""
         assert self.folder is not None
         return PackedEncodings(self.folder / PACKED)
+
+    def encode(self, batch: Batch) -> Encoded:
+        """Targets and captions of a batch, on the device that it lies on."""
+        device, dtype = batch.target.device, self.frozen.unet.dtype
+        text, pooled = self.text(batch, device)
+        latents = self.latents(batch, device).float()
+        return Encoded(latents, text.to(dtype), pooled.to(dtype), batch.time_ids)
 
     def text(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
         """States (B,77,C) and pooled (B,P) of the captions."""

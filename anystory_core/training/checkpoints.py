@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
 import torch
@@ -60,13 +60,8 @@ def reading(path: Path) -> Generator[None, None, None]:
 
 def newest(folder: Path) -> tuple[int, Path] | None:
     """(step, path) of the newest whole checkpoint, or None."""
-    found = _whole(folder)
+    found = all_whole(folder)
     return found[-1] if found else None
-
-
-def partial(folder: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` is written before it is whole."""
-    return folder / f"step-{step:08d}.partial"
 
 
 def write(folder: Path, step: int, keep: int, fill: Callable[[Path], None]) -> Path:
@@ -75,7 +70,8 @@ def write(folder: Path, step: int, keep: int, fill: Callable[[Path], None]) -> P
 
     CheckpointFolderError when the disk is full or the folder cannot be written; what was there
     before stays, and nothing half-written stays."""
-    unfinished, target = partial(folder, step), folder / f"step-{step:08d}"
+    target = folder / f"step-{step:08d}"
+    unfinished = folder / f"{target.name}.partial"
     try:
         with writing("run.folder", f"the checkpoint of step {step}", folder):
             for cut_off in folder.glob("step-*.partial"):  # by the end of an earlier process
@@ -87,7 +83,7 @@ def write(folder: Path, step: int, keep: int, fill: Callable[[Path], None]) -> P
                     with open(os.path.join(root, name), "rb+") as file:
                         os.fsync(file.fileno())
             os.replace(unfinished, target)
-            for _, old in _whole(folder)[:-keep]:
+            for _, old in all_whole(folder)[:-keep]:
                 shutil.rmtree(old)
     except CheckpointFolderError:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -95,26 +91,27 @@ def write(folder: Path, step: int, keep: int, fill: Callable[[Path], None]) -> P
     return target
 
 
-def load_weights(path: Path, trained: Iterable[tuple[str, Tensor]]) -> None:
-    """Fill what is ``trained`` from a checkpoint's file, which may hold more.
+def read_weights(path: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """The tensors of these names and shapes from a checkpoint's file, which may hold more.
 
     CheckpointFolderError when it is another run's: a tensor is missing or has another shape."""
-    with open_tensors(path) as file, torch.no_grad():
-        # accelerate's own checkpoints of several processes have this prefix.
-        names = file.keys()
-        stored = {name.removeprefix("module."): name for name in names}
-        for name, target in trained:
-            tensor = file.get_tensor(stored[name]) if name in stored else None
-            if tensor is None or tensor.shape != target.shape:
+    found: dict[str, Tensor] = {}
+    with open_tensors(path) as file:
+        stored = set(file.keys())
+        for name, shape in shapes.items():
+            tensor = file.get_tensor(name) if name in stored else None
+            if tensor is None or tensor.shape != shape:
                 got = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
                 raise CheckpointFolderError(
                     f"run.folder: {path.parent} is another run's checkpoint ({name}: expected "
-                    f"shape {tuple(target.shape)}, got {got}); name another folder"
+                    f"shape {tuple(shape)}, got {got}); name another folder"
                 )
-            target.copy_(tensor)
+            found[name] = tensor
+    return found
 
 
-def _whole(folder: Path) -> list[tuple[int, Path]]:
+def all_whole(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every whole checkpoint, oldest first."""
     if not folder.is_dir():
         return []
     matches = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())

@@ -1,29 +1,31 @@
 """Samples -> batches of one row: what one training step sees, as a function of the sample's number
 alone.
 
-Sample number p is entry ``permutation(seed, p // n)[p % n]``. All randomness of a sample (its
-augmentation, what is dropped, its noise) comes from (seed, p), so a run resumed at any step, or
-spread over any number of processes, sees the same samples.
+Which entry it is says :mod:`.order`; all randomness of a sample (its augmentation, what is dropped,
+its noise) comes from (seed, p), so a run resumed at any step, or spread over any number of
+processes, sees the same samples.
 """
 
 from __future__ import annotations
 
 import random
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..bases.sdxl.config import AnyStoryConfig
-from ..data.index import Entry, Index
-from ..data.parts import Kind
+from ..data.index import Entry
 from ..data.schema import Raw, decode, draw_views
 from ..errors import AnyStoryError, DataError
 from ..subject.preprocess import Views, cut_out, views_of
-from .augment import augment, centre_square
+from .augment import augment, centre_crop
 from .batches import Batch
 from .config import TrainingConfig
+from .order import Order
+from .samples import Samples
+from .shapes import Shape
 
 _SEED_STRIDE = 1_000_003
 _MOST_RETRIES = 20
@@ -38,56 +40,54 @@ class SampleDataset(Dataset[Batch]):
     """Entries as :class:`~.batches.Batch` of one row, by the number of the sample in the run, which
     has no end."""
 
-    def __init__(self, index: Index, config: TrainingConfig, model: AnyStoryConfig) -> None:
-        subject = config.stage == "subject"
-        kinds: tuple[Kind, ...] = ("pair", "group", "scene") if subject else ("scene",)
-        if not len(index.of_kinds(kinds, whole=True)):
-            raise DataError(
-                f"data: stage {config.stage!r} needs samples of kind {' or '.join(kinds)}, found "
-                f"none among {len(index)}; see docs/data.md"
-            )
-        self.index = index
-        # Those that lack a file stay: :func:`decode` says so, and they are counted as corrupt.
-        self._positions = index.of_kinds(kinds)
-        self.config = config
-        self.model = model
+    def __init__(
+        self,
+        samples: Samples,
+        order: Order,
+        config: TrainingConfig,
+        model: AnyStoryConfig,
+        *,
+        shapes: Sequence[Shape] = (),
+        plain: bool = False,
+    ) -> None:
+        """``shapes``: of each of the order's pools; squares by default. ``plain``: nothing is
+        changed or dropped at random, as validation and sheets want it."""
+        self.shapes = tuple(shapes)
+        self.samples, self.order, self.config, self.model = samples, order, config, model
         self.subjects = 1 if config.stage == "subject" else config.data.max_subjects
-        self._epoch = -1
-        self._order = self._positions
-
-    def __len__(self) -> int:
-        return len(self._positions)
+        self.plain = plain
 
     def entry(self, number: int) -> Entry:
         """The entry that sample ``number`` starts from."""
-        epoch, place = divmod(number, len(self))
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.config.run.seed * _SEED_STRIDE + epoch)
-            order: Any = torch.randperm(len(self), generator=generator)
-            self._order, self._epoch = self._positions[order.numpy()], epoch
-        return self.index[int(self._order[place])]
+        return self.samples[self.order.position(number)]
 
-    def _drawn(self, number: int) -> tuple[Entry, tuple[str, str] | None]:
-        """The entry of a sample, and of a group which two views it shows."""
-        entry = self.entry(number)
+    def shape(self, number: int) -> Shape:
+        """(height, width) of the target of sample ``number``."""
+        side = self.config.data.resolution
+        return self.shapes[self.order.pool(number)] if self.shapes else (side, side)
+
+    def _views_of(self, entry: Entry, number: int) -> tuple[str, str] | None:
+        """Which two views of a group sample ``number`` shows."""
         if entry.kind != "group":
-            return entry, None
-        return entry, draw_views(entry, random.Random(sample_seed(self.config.run.seed, ~number)))
+            return None
+        return draw_views(entry, random.Random(sample_seed(self.config.run.seed, ~number)))
 
     def __getitem__(self, number: int) -> Batch:
         bad: list[str] = []
         for offset in range(_MOST_RETRIES):
+            entry = self.entry(number + offset)
             try:
-                raw = decode(*self._drawn(number + offset))
-                return self._prepare(raw, number, tuple(bad))
+                views = self._views_of(entry, number + offset)
+                return self._prepare(decode(entry, views), number, tuple(bad))
             except AnyStoryError as error:
-                bad.append(str(error))
+                text = str(error)
+                bad.append(text if text.startswith(entry.key) else f"{entry.key}: {text}")
         raise DataError(f"data: {_MOST_RETRIES} corrupt samples in a row, the last: {bad[-1]}")
 
     def _prepare(self, raw: Raw, number: int, bad: tuple[str, ...]) -> Batch:
         config = self.config
         rng = random.Random(sample_seed(config.run.seed, number))
-        target, masks, time_ids = centre_square(raw.target, raw.masks, config.data.resolution)
+        target, masks, time_ids = centre_crop(raw.target, raw.masks, self.shape(number))
         crops: list[tuple[Tensor, Tensor]] = []
         if raw.reference is not None:
             crops.append(cut_out(raw.reference, raw.reference_mask))
@@ -106,12 +106,15 @@ class SampleDataset(Dataset[Batch]):
             crops += [cut_out(raw.target, raw.masks[i]) for i in order]
             if config.stage == "subject" and not crops:
                 raise DataError(f"{raw.key}: a scene without subjects cannot train stage 'subject'")
-        crops = [augment(*crop, config.augment, rng) for crop in crops]
-        mirrored = config.data.mirror and rng.random() < 0.5
+        if not self.plain:
+            crops = [augment(*crop, config.augment, rng) for crop in crops]
+        mirrored = not self.plain and config.data.mirror and rng.random() < 0.5
         stage = config.subject or config.router
         assert stage is not None
-        drop_text = rng.random() < stage.drop_text
-        drop_clip = config.subject is not None and rng.random() < config.subject.drop_clip
+        drop_text = not self.plain and rng.random() < stage.drop_text
+        drop_clip = False
+        if config.subject is not None and not self.plain:
+            drop_clip = rng.random() < config.subject.drop_clip
         views = self._views(crops)
         return Batch(
             numbers=(number,),

@@ -27,11 +27,12 @@ from ..data.manifest import Step
 from ..data.parts import views_of_group
 from ..data.schema import decode
 from ..errors import AnyStoryError, ConfigError
-from .augment import centre_square
+from .augment import centre_crop
 from .cache import Encodings, digest_of, pixels_name, text_name
 from .config import TrainingConfig, load_config
 from .hosts.frozen import load_frozen
 from .packed import PACKED, SUFFIX
+from .shapes import Shape, bucket_shapes, nearest
 
 _PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -72,11 +73,19 @@ class Encode:
         drawn = [(views[i - 1], view) for i, view in enumerate(views)] or [None]
         for pair in drawn:
             raw = decode(entry, pair)
-            size = self.config.data.resolution
-            target, _, _ = centre_square(raw.target, raw.masks, size)
+            target, _, _ = centre_crop(raw.target, raw.masks, self._shape(raw.target))
             yield raw.caption, target
             if self.config.data.mirror:
                 yield raw.caption, target.flip(-1)
+
+    def _shape(self, target: Tensor) -> Shape:
+        """What a run crops a target (H,W,3) to. In buckets, pictures of a shape that few have are
+        cropped to another one; these a run encodes itself."""
+        side = self.config.data.resolution
+        if self.config.data.shapes == "square":
+            return side, side
+        shapes = bucket_shapes(side)
+        return shapes[nearest((target.shape[0], target.shape[1]), shapes)]
 
     def _texts(self, captions: dict[str, str], done: set[str]) -> dict[str, dict[str, Tensor]]:
         new = {key: caption for key, caption in captions.items() if key not in done}
@@ -91,9 +100,13 @@ class Encode:
         new = {key: target for key, target in targets.items() if key not in done}
         if not new:
             return {}
-        pixels = torch.stack(list(new.values())).to(device())
-        latents = self.encodings.frozen.encode_picture(pixels)
-        return {key: {"latents": x} for key, x in zip(new, latents, strict=True)}
+        made: dict[str, dict[str, Tensor]] = {}
+        for shape in {target.shape for target in new.values()}:
+            same = {key: target for key, target in new.items() if target.shape == shape}
+            pixels = torch.stack(list(same.values())).to(device())
+            latents = self.encodings.frozen.encode_picture(pixels)
+            made |= {key: {"latents": x} for key, x in zip(same, latents, strict=True)}
+        return made
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,9 +127,11 @@ def run(options: argparse.Namespace) -> int:
     assert folder is not None
     if options.workers > 1 or options.ray:
         encode = Encode(config, options.batch)  # each process loads them for itself
-    items = list(Index.of(config.data.paths))
-    settings = {"resolution": config.data.resolution, "mirror": config.data.mirror}
-    step = Step("encode", {"data": list(config.data.paths)}, settings, len(items))
+    given = [origin.path for origin in config.data.origins]
+    items = list(Index.of(given))
+    data = config.data
+    settings = {"resolution": data.resolution, "shapes": data.shapes, "mirror": data.mirror}
+    step = Step("encode", {"data": given}, settings, len(items))
     machines = Machines(options.workers, options.ray)
     out = str(folder / PACKED)
     total = convert(step, encode, units_of(items, options.per_shard), out, machines)

@@ -16,8 +16,9 @@ from ..weights.checkpoint import load_model, read_header
 from ..weights.convert.adapters import open_adapter
 from ..weights.convert.plan import plan_tensors
 from ..weights.model import AnyStoryModel, build_model
-from .config import RouterSettings, SubjectSettings, TrainingConfig
+from .config import TrainingConfig
 from .hosts.frozen import FrozenNetworks
+from .settings import RouterSettings, SubjectSettings
 
 ROUTER_PARTS = ("routing_encoder", "routers")
 

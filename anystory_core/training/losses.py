@@ -1,32 +1,75 @@
-"""The two losses of the paper, Eq. 1 and Eq. 4, and one of the masks that routes are read as."""
+"""The two losses of the paper, Eq. 1 and Eq. 4, ways to weight the first, and a loss of the masks
+that routes are read as."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..bases.sdxl.prediction import Kind
 from ..routing.grids import Grid, SoftMaps, mean_over_blocks, resize_soft
-from .config import Tokens
+from .settings import LossSettings, Tokens
 
 # Of the mean map before its largest candidate is taken: 0.55 against 0.45 becomes 0.77.
 _SHARPNESS = 6.0
 _FINER = 2  # masks are compared on this many times the mean map's grid, towards the picture's
 
 
+@dataclass(frozen=True)
+class Weighting:
+    """How errors count beyond Eq. 1: ``settings``, for rows of these signal-to-noise ratios (B), of
+    a base that predicts the noise or v."""
+
+    settings: LossSettings
+    snr: Tensor
+    kind: Kind
+
+    def errors(self, difference: Tensor) -> Tensor:
+        """Of a difference (B,C,h,w): its square, or where ``huber`` is c > 0 the pseudo-Huber loss
+        2c (sqrt(d^2 + c^2) - c), which is d^2 for small d and grows like 2c |d|."""
+        c = self.settings.huber
+        square = difference.square()
+        return 2 * c * ((square + c * c).sqrt() - c) if c else square
+
+    def rows(self) -> Tensor | None:
+        """What each row counts, (B,1,1,1): min(SNR, gamma) / SNR where the noise is predicted,
+        min(SNR, gamma) / (SNR + 1) where v is (Hang et al. 2023); None: all alike."""
+        gamma = self.settings.min_snr
+        if not gamma:
+            return None
+        divisor = self.snr if self.kind == "epsilon" else self.snr + 1
+        return (self.snr.clamp_max(gamma) / divisor).reshape(-1, 1, 1, 1)
+
+
 def diffusion_loss(
-    prediction: Tensor, noise: Tensor, masks: Tensor | None = None, inside: float = 0.0
+    prediction: Tensor,
+    target: Tensor,
+    weighting: Weighting | None = None,
+    masks: Tensor | None = None,
+    inside: float = 0.0,
 ) -> Tensor:
-    """Eq. 1: mean squared error of the noise (B,C,h,w), in float32.
+    """Eq. 1: mean squared error of what is predicted (B,C,h,w), in float32.
 
     With ``inside``, errors where a subject is count 1 + inside times as much; masks (B,N,H,W) in
     [0,1]. A picture's weights have mean 1: each counts alike, whatever its subjects cover."""
-    errors = (prediction.float() - noise.float()).square()
+    difference = prediction.float() - target.float()
+    errors = difference.square() if weighting is None else weighting.errors(difference)
+    rows = None if weighting is None else weighting.rows()
+    if rows is not None:
+        errors = errors * rows
     if masks is None or not inside:
         return errors.mean()
-    area = torch.nn.functional.interpolate(masks.float(), size=errors.shape[-2:], mode="area")
-    return (errors * error_weights(area.amax(dim=1, keepdim=True), inside)).mean()
+    return (errors * error_weights(subject_area(masks, errors), inside)).mean()
+
+
+def subject_area(masks: Tensor, like: Tensor) -> Tensor:
+    """Masks (B,N,H,W) -> how much of each place of ``like`` (B,C,h,w) a subject covers, (B,1,h,w)
+    in [0,1]."""
+    area = torch.nn.functional.interpolate(masks.float(), size=like.shape[-2:], mode="area")
+    return area.amax(dim=1, keepdim=True)
 
 
 def error_weights(area: Tensor, inside: float) -> Tensor:

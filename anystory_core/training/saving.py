@@ -1,41 +1,50 @@
-"""What a run keeps: checkpoints that it goes on from, and the weights file that it ends with."""
+"""What a run keeps: checkpoints that it goes on from, and the weights file that it ends with.
+
+The main process alone reads and writes; the others give it what they hold and get what it read, so
+that machines need not share a folder and all begin from the same step and weights.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from ..tensor_files import save_tensors
-from ..weights.checkpoint import save_model
-from ..weights.merge import merge_files
-from ..weights.model import PARTS
 from . import checkpoints
 from .average import Average
 from .config import TrainingConfig
-from .initial import ROUTER_PARTS
+from .export import AVERAGE, PROVENANCE, WEIGHTS, write_weights
+from .optimisers import load_state, read_state
+from .provenance import Provenance, check_stage
+from .ranks import Ranks
+from .sharding import fill, whole
 from .stages import Stage
 
-_WEIGHTS = "model.safetensors"  # in a checkpoint
-_AVERAGE = "average.safetensors"
+_OPTIMISER = "optimiser.pt"  # in a checkpoint
 
 
 class Saver:
-    """Reads and writes the run's state through ``accelerator``; all processes call its methods.
+    """Reads and writes the run's state; all processes call its methods together.
 
-    ``stage`` and ``optimiser`` are as accelerate prepared them."""
+    ``stage`` and ``optimisers`` are as accelerate prepared them."""
 
     def __init__(
-        self, config: TrainingConfig, accelerator: Any, stage: Any, optimiser: Any
+        self,
+        config: TrainingConfig,
+        accelerator: Any,
+        ranks: Ranks,
+        stage: Any,
+        optimisers: Sequence[Any],
     ) -> None:
-        self.config, self.accelerator = config, accelerator
-        self._prepared, self._optimiser = stage, optimiser
+        self.config, self.accelerator, self.ranks = config, accelerator, ranks
+        self._prepared, self._optimisers = stage, optimisers
         self.folder = Path(config.run.folder)
         self._checkpoints = self.folder / "checkpoints"
         self._saved = -1  # step of the newest checkpoint
-        accelerator.register_save_state_pre_hook(self._save_weights)
-        accelerator.register_load_state_pre_hook(self._load_weights)
         self.average = Average(self.stage.trained, config.optimiser.ema)
 
     @property
@@ -43,71 +52,101 @@ class Saver:
         """The stage itself, without what accelerate put around it."""
         return cast(Stage, self.accelerator.unwrap_model(self._prepared))
 
-    def resume(self) -> int:
-        """Load the newest checkpoint, if there is one; its step, else 0."""
-        found = checkpoints.newest(self._checkpoints)
-        if found is None:
-            return 0
-        self._saved, path = found
-        with checkpoints.reading(path):
-            self.accelerator.load_state(str(path))
-            self.average.load(path / _AVERAGE)
-        # The file's settings count, not the checkpoint's.
-        for group in self._optimiser.param_groups:
-            group.update(self.config.optimiser.adamw)
-        # accelerate counts micro-batches on from where it was, and ``accumulate`` may be another
-        # now; a checkpoint is always between two steps.
-        self.accelerator.step = 0
-        self.accelerator.print(f"resuming from step {self._saved}")
-        return self._saved
+    def newest(self) -> Provenance | None:
+        """What the newest checkpoint says of its run, None without one."""
+
+        def read() -> Provenance | None:
+            found = checkpoints.newest(self._checkpoints)
+            if found is None:
+                return None
+            with checkpoints.reading(found[1]):
+                return Provenance.read(found[1] / PROVENANCE)
+
+        return self.ranks.on_main(read)
+
+    def resume(self, made: Provenance) -> None:
+        """Go on from the newest checkpoint, which says this of its run. ConfigError: it is of
+        another stage."""
+        step = made.step
+        check_stage(made, self.config, self.folder)
+        path = self._checkpoints / f"step-{step:08d}"
+        shapes = {name: p.shape for name, p in self.stage.trained()}
+        read: dict[str, dict[str, Any]] = {}  # of the main process; empty in the others
+
+        def read_all() -> bool:
+            with checkpoints.reading(path):
+                read["weights"] = checkpoints.read_weights(path / WEIGHTS, shapes)
+                averaged = bool(self.average) and (path / AVERAGE).exists()
+                if averaged:
+                    read["averages"] = checkpoints.read_weights(path / AVERAGE, shapes)
+                read["kept"] = torch.load(path / _OPTIMISER, map_location="cpu", weights_only=True)
+            return averaged
+
+        averaged = self.ranks.on_main(read_all)
+        weights, averages = read.get("weights", {}), read.get("averages", {})
+        for name, target in self.stage.trained():
+            fill(target, weights.get(name), self.ranks)
+        self.average.begin()
+        if averaged:
+            for name, target in self.average.tensors.items():
+                fill(target, averages.get(name), self.ranks)
+        kept = read.get("kept", {})
+        if made.settings["optimiser"]["name"] == self.config.optimiser.name:  # else it begins anew
+            with checkpoints.reading(path):
+                named = dict(self.stage.trained())
+                load_state(self._optimisers, named, kept.get("optimiser"), self.ranks)
+        scaler = self.ranks.broadcast(kept.get("scaler"))
+        if scaler and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(scaler)
+        self._saved = step
 
     def save(self, step: int) -> None:
-        """Write the checkpoint of this step, unless it is there."""
-        if self._saved == step:
+        """Write the checkpoint of this step, unless it is there; of step 0 there is nothing to
+        keep."""
+        if step in (0, self._saved):
             return
+        trained = self._gathered(self.stage.trained())
+        averages = self._gathered(self.average.tensors.items())
+        named = dict(self.stage.trained())
+        optimiser = read_state(self._optimisers, named, self._gather)
+        scaler = self.accelerator.scaler
+        kept: dict[str, Any] = {
+            "optimiser": optimiser,
+            "scaler": {} if scaler is None else scaler.state_dict(),
+        }
+        made = self.provenance(step)
 
-        def fill(path: Path) -> None:
-            self.accelerator.wait_for_everyone()  # until the main process has made the folder
-            self.accelerator.save_state(str(path))
-            if self.accelerator.is_main_process:
-                self.average.save(path / _AVERAGE)
-            self.accelerator.wait_for_everyone()
+        def fill_folder(path: Path) -> None:
+            save_tensors(path / WEIGHTS, trained, {})
+            if self.average:
+                save_tensors(path / AVERAGE, averages, {})
+            torch.save(kept, path / _OPTIMISER)
+            made.write(path / PROVENANCE)
 
-        if self.accelerator.is_main_process:
-            checkpoints.write(self._checkpoints, step, self.config.run.keep_checkpoints, fill)
-        else:
-            fill(checkpoints.partial(self._checkpoints, step))
+        keep = self.config.run.keep_checkpoints
+        self.ranks.on_main(lambda: checkpoints.write(self._checkpoints, step, keep, fill_folder))
         self._saved = step
-        self.accelerator.wait_for_everyone()
 
     def export(self, step: int) -> Path:
-        """Write what the stage trained; after stage 2 also the file joined with stage 1's.
+        """Write what the stage trained, averaged if there is an average; after stage 2 also the
+        file joined with stage 1's. The file that LoadAnyStory should read."""
+        named = self.average.tensors or dict(self.stage.trained())
+        tensors = {name: x.float() for name, x in self._gathered(named.items()).items()}
+        made = self.provenance(step)
+        return self.ranks.on_main(lambda: write_weights(tensors, made, self.folder))
 
-        Returns the file that LoadAnyStory should read."""
-        state: dict[str, Tensor] = self.accelerator.get_state_dict(self._prepared)
-        config = self.config
-        state = {**state, **self.average.tensors}
-        wanted = ROUTER_PARTS if config.router is not None else tuple(PARTS)
-        prefixes = tuple(PARTS[part] for part in wanted)
-        chosen = {n: t.float() for n, t in state.items() if n.startswith(prefixes)}
-        path = self.folder / f"anystory_{config.stage}.safetensors"
-        result = path
-        if self.accelerator.is_main_process:
-            metadata = {f"anystory.{config.stage}_steps": str(step)}
-            save_model(path, chosen, self.stage.model.config, metadata=metadata)
-            if config.router is not None:
-                result = self.folder / "anystory.safetensors"
-                merge_files((config.router.subject_file, path), result)
-        self.accelerator.wait_for_everyone()
-        return result
+    def _gathered(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors, whole and in the machine's memory, in the main process; none in the others."""
+        every = ((name, self._gather(x)) for name, x in named)
+        return {name: x for name, x in every if self.ranks.main}
 
-    def _save_weights(self, models: list[Any], weights: list[Any], folder: str) -> None:
-        """Instead of accelerate's: the trained weights alone, by their names in a weights file."""
-        weights.clear()
-        if self.accelerator.is_main_process:
-            trained = {n: p.detach().cpu().contiguous() for n, p in self.stage.trained()}
-            save_tensors(Path(folder) / _WEIGHTS, trained, {})
+    def _gather(self, x: Tensor) -> Tensor:
+        """One of them; of no size where it is not written."""
+        full = whole(x)
+        return full.cpu() if self.ranks.main else full.new_empty(0)
 
-    def _load_weights(self, models: list[Any], folder: str) -> None:
-        models.clear()
-        checkpoints.load_weights(Path(folder) / _WEIGHTS, self.stage.trained())
+    def provenance(self, step: int) -> Provenance:
+        """What this run says of itself at a step."""
+        return Provenance.of(
+            self.config, self.stage.model.config, step=step, processes=self.ranks.count
+        )

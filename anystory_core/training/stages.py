@@ -7,8 +7,7 @@ what is in it, optimisers and checkpoints see the trained parameters alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,47 +24,12 @@ from .batches import Batch
 from .cache import Encodings
 from .call import TrainingCall
 from .config import TrainingConfig
-from .dataset import sample_seed
 from .hosts import unet as diffusers_unet
 from .hosts.frozen import FrozenNetworks
 from .hosts.unet import UNetInputs
-from .losses import diffusion_loss, mean_routing_loss, routing_loss
-
-
-@dataclass(frozen=True)
-class Noised:
-    """A batch on its way into the U-Net: all that Eq. 1 needs. noise (B,4,h,w) is what was added;
-    ``seeds`` (B) are for Gumbel noise."""
-
-    inputs: UNetInputs
-    noise: Tensor
-    seeds: tuple[int, ...]
-
-
-def add_noise(
-    clean: Tensor, numbers: Sequence[int], seed: int, alphas: Tensor, *, cubic: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """z_t = alpha_t z_0 + sigma_t eps, with t and eps from each sample's own number:
-    (z_t, eps, t). ``cubic``: t = (1 - u^3) T with u uniform, as T2I-Adapter draws it."""
-    timesteps: list[Tensor] = []
-    noise: list[Tensor] = []
-    for number in numbers:
-        generator = torch.Generator().manual_seed(sample_seed(seed, number))
-        if cubic:
-            late = 1 - torch.rand((), generator=generator) ** 3
-            timesteps.append((late * len(alphas)).long().clamp_max(len(alphas) - 1))
-        else:
-            timesteps.append(torch.randint(len(alphas), (), generator=generator))
-        noise.append(torch.randn(clean.shape[1:], generator=generator))
-    t = torch.stack(timesteps).to(clean.device)
-    eps = torch.stack(noise).to(clean)
-    alpha = alphas[torch.stack(timesteps)].to(clean)[:, None, None, None]
-    return alpha.sqrt() * clean + (1 - alpha).sqrt() * eps, eps, t
-
-
-def gumbel_seeds(seed: int, numbers: Sequence[int]) -> tuple[int, ...]:
-    """A seed for each row's Gumbel noise, small enough to be multiplied by a number of blocks."""
-    return tuple(sample_seed(seed, number) % 2**48 for number in numbers)
+from .losses import Weighting, diffusion_loss, mean_routing_loss, routing_loss
+from .measures import row_figures
+from .noise import Noised
 
 
 class Stage(nn.Module):
@@ -103,15 +67,26 @@ class Stage(nn.Module):
         raise NotImplementedError
 
     def predict(self, call: Call | None, inputs: UNetInputs) -> Tensor:
-        """The U-Net's noise prediction (B,4,h,w)."""
+        """What the U-Net predicts (B,4,h,w): noise, or v."""
         return diffusers_unet.predict(self.frozen.unet, self._slot, call, inputs)
 
-    def forward(self, batch: Batch, noised: Noised) -> dict[str, Tensor]:
-        """Losses by name; "loss" is what is minimised."""
+    def forward(self, batch: Batch, noised: Noised, *, measure: bool = False) -> dict[str, Tensor]:
+        """Losses by name, "loss" being what is minimised; or, to ``measure``, figures of each row
+        (B), NaN where a row has none (:func:`~.measures.row_figures`)."""
         call = self.conditions(batch, noised.seeds)
         predicted = self.predict(call, noised.inputs)
-        diffusion = diffusion_loss(predicted, noised.noise, batch.masks, self.inside)
         height, width = noised.inputs.latents.shape[-2:]
+        if measure:
+            maps = list(call.soft_maps.values()) if self.config.router is not None else []
+            return row_figures(predicted, noised.target, batch, maps)
+        settings = self.config.loss
+        diffusion = diffusion_loss(
+            predicted,
+            noised.target,
+            Weighting(settings, noised.snr, self.frozen.prediction.kind),
+            batch.masks,
+            self.inside,
+        )
         return self.total({"diffusion": diffusion}, call, batch, (height, width))
 
     def total(
@@ -123,6 +98,11 @@ class Stage(nn.Module):
     def clip_states(self, pixels: Tensor) -> Tensor:
         """(B,3,S,S) -> (B,S,W) in the dtype of the trained modules."""
         return self.encodings.clip_states(pixels).to(self.dtype)
+
+    @property
+    def weights(self) -> torch.dtype:
+        """What is trained is held in it."""
+        return torch.bfloat16 if self.config.optimiser.weights == "bf16" else torch.float32
 
     @property
     def dtype(self) -> torch.dtype:
@@ -159,7 +139,7 @@ class SubjectStage(Stage):
 
     def __init__(self, model: AnyStoryModel, encodings: Encodings, config: TrainingConfig) -> None:
         super().__init__(model, encodings, config)
-        self.requires_grad_(True)
+        self.requires_grad_(True).to(self.weights)
         if model.reference_net is not None:
             model.reference_net.recompute = config.run.checkpointing
 
@@ -187,29 +167,28 @@ class RouterStage(Stage):
         self.requires_grad_(False).to(self.frozen.unet.dtype)
         for module in (model.encoder.routing, model.routers):
             if module is not None:
-                module.requires_grad_(True).float()
+                module.requires_grad_(True).to(self.weights)
 
     def conditions(self, batch: Batch, seeds: tuple[int, ...]) -> TrainingCall:
         model = self.model
         if model.encoder.routing is None or model.routers is None:
             raise ValueError("stage 'router' needs a model with the router parts")
         rows, subjects = batch.present.shape
-        states = self.clip_states(batch.clip.flatten(0, 1))
+        there = batch.present.clone()
+        there[0, 0] = True  # encode one, so that shapes are known where no row has a subject
+        states = self.clip_states(batch.clip[there])
         zero = self.background_states(batch.clip.device)
-        routing = model.encoder.routing(states)[:, 0].reshape(rows, subjects, -1)
+        routing = _spread(model.encoder.routing(states)[:, 0], there)
         routing_zero = model.encoder.routing(zero)[:, 0].expand(rows, 1, -1)
         with torch.no_grad():
             tokens: list[Tensor | None] = [None] * (subjects + 1)
             if model.encoder.subject is not None:
                 frozen = next(model.encoder.subject.parameters()).dtype
-                encoded = model.encoder.subject(states.to(frozen))
-                encoded = encoded.reshape(rows, subjects, *encoded.shape[1:])
+                encoded = _spread(model.encoder.subject(states.to(frozen)), there)
                 tokens = [*encoded.unbind(1), model.encoder.subject(zero.to(frozen))]
-            stacked = self.references(batch.vae.flatten(0, 1), batch.reference_mask.flatten(0, 1))
-            features = [
-                tuple(g.reshape(rows, subjects, *g.shape[1:])[:, i] for g in stacked)
-                for i in range(subjects)
-            ]
+            stacked = self.references(batch.vae[there], batch.reference_mask[there])
+            spread = [_spread(g, there) for g in stacked]
+            features = [tuple(g[:, i] for g in spread) for i in range(subjects)]
             conditions = project(model.projections, model.sites, tokens, [*features, None])
         present = torch.cat((batch.present, torch.ones_like(batch.present[:, :1])), dim=1)
         source = LearnedRoutes.prepare(
@@ -239,6 +218,13 @@ class RouterStage(Stage):
         """Of refined and coarse maps; without refinement they are the same."""
         refined, coarse = errors
         return refined + coarse if self.model.config.router.refine else refined
+
+
+def _spread(values: Tensor, there: Tensor) -> Tensor:
+    """(M,...) of the M that are ``there`` (B,N) -> (B,N,...), zeros for the others."""
+    spread = values.new_zeros(*there.shape, *values.shape[1:])
+    spread[there] = values
+    return spread
 
 
 def build_stage(model: AnyStoryModel, encodings: Encodings, config: TrainingConfig) -> Stage:

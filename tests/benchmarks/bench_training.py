@@ -1,8 +1,10 @@
 """Training steps: samples per second and peak memory.
 
-``bench_training.py`` measures both stages at the mini sizes. ``--sdxl`` runs one forward and
-backward pass of stage 2 at SDXL's widths instead, in bfloat16 on random weights (512 x 512, one
-subject, activation checkpointing); it needs about 15 GiB and some minutes on a CPU.
+``bench_training.py`` measures both stages at the mini sizes, and stage 1 beside the loop that one
+would write with diffusers (:mod:`plain_loop`): the same random base, batch, precision and
+optimiser, each in a process of its own, in turn. ``--sdxl`` runs one forward and backward pass of
+stage 2 at SDXL's widths instead, in bfloat16 on random weights (512 x 512, one subject, activation
+checkpointing); it needs about 15 GiB and some minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -10,34 +12,38 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
+from plain_loop import PlainLoop
 from torch import nn
 
 from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.mini.config import PICTURE_SIZE
 from anystory_core.training.batches import Batch
-from anystory_core.training.cache import Encodings
-from anystory_core.training.config import (
+from anystory_core.training.cache import Encoded, Encodings
+from anystory_core.training.config import TrainingConfig
+from anystory_core.training.hosts.frozen import FrozenNetworks
+from anystory_core.training.hosts.sizes import diffusers_unet_config
+from anystory_core.training.hosts.unet import time_ids
+from anystory_core.training.noise import draw_noise, draw_timesteps, make_noised
+from anystory_core.training.schedule import Schedule
+from anystory_core.training.settings import (
     BaseSettings,
     DataSettings,
     RouterSettings,
     RunSettings,
     SubjectSettings,
-    TrainingConfig,
 )
-from anystory_core.training.hosts.frozen import FrozenNetworks
-from anystory_core.training.hosts.sizes import diffusers_unet_config
-from anystory_core.training.hosts.unet import UNetInputs, time_ids
-from anystory_core.training.schedule import alphas_cumprod
-from anystory_core.training.stages import Noised, add_noise, build_stage
+from anystory_core.training.stages import build_stage
 from anystory_core.weights.model import build_model
 
 
@@ -121,12 +127,13 @@ def measure(
     text, pooled = torch.zeros(rows, 77, config.unet.context_dim), torch.zeros(rows, width)
     with torch.no_grad():
         clean = base.encode_picture(batch.target)
+    encoded = Encoded(clean, text, pooled, batch.time_ids)
+    schedule = Schedule(base.prediction)
     seconds: list[float] = []
     for step in range(steps):
-        latents, noise, t = add_noise(clean, range(rows), step, alphas_cumprod())
-        seeds = tuple(range(rows))
-        inputs = UNetInputs(latents, t, text, pooled, batch.time_ids)
-        noised = Noised(inputs, noise, seeds)
+        noise = draw_noise(clean.shape[1:], range(rows), step)
+        t = draw_timesteps(range(rows), step, len(schedule))
+        noised = make_noised(schedule, encoded, noise, t, tuple(range(rows)))
         start = time.monotonic()
         with torch.autocast("cpu", torch.bfloat16):
             loss = trained(batch, noised)["loss"]
@@ -134,13 +141,81 @@ def measure(
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         seconds.append(time.monotonic() - start)
+    return _figures(seconds, rows, sum(p.numel() for _, p in trained.trained()))
+
+
+CONTENDERS = ("ours", "plain")
+OURS, PLAIN = (f"stage 1 beside diffusers: {name}" for name in CONTENDERS)
+ROUNDS = 3
+
+
+def measure_plain(config: AnyStoryConfig, *, rows: int, side: int, steps: int) -> dict[str, float]:
+    """Optimiser steps of the plain loop, as :func:`measure` does stage 1's."""
+    base = random_base(config, torch.float32)
+    torch.manual_seed(0)
+    loop = PlainLoop(base.unet, base.vae, base.clip_vision, config)
+    trained = [p for p in loop.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=1e-4)
+    batch = batch_of(config, rows, side)
+    width = config.unet.adm_channels - 6 * 256
+    text = torch.zeros(rows, 77, config.unet.context_dim)
+    added = {"text_embeds": torch.zeros(rows, width), "time_ids": batch.time_ids}
+    with torch.no_grad():
+        clean = base.encode_picture(batch.target)
+    schedule = Schedule(base.prediction)
+    seconds: list[float] = []
+    for step in range(steps):
+        noise = draw_noise(clean.shape[1:], range(rows), step)
+        t = draw_timesteps(range(rows), step, len(schedule))
+        noisy = schedule.noisy(clean, noise, t)
+        start = time.monotonic()
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = base.encode_picture(batch.vae[:, 0])
+            loss = loop(noisy, t, text, added, batch.clip[:, 0], latents, noise)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        seconds.append(time.monotonic() - start)
+    return _figures(seconds, rows, sum(p.numel() for p in trained))
+
+
+def _figures(seconds: list[float], rows: int, trained: int) -> dict[str, float]:
     middle = sorted(seconds[1:] or seconds)[len(seconds[1:]) // 2]
     return {
         "seconds per step": round(middle, 3),
         "samples per second": round(rows / middle, 3),
-        "trained parameters (M)": round(sum(p.numel() for _, p in trained.trained()) / 1e6, 2),
+        "trained parameters (M)": round(trained / 1e6, 2),
         "peak memory (GiB)": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }
+
+
+def beside(batch: int, steps: int) -> dict[str, dict[str, float]]:
+    """Both contenders in turn, each time in a new process; of each the median round."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    for _ in range(ROUNDS):
+        for name in CONTENDERS:
+            command = [
+                sys.executable, __file__, "--contender", name, "--batch", str(batch),
+                "--steps", str(steps),
+            ]  # fmt: skip
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+    rows: dict[str, dict[str, float]] = {}
+    for name, label in zip(CONTENDERS, (OURS, PLAIN), strict=True):
+        ordered = sorted(found[name], key=lambda row: row["samples per second"])
+        rows[label] = ordered[len(ordered) // 2]
+    rows["ours / plain"] = {
+        key: round(rows[OURS][key] / rows[PLAIN][key], 3)
+        for key in ("samples per second", "peak memory (GiB)")
+    }
+    return rows
+
+
+def contender(name: str, batch: int, steps: int) -> dict[str, float]:
+    config, side = AnyStoryConfig.mini(), PICTURE_SIZE
+    if name == "plain":
+        return measure_plain(config, rows=batch, side=side, steps=steps)
+    return measure(config, "subject", rows=batch, side=side, steps=steps, checkpointing=False)
 
 
 def main() -> None:
@@ -149,7 +224,12 @@ def main() -> None:
     parser.add_argument("--sdxl", action="store_true", help="stage 2 at SDXL's widths instead")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch", type=int, default=16, help="mini only; SDXL takes 1")
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.contender:
+        print(json.dumps(contender(given.contender, given.batch, given.steps)))
+        return
     rows: dict[str, dict[str, float]] = {}
     if given.sdxl:
         rows["sdxl router, 512x512, batch 1"] = measure(
@@ -162,6 +242,7 @@ def main() -> None:
                 AnyStoryConfig.mini(), stage, rows=given.batch, side=side, steps=given.steps,
                 checkpointing=False,
             )  # fmt: skip
+        rows |= beside(given.batch, given.steps)
     for name, row in rows.items():
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in row.items()))
     print(json.dumps(rows))

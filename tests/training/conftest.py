@@ -15,9 +15,8 @@ import tiny
 from anystory_core.data import shards
 from anystory_core.training.batches import Batch
 from anystory_core.training.config import load_config
-from anystory_core.training.hosts.unet import UNetInputs, time_ids
 from anystory_core.training.loop import Trainer
-from anystory_core.training.stages import Noised
+from anystory_core.training.noise import make_noised
 
 SUBJECT_STEPS, ROUTER_STEPS = 100, 80
 
@@ -53,14 +52,10 @@ class Done:
 def losses_of(trainer: Trainer, timestep: int) -> dict[str, float]:
     """Losses on 8 fixed samples at a fixed noise level, with fixed noise."""
     batch = Batch.join([trainer.dataset[i] for i in range(8)])
-    clean = trainer.encodings.latents(batch, batch.target.device)
-    text, pooled = trainer.encodings.text(batch, batch.target.device)
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-    alpha = trainer.alphas[timestep].float()
-    noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-    sizes = time_ids(tiny.SIZE, tiny.SIZE, 8, clean.device)
-    inputs = UNetInputs(noisy, torch.full((8,), timestep), text, pooled, sizes)
-    noised = Noised(inputs, noise, tuple(range(8)))
+    encoded = trainer.encodings.encode(batch)
+    noise = torch.randn(encoded.latents.shape, generator=torch.Generator().manual_seed(0))
+    t = torch.full((8,), timestep)
+    noised = make_noised(trainer.schedule, encoded, noise, t, tuple(range(8)))
     with torch.no_grad():
         return {name: float(value) for name, value in trainer.stage(batch, noised).items()}
 

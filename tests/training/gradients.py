@@ -13,13 +13,7 @@ from anystory_core.training.loop import Trainer
 
 trainer = Trainer(load_config(Path(sys.argv[1])))
 accelerator = trainer.accelerator
-batches = load_batches(
-    trainer.dataset,
-    trainer.config,
-    first_step=0,
-    rank=accelerator.process_index,
-    world=accelerator.num_processes,
-)
+batches = load_batches(trainer.dataset, trainer.config, trainer.ranks, first_step=0)
 batch = next(batches)
 losses = trainer.stage(batch, trainer.noised(batch))
 accelerator.backward(losses["loss"])

@@ -17,11 +17,14 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from anystory_core.bases.sdxl.prediction import Prediction
 from anystory_core.errors import AnyStoryError, ConfigError
 from anystory_core.training import initial
-from anystory_core.training.config import BaseSettings, load_config, seconds
+from anystory_core.training.__main__ import main
+from anystory_core.training.config import load_config
 from anystory_core.training.hosts.frozen import load_frozen
 from anystory_core.training.loop import Trainer
+from anystory_core.training.settings import BaseSettings, seconds
 from anystory_core.weights.checkpoint import save_model
 from anystory_core.weights.model import build_model
 
@@ -183,13 +186,13 @@ def _without_first(path: Path) -> None:
 
 UNET, CLIP = "unet/diffusion_pytorch_model.safetensors", "image_encoder/model.safetensors"
 DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
-    (UNET, Path.unlink, r"base\.path: .*unet cannot be read"),
+    (UNET, Path.unlink, r"base\.path: .*unet holds no diffusion_pytorch_model\.safetensors"),
     (UNET, lambda p: p.write_bytes(b"x" * 100), r"base\.path: .*unet cannot be read"),
     (UNET, _without_first, r"base\.path: .*unet lacks 1 tensors, such as"),
     ("vae/config.json", lambda p: p.write_text("{"), r"base\.path: .*vae/config\.json cannot"),
     ("vae/config.json", lambda p: p.write_text("[]"), "holds no table"),
     ("vae/config.json", lambda p: p.write_text("{}"), "names a class that is not known"),
-    ("text_encoder/model.safetensors", Path.unlink, r"base\.path: .*text_encoder cannot be read"),
+    ("text_encoder/model.safetensors", Path.unlink, r"base\.path: .*text_encoder holds no model"),
     (CLIP, lambda p: p.write_bytes(b""), r"base\.clip_vision: .*image_encoder cannot be read"),
     (CLIP, _without_first, r"base\.clip_vision: .*image_encoder lacks 1 tensors"),
 ]
@@ -206,16 +209,60 @@ def test_damaged_bases(
         load_frozen(BaseSettings(path=str(base), model=str(base / "config.json")))
 
 
-def test_a_base_that_does_not_predict_the_noise(world: Any, tmp_path: Path) -> None:
+def test_what_a_base_predicts(world: Any, tmp_path: Path) -> None:
     base = shutil.copytree(world.base, tmp_path / "base")
     settings = BaseSettings(path=str(base), model=str(base / "config.json"))
-    (base / "scheduler").mkdir()
-    file = base / "scheduler" / "scheduler_config.json"
-    file.write_text('{"prediction_type": "epsilon"}')
-    load_frozen(settings)
-    file.write_text('{"prediction_type": "v_prediction"}')
-    with pytest.raises(AnyStoryError, match=r"base\.path: base predicts 'v_prediction'"):
+    assert load_frozen(settings).prediction == Prediction("epsilon")
+    tiny.write_scheduler(base, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert load_frozen(settings).prediction == Prediction("v", zero_snr=True)
+    tiny.write_scheduler(base, prediction_type="sample")
+    with pytest.raises(AnyStoryError, match=r"base\.path: base predicts neither .*sample"):
         load_frozen(settings)
+    shutil.rmtree(base / "scheduler")
+    with pytest.raises(ConfigError, match=r"no scheduler.*base\.prediction to 'epsilon'"):
+        load_frozen(settings)
+    assert load_frozen(replace(settings, prediction="v")).prediction == Prediction("v")
+
+
+def test_a_folder_of_a_variant(world: Any, tmp_path: Path) -> None:
+    """As fp16 folders are published, one of their networks in pieces."""
+    base = shutil.copytree(world.base, tmp_path / "base")
+    for name, stem in (
+        ("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"), ("image_encoder", "model"),
+    ):  # fmt: skip
+        file = base / name / f"{stem}.safetensors"
+        half = {k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}
+        file.unlink()
+        if name == "unet":
+            parts = {f"{stem}.fp16-0000{i + 1}-of-00002.safetensors": {} for i in range(2)}
+            for i, (key, tensor) in enumerate(half.items()):
+                list(parts.values())[i % 2][key] = tensor
+            table = {key: part for part, tensors in parts.items() for key in tensors}
+            index = {"metadata": {}, "weight_map": table}
+            (base / name / f"{stem}.safetensors.index.fp16.json").write_text(json.dumps(index))
+        else:
+            parts = {f"{stem}.fp16.safetensors": half}
+        for part, tensors in parts.items():
+            save_file(tensors, base / name / part, metadata={"format": "pt"})
+    model = str(base / "config.json")
+    found = load_frozen(BaseSettings(path=str(base), model=model)).unet.state_dict()
+    whole = load_frozen(BaseSettings(path=str(world.base), model=model)).unet.state_dict()
+    assert all(torch.equal(x.half(), found[name].half()) for name, x in whole.items())
+    (base / "unet" / "diffusion_pytorch_model.fp16-00002-of-00002.safetensors").unlink()
+    with pytest.raises(AnyStoryError, match="names .*00002-of-00002.*not in it"):
+        load_frozen(BaseSettings(path=str(base), model=model))
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in ((["--help"], "RUN.toml"), (["-h"], "RUN.toml"), ([], "RUN.toml")):
+        assert main(arguments) == (0 if arguments else 2)
+        said = capsys.readouterr()
+        assert words in (said.out if arguments else said.err)
+    for command, words in (("merge", "--dtype"), ("export", "--step")):
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--help"])
+        assert ended.value.code == 0 and words in capsys.readouterr().out
 
 
 def test_text_encoders_of_either_transformers(world: Any, tmp_path: Path) -> None:

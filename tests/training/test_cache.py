@@ -14,13 +14,8 @@ from anystory_core.bases.sdxl.config import ReferenceConfig
 from anystory_core.training.batches import Batch
 from anystory_core.training.cache import Encodings
 from anystory_core.training.checkpoints import CheckpointFolderError
-from anystory_core.training.config import (
-    BaseSettings,
-    DataSettings,
-    RunSettings,
-    SubjectSettings,
-    TrainingConfig,
-)
+from anystory_core.training.config import TrainingConfig
+from anystory_core.training.settings import BaseSettings, DataSettings, RunSettings, SubjectSettings
 from anystory_core.weights.fingerprint import weights_fingerprint
 
 

@@ -16,7 +16,7 @@ from anystory_core.routing.router import RoutingLogits
 from anystory_core.training.call import TrainingCall, straight_through
 from anystory_core.training.dataset import sample_seed
 from anystory_core.training.hosts.unet import dense_attention
-from anystory_core.training.stages import gumbel_seeds
+from anystory_core.training.noise import gumbel_seeds
 
 ROWS, GRID, SEEDS = 2, (4, 4), (5, 6)
 TOKENS = GRID[0] * GRID[1]

@@ -12,17 +12,18 @@ import tiny
 import torch
 
 from anystory_core.data import shards
-from anystory_core.data.index import Index
 from anystory_core.training.augment import augment
-from anystory_core.training.config import (
+from anystory_core.training.config import TrainingConfig
+from anystory_core.training.dataset import SampleDataset
+from anystory_core.training.order import Order
+from anystory_core.training.samples import Samples, draw_pools
+from anystory_core.training.settings import (
     AugmentSettings,
     BaseSettings,
     DataSettings,
     RouterSettings,
     RunSettings,
-    TrainingConfig,
 )
-from anystory_core.training.dataset import SampleDataset
 
 NOTHING: dict[str, Any] = {"rotate": 0.0, "crop": 0.0, "pad": 0.0, "flip": 0.0}
 COLOUR = torch.tensor([0.8, 0.5, 0.3])[None, :, None, None]
@@ -58,7 +59,10 @@ def dataset(folder: Path, augmentation: AugmentSettings) -> SampleDataset:
         router=RouterSettings(subject_file="unused", drop_text=0.0),
         augment=augmentation,
     )
-    return SampleDataset(Index.of(config.data.paths), config, tiny.config())
+    samples = Samples.of(config.data.paths)
+    pools = draw_pools(samples, config)
+    order = Order(pools.positions, pools.shares, config.run.seed)
+    return SampleDataset(samples, order, config, tiny.config())
 
 
 def test_a_crop_of_the_reference_leaves_the_routing_target_whole(tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from anystory_core.bases.sdxl.config import AnyStoryConfig
+from anystory_core.bases.sdxl.prediction import Prediction
 from anystory_core.errors import ModelMismatchError
 from anystory_core.training.hosts.frozen import text_encoder
 from anystory_core.training.hosts.single_file import (
     FileSizes,
     TextSizes,
+    file_prediction,
     load_single_file,
     networks_of,
 )
@@ -114,7 +116,25 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         rest = {k: v for k, v in state.items() if not k.startswith(prefix)}
         with pytest.raises(ModelMismatchError, match=f"base.safetensors .*{words}"):
             networks_of(rest, tiny.config(), path.name, SMALL)
-    for marker in ("v_pred", "edm_mean"):
-        marked = {**state, marker: torch.zeros(0)}
-        with pytest.raises(ModelMismatchError, match=f"does not predict the noise .*{marker}"):
-            networks_of(marked, tiny.config(), path.name, SMALL)
+
+
+def test_what_a_file_says_it_predicts(tmp_path: Path) -> None:
+    """By tensors, as the host reads them, or in its header alone."""
+    path, nothing = tmp_path / "base.safetensors", torch.zeros(1)
+    for tensors, header, wanted in (
+        ({}, {}, Prediction()),
+        ({}, {"modelspec.prediction_type": "epsilon"}, Prediction()),
+        ({}, {"modelspec.prediction_type": "v"}, Prediction("v")),
+        ({"v_pred": nothing}, {}, Prediction("v")),
+        ({"v_pred": nothing, "ztsnr": torch.ones(2)}, {}, Prediction("v", zero_snr=True)),
+    ):
+        save_file({"x": torch.ones(1), **tensors}, path, metadata=header)
+        assert file_prediction(path) == wanted
+    for tensors, header, mark in (
+        ({"edm_mean": nothing}, {}, "edm_mean"),
+        ({"edm_vpred.sigma_max": nothing}, {}, "edm_vpred.sigma_max"),
+        ({}, {"modelspec.prediction_type": "sample"}, "sample"),
+    ):
+        save_file({"x": torch.ones(1), **tensors}, path, metadata=header)
+        found = file_prediction(path)
+        assert found.kind == "other" and found.mark == mark

@@ -15,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from anystory_core.training.batches import Batch
 from anystory_core.training.config import load_config
@@ -56,14 +57,17 @@ def test_the_frozen_parts_are_those_of_stage_1(subject_run: Any, router_run: Any
 def test_sheets(stage: str, subject_run: Any, router_run: Any) -> None:
     run = subject_run if stage == "subject" else router_run
     (sheet,) = (run.folder / "sheets").glob("*.png")
-    columns = 3 if stage == "subject" else 5  # reference, target, sample, and a map per subject
-    maps = 1 if stage == "subject" else 0
-    assert Image.open(sheet).size == ((columns + maps) * tiny.SIZE, 4 * tiny.SIZE)
+    # Stage 1: reference, target, sample; stage 2: two references and two maps beside.
+    columns = 3 if stage == "subject" else 6
+    picture = Image.open(sheet)
+    assert picture.width == columns * tiny.SIZE and picture.height > 4 * (tiny.SIZE + 14)
+    shown = EventAccumulator(str(run.folder / "logs" / "training"), size_guidance={"images": 1})
+    shown.Reload()
+    (event,) = shown.Images("sheet")
+    assert (event.width, event.height) == picture.size
 
 
 def test_curves_for_tensorboard(router_run: Any) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     curves = EventAccumulator(str(router_run.folder / "logs" / "training"))
     curves.Reload()
     lines = (router_run.folder / "losses.jsonl").read_text().splitlines()
@@ -92,7 +96,7 @@ def test_a_sheet_in_half_precision(world: Any, subject_run: Any, tmp_path: Path)
     assert {p.dtype for _, p in run.stage.trained()} == {torch.float32}
     run.run()
     (sheet,) = (tmp_path / "sheets").glob("*.png")
-    assert Image.open(sheet).size == (5 * tiny.SIZE, 4 * tiny.SIZE)
+    assert Image.open(sheet).width == 6 * tiny.SIZE
     (kept,) = (tmp_path / "checkpoints").glob("*/model.safetensors")
     assert set(load_file(kept)) == {name for name, _ in run.stage.trained()}
 

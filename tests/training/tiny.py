@@ -157,6 +157,13 @@ def write_base(folder: Path, *, train_steps: int = 0, model: AnyStoryConfig | No
     ):
         module.save_pretrained(folder / name)
     (folder / "config.json").write_text(model.to_json())
+    write_scheduler(folder, prediction_type="epsilon")
+
+
+def write_scheduler(folder: Path, **settings: Any) -> None:
+    """What diffusers writes of a pipeline's scheduler, as far as it is read."""
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(settings))
 
 
 def _pictures(count: int, colours: tuple[str, ...]) -> torch.Tensor:

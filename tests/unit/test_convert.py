@@ -198,6 +198,10 @@ def test_v_prediction_is_used_and_said(tmp_path, unet, adapter) -> None:
     _, plain = run(tmp_path / "plain", unet, adapter)
     assert "predicts v" in done.notes[0]
     assert all(torch.equal(tensors[k], plain[k]) for k in plain)
+    header = {"modelspec.prediction_type": "v"}  # some files say so in their header alone
+    said, ip = save(tmp_path / "said.safetensors", unet, **header), tmp_path / "plus.safetensors"
+    done = convert(said, save(ip, adapter), tmp_path / "h.safetensors", config=CONFIG)
+    assert "predicts v" in done.notes[0]
     diffusers_unet(CONFIG).save_pretrained(tmp_path / "folder" / "unet")
     scheduler = tmp_path / "folder" / "scheduler" / "scheduler_config.json"
     scheduler.parent.mkdir()

@@ -9,16 +9,22 @@ from typing import Any, cast
 from safetensors import SafetensorError
 
 from ...bases.sdxl.config import AnyStoryConfig
+from ...bases.sdxl.prediction import Prediction, prediction_of_scheduler
 from ...errors import ConfigError, ModelMismatchError
+from ...weights.folders import network_files
 from ..libraries import library
+
+
+def check_folder(path: Path) -> None:
+    """ConfigError unless it is laid out as a pipeline."""
+    for name in ("unet", "vae", "text_encoder"):
+        if not (path / name / "config.json").exists():
+            raise ConfigError(f"base.path: {path} has no {name}/config.json; see docs/training.md")
 
 
 def load_folder(path: Path) -> tuple[Any, Any, list[Any]]:
     """(U-Net, VAE, text encoders) of a folder. ConfigError names what is missing or unreadable."""
     diffusers, transformers = library("diffusers"), library("transformers")
-    for name in ("unet", "vae", "text_encoder"):
-        if not (path / name / "config.json").exists():
-            raise ConfigError(f"base.path: {path} has no {name}/config.json; see docs/training.md")
     unet = _pretrained(diffusers.UNet2DConditionModel, path / "unet", "base.path")
     kind = str(_settings(path / "vae").get("_class_name"))
     vae = _pretrained(getattr(diffusers, kind, None), path / "vae", "base.path")
@@ -48,9 +54,20 @@ def _pretrained(kind: Any, path: Path, field: str) -> Any:
     """``kind.from_pretrained(path)``, where a missing tensor is an error and no random weight."""
     if kind is None:
         raise ConfigError(f"{field}: {path}/config.json names a class that is not known")
+    stem = "model" if kind.__module__.startswith("transformers.") else "diffusion_pytorch_model"
+    found = network_files(path, stem)
+    if found is None:
+        raise ConfigError(
+            f"{field}: {path} holds no {stem}.safetensors, nor one of variant fp16 or bf16; get "
+            "the folder's safetensors files (.bin files are never opened)"
+        )
     try:
         model, info = kind.from_pretrained(
-            path, output_loading_info=True, local_files_only=True, use_safetensors=True
+            path,
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,
+            variant=found.variant or None,
         )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         detail = " ".join(str(error).split())[:300]
@@ -63,16 +80,16 @@ def _pretrained(kind: Any, path: Path, field: str) -> Any:
     return model
 
 
-def check_prediction(folder: Path) -> None:
-    """ModelMismatchError unless the pipeline's scheduler, where there is one, is for networks that
-    predict the noise, as Eq. 1 is."""
+def folder_prediction(folder: Path) -> Prediction:
+    """What the pipeline's scheduler says that the U-Net predicts. ConfigError: there is none."""
     settings = folder / "scheduler" / "scheduler_config.json"
-    found = _settings(settings).get("prediction_type", "epsilon") if settings.is_file() else None
-    if found not in (None, "epsilon"):
-        raise ModelMismatchError(
-            f"base.path: {folder.name} predicts {found!r}; Eq. 1 is for 'epsilon', so choose a "
-            "base that predicts the noise"
+    if not settings.is_file():
+        raise ConfigError(
+            f"base.path: {folder.name} has no scheduler/scheduler_config.json, which would say "
+            "what its U-Net predicts; set base.prediction to 'epsilon' (SDXL and most of its "
+            "kind), 'v', or 'v_zero_snr'"
         )
+    return prediction_of_scheduler(_settings(settings))
 
 
 def load_clip_vision(path: Path, config: AnyStoryConfig) -> Any:

@@ -7,6 +7,8 @@ Layouts of ``base.path``:
   Captions are tokenised by open_clip's copy of CLIP's tokenizer, so tokenizer folders are not read.
   The mini recipe writes such a folder, with one text encoder and TAESD's VAE;
 - an SDXL ``.safetensors`` file, with ``base.clip_vision`` set.
+
+Files of a folder may be of a variant (``diffusion_pytorch_model.fp16.safetensors``) or in pieces.
 """
 
 from __future__ import annotations
@@ -19,13 +21,20 @@ import torch
 from torch import Tensor
 
 from ...bases.sdxl.config import AnyStoryConfig
+from ...bases.sdxl.prediction import Prediction
 from ...errors import ConfigError, ModelMismatchError
 from ...weights.fingerprint import weights_fingerprint
-from ..config import BaseSettings
-from .folder import check_prediction, load_clip_vision, load_folder
-from .single_file import load_single_file
+from ..settings import BaseSettings
+from .folder import check_folder, folder_prediction, load_clip_vision, load_folder
+from .single_file import file_prediction, load_single_file
 from .sizes import diffusers_unet_config
 from .text import TextEncoder, text_encoder
+
+_PREDICTIONS = {
+    "epsilon": Prediction(),
+    "v": Prediction("v"),
+    "v_zero_snr": Prediction("v", zero_snr=True),
+}
 
 
 @dataclass
@@ -39,6 +48,7 @@ class FrozenNetworks:
     clip_vision: Any
     modules: tuple[Any, ...]  # what has to move to the device
     fingerprint: str
+    prediction: Prediction = Prediction()  # of the U-Net
 
     def to(self, device: torch.device, dtype: torch.dtype) -> FrozenNetworks:
         """Move everything; the VAE stays in float32, where SDXL's is stable, unless it is one of
@@ -96,10 +106,13 @@ def load_frozen(settings: BaseSettings) -> FrozenNetworks:
             f"base.clip_vision: {clip_folder} is not a folder; name the folder of the CLIP vision "
             "model (transformers layout: config.json and model.safetensors)"
         )
+    asked = _PREDICTIONS.get(settings.prediction)
     if path.is_dir():
-        check_prediction(path)
+        check_folder(path)
+        prediction = _usable(asked or folder_prediction(path), path)
         unet, vae, encoders = load_folder(path)
     elif path.is_file():
+        prediction = _usable(asked or file_prediction(path), path)
         unet, vae, encoders = load_single_file(path, config)
     else:
         raise ConfigError(f"base.path: {path} does not exist; name a folder or an SDXL file")
@@ -109,7 +122,19 @@ def load_frozen(settings: BaseSettings) -> FrozenNetworks:
     for module in modules:
         module.eval().requires_grad_(False)
     name = weights_fingerprint(vae, *encoders, clip_vision)
-    return FrozenNetworks(config, unet, vae, text_encoder(encoders), clip_vision, modules, name)
+    return FrozenNetworks(
+        config, unet, vae, text_encoder(encoders), clip_vision, modules, name, prediction
+    )
+
+
+def _usable(prediction: Prediction, path: Path) -> Prediction:
+    """ModelMismatchError unless the stages can train on it."""
+    if prediction.kind == "other":
+        raise ModelMismatchError(
+            f"base.path: {path.name} predicts neither the noise nor v ({prediction.mark}); choose "
+            "a base that predicts one of them"
+        )
+    return prediction
 
 
 def _model_config(name: str) -> AnyStoryConfig:

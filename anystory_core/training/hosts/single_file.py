@@ -6,21 +6,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ...bases.sdxl.config import AnyStoryConfig
 from ...bases.sdxl.names import ldm_to_diffusers
+from ...bases.sdxl.prediction import Prediction, prediction_of_file
 from ...errors import ModelMismatchError
-from ...tensor_files import read_tensors
+from ...tensor_files import raw_header, read_tensors
 from ..libraries import library
 from .sizes import diffusers_unet_config
 
 _UNET = "model.diffusion_model."
-# Tensors by which files say that their U-Net does not predict the noise.
-_OTHER_PREDICTIONS = ("v_pred", "edm_mean", "edm_vpred.sigma_max")
 _SMALL_TEXT = "conditioner.embedders.0.transformer."
 _LARGE_TEXT = "conditioner.embedders.1.model."
 
@@ -57,6 +56,13 @@ def load_single_file(
     return networks_of(state, config, path.name, sizes or FileSizes())
 
 
+def file_prediction(path: Path) -> Prediction:
+    """What a file's U-Net predicts: the noise, where it does not say."""
+    header = raw_header(path)
+    said = cast("dict[str, str]", header.pop("__metadata__", None) or {})
+    return prediction_of_file(header, said)
+
+
 def networks_of(
     state: Mapping[str, Tensor], config: AnyStoryConfig, name: str, sizes: FileSizes
 ) -> tuple[Any, Any, list[Any]]:
@@ -66,12 +72,6 @@ def networks_of(
     tools = library("diffusers.loaders.single_file_utils")
     if f"{_UNET}input_blocks.0.0.weight" not in state:
         raise ModelMismatchError(f"base.path: {name} holds no U-Net of Stable Diffusion's kind")
-    for marker in _OTHER_PREDICTIONS:
-        if marker in state:
-            raise ModelMismatchError(
-                f"base.path: {name} does not predict the noise (it holds {marker!r}); Eq. 1 is for "
-                "networks that do, so choose another base"
-            )
     unet = diffusers.UNet2DConditionModel(**diffusers_unet_config(config.unet))
     table = ldm_to_diffusers(config).items()
     renamed = {new: state[_UNET + old] for old, new in table if _UNET + old in state}

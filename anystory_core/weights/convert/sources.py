@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ...bases.sdxl.prediction import Prediction, prediction_of_file
 from ...errors import CheckpointError
 from ...tensor_files import FLOATS, open_tensors, raw_header
 from ..fingerprint import file_sha256
@@ -39,6 +40,7 @@ class Source:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     owner: dict[str, Path]
+    header: dict[str, str] = field(default_factory=dict[str, str])  # what headers say besides
     scaled: set[Path] = field(default_factory=set[Path])  # files that say so in their headers
     _open: dict[Path, Tensors] = field(default_factory=dict[Path, Tensors])
     _digests: dict[Path, str] = field(default_factory=dict[Path, str])
@@ -71,8 +73,11 @@ class Source:
         # The library compares every offset with the file's size: a cut file ends here.
         self._open[path] = self._stack.enter_context(open_tensors(path))
         metadata = entries.pop("__metadata__", None)
-        if isinstance(metadata, dict) and "_quantization_metadata" in metadata:
-            self.scaled.add(path)
+        if isinstance(metadata, dict):
+            said = cast("dict[str, str]", metadata)
+            self.header.update(said)
+            if "_quantization_metadata" in said:
+                self.scaled.add(path)
         for key, entry in entries.items():
             info = cast("dict[str, Any]", entry)
             self._name(path, key, tuple(int(n) for n in info["shape"]), str(info["dtype"]))
@@ -84,6 +89,11 @@ class Source:
 
     def _name(self, path: Path, key: str, shape: tuple[int, ...], dtype: str) -> None:
         self.shapes[key], self.dtypes[key], self.owner[key] = shape, dtype, path
+
+    @property
+    def prediction(self) -> Prediction:
+        """What a U-Net in these files predicts, as they say themselves."""
+        return prediction_of_file(self.shapes, self.header)
 
     def get(self, key: str) -> Tensor:
         """One tensor, from the file that has it."""

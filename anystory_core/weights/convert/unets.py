@@ -12,7 +12,9 @@ from typing import Any, cast
 
 from ...bases.sdxl.config import AnyStoryConfig
 from ...bases.sdxl.names import LDM_PREFIX, diffusers_modules, diffusers_name
+from ...bases.sdxl.prediction import prediction_of_scheduler
 from ...errors import CheckpointError
+from ..folders import network_files
 from .sources import Source
 
 _UNET_FILE = "diffusion_pytorch_model"
@@ -48,16 +50,18 @@ def open_unet(path: Path, config: AnyStoryConfig) -> PublicUNet:
     """
     files, scheduler = _unet_files(path)
     source = Source.open(files, path.name)
+    prediction = prediction_of_scheduler(scheduler) if scheduler else source.prediction
     try:
         prefix, diffusers = _naming(source)
         convolution = "conv_in.weight" if diffusers else "input_blocks.0.0.weight"
         _check_family(source, prefix, convolution, config)
         notes: list[str] = []
-        if "v_pred" in source.shapes or scheduler == "v_prediction":
+        if prediction.kind != "epsilon":
+            kind = "v" if prediction.kind == "v" else prediction.mark
             notes.append(
-                f"{path.name} predicts v. Its features and attention maps are used as they are, "
-                "which no prediction type enters; the public IP-Adapter, however, was trained on "
-                "plain SDXL and may fit this model less well."
+                f"{path.name} predicts {kind}. Its features and attention maps are used as they "
+                "are, which no prediction type enters; the public IP-Adapter, however, was trained "
+                "on plain SDXL and may fit this model less well."
             )
         modules = diffusers_modules(config.unet) if diffusers else None
         return PublicUNet(source, prefix, modules, tuple(notes))
@@ -66,37 +70,22 @@ def open_unet(path: Path, config: AnyStoryConfig) -> PublicUNet:
         raise
 
 
-def _unet_files(path: Path) -> tuple[list[Path], str | None]:
-    """The safetensors files of a checkpoint, and the prediction type if a folder tells it."""
+def _unet_files(path: Path) -> tuple[tuple[Path, ...], Mapping[str, Any]]:
+    """The safetensors files of a checkpoint, and a folder's scheduler, empty where none is."""
     if path.is_file():
-        return [path], None
+        return (path,), {}
     if not path.is_dir():
         raise CheckpointError(
             f"{path.name}: no such file or folder; give a .safetensors file, or a diffusers folder"
         )
     folder = path / "unet" if (path / "unet").is_dir() else path
-    scheduler = _json(path / "scheduler" / "scheduler_config.json").get("prediction_type")
-    files: list[Path] = []
-    for middle in ("", ".fp16", ".bf16"):
-        index = folder / f"{_UNET_FILE}.safetensors.index{middle}.json"
-        whole = folder / f"{_UNET_FILE}{middle}.safetensors"
-        if whole.is_file():
-            files = [whole]
-        elif index.is_file():
-            shards = cast("dict[str, str]", _json(index).get("weight_map") or {})
-            files = [folder / Path(name).name for name in sorted(set(shards.values()))]
-            missing = [file.name for file in files if not file.is_file()]
-            if missing or not files:
-                raise CheckpointError(
-                    f"{path.name}: {index.name} names {missing or 'no files'}, which are not in "
-                    f"{folder.name}; get the whole folder again"
-                )
-        if files:
-            return files, None if scheduler is None else str(scheduler)
-    raise CheckpointError(
-        f"{path.name}: no {_UNET_FILE}*.safetensors in {folder.name}; give a .safetensors file, or "
-        "a diffusers folder saved as safetensors"
-    )
+    found = network_files(folder, _UNET_FILE)
+    if found is None:
+        raise CheckpointError(
+            f"{path.name}: no {_UNET_FILE}*.safetensors in {folder.name}; give a .safetensors "
+            "file, or a diffusers folder saved as safetensors"
+        )
+    return found.files, _json(path / "scheduler" / "scheduler_config.json")
 
 
 def _json(path: Path) -> Mapping[str, Any]:

@@ -1,0 +1,102 @@
+"""Two processes that train together, started many times: libraries are imported once, and each
+start forks. Run with JOBS, a JSON file: a list of {"run": TOML, "kills": N, "seed": S}; a job with
+kills is ended by SIGKILL so often at random, one of its processes at a time, before it may finish.
+
+Prints a JSON list: of each job, the exit codes of each start."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.testing
+from accelerate.state import AcceleratorState
+from diffusers import AutoencoderTiny, UNet2DConditionModel  # noqa: F401
+from transformers import CLIPTextModel, CLIPVisionModelWithProjection  # noqa: F401
+
+from anystory_core.training import loop, watch  # noqa: F401
+from anystory_core.training.__main__ import main
+
+RANKS = 2
+PATIENCE = 600  # seconds that a process may take to end after the other
+
+
+def start(path: str) -> list[int]:
+    """Fork the processes of a run; their ids."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+    children: list[int] = []
+    for rank in range(RANKS):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
+            "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "ACCELERATE_USE_CPU": "true",
+        }  # fmt: skip
+        torch.set_num_threads(1)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        code = 70
+        try:
+            code = main([path])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return children
+
+
+def wait(children: list[int]) -> list[int]:
+    """Exit codes, or minus the signal that ended a process. TimeoutError: one has not ended."""
+    codes: dict[int, int] = {}
+    until = time.monotonic() + PATIENCE
+    while len(codes) < len(children):
+        for child in set(children) - set(codes):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > until:
+            for child in set(children) - set(codes):
+                os.kill(child, signal.SIGKILL)
+            raise TimeoutError(f"a process did not end after the other: {codes}")
+        time.sleep(0.02)
+    return [codes[child] for child in children]
+
+
+def lines(path: str) -> int:
+    file = Path(path).parent / "losses.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def work(job: dict[str, object]) -> list[list[int]]:
+    path, rng = str(job["run"]), random.Random(int(str(job.get("seed", 0))))
+    found: list[list[int]] = []
+    for _ in range(int(str(job.get("kills", 0)))):
+        children = start(path)
+        # Anywhere in a step: after one to three more lines and a moment.
+        enough = lines(path) + rng.randint(1, 3)
+        until = time.monotonic() + PATIENCE
+        while lines(path) < enough and time.monotonic() < until:
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.3)
+        os.kill(rng.choice(children), signal.SIGKILL)
+        found.append(wait(children))
+    found.append(wait(start(path)))
+    return found
+
+
+if __name__ == "__main__":
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    print(json.dumps([work(job) for job in jobs]))

@@ -10,6 +10,7 @@ checkpointing); it needs about 15 GiB and some minutes on a CPU.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import resource
 import subprocess
@@ -97,13 +98,31 @@ def batch_of(config: AnyStoryConfig, rows: int, side: int) -> Batch:
     )
 
 
+CPU = torch.device("cpu")
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """With its tensors on a device."""
+    entries = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    there = {name: x.to(device) for name, x in entries.items() if isinstance(x, torch.Tensor)}
+    return dataclasses.replace(batch, **there)
+
+
 def measure(
-    config: AnyStoryConfig, stage: str, *, rows: int, side: int, steps: int, checkpointing: bool
+    config: AnyStoryConfig,
+    stage: str,
+    *,
+    rows: int,
+    side: int,
+    steps: int,
+    checkpointing: bool,
+    device: torch.device = CPU,
 ) -> dict[str, float]:
     """Optimiser steps of one stage: seconds, samples per second, operations apart."""
     sdxl = config.name == "sdxl"
     dtype = torch.bfloat16 if sdxl else torch.float32
     base = random_base(config, dtype)
+    base.to(device, dtype)
     run = RunSettings(folder="unused", steps=1, checkpointing=checkpointing)
     settings: dict[str, Any] = {
         "base": BaseSettings(path="random"), "data": DataSettings(paths=("random",)), "run": run,
@@ -116,15 +135,16 @@ def measure(
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = build_model(config)
+        model = build_model(config, device=device)
     finally:
         torch.set_default_dtype(before)
     config_of_run = TrainingConfig(**settings)
     trained = build_stage(model, Encodings(base, config_of_run), config_of_run)
     optimiser = torch.optim.AdamW([p for _, p in trained.trained()], lr=1e-4)
-    batch = batch_of(config, rows, side)
+    batch = moved(batch_of(config, rows, side), device)
     width = config.unet.adm_channels - 6 * 256
-    text, pooled = torch.zeros(rows, 77, config.unet.context_dim), torch.zeros(rows, width)
+    text = torch.zeros(rows, 77, config.unet.context_dim, device=device)
+    pooled = torch.zeros(rows, width, device=device)
     with torch.no_grad():
         clean = base.encode_picture(batch.target)
     encoded = Encoded(clean, text, pooled, batch.time_ids)
@@ -133,13 +153,15 @@ def measure(
     for step in range(steps):
         noise = draw_noise(clean.shape[1:], range(rows), step)
         t = draw_timesteps(range(rows), step, len(schedule))
-        noised = make_noised(schedule, encoded, noise, t, tuple(range(rows)))
+        noised = make_noised(schedule, encoded, noise.to(device), t.to(device), tuple(range(rows)))
         start = time.monotonic()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             loss = trained(batch, noised)["loss"]
         loss.backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.monotonic() - start)
     return _figures(seconds, rows, sum(p.numel() for _, p in trained.trained()))
 

@@ -203,7 +203,7 @@ def test_other_suffixes_missing_files_and_folders(tmp_path, unet, adapter) -> No
     base = diffusers_unet(CONFIG)
     base.save_pretrained(tmp_path / "shards", max_shard_size="1MB")
     next((tmp_path / "shards").glob("*-00002-of-*.safetensors")).unlink()
-    refuse(tmp_path, tmp_path / "shards", ip, "00002", "not in shards")
+    refuse(tmp_path, tmp_path / "shards", ip, "00002", "which are not in it")
     with pytest.raises(CheckpointError, match="one of the sources"):
         convert(checkpoint, ip, checkpoint, config=CONFIG)
     assert load_file(checkpoint).keys() == unet.keys()

@@ -31,17 +31,18 @@ FREE = 8 * 2**30  # bytes that the host believes to have: both rows in one call,
 Step = Callable[[], Tensor]
 
 
-def start_host(*flags: str) -> None:
-    """Import the host's code on the CPU, and register the pack as ``anystory_pack``.
+def start_host(*flags: str, gpu: bool = False) -> None:
+    """Import the host's code, on the CPU unless ``gpu``, and register the pack as
+    ``anystory_pack``.
 
-    One thread: a step's processor time is then its wall time on a machine of its own. What the host
-    does by free memory does not hang on who else has some."""
+    On the CPU one thread: a step's processor time is then its wall time on a machine of its own.
+    What the host does by free memory does not hang on who else has some."""
     torch.set_num_threads(1)
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     options = importlib.import_module("comfy.options")
     options.args_parsing = False
     args = importlib.import_module("comfy.cli_args").args
-    args.cpu = True
+    args.cpu = not gpu
     for flag in flags:
         setattr(args, flag, True)
     spec = importlib.machinery.ModuleSpec("anystory_pack", None, is_package=True)
@@ -52,7 +53,8 @@ def start_host(*flags: str) -> None:
     def free(device: Any = None, torch_free_too: bool = False) -> Any:
         return (FREE, FREE) if torch_free_too else FREE
 
-    host("comfy.model_management").get_free_memory = free
+    if not gpu:
+        host("comfy.model_management").get_free_memory = free
 
 
 def core(name: str) -> Any:
@@ -74,7 +76,7 @@ def fill(module: torch.nn.Module, seed: int) -> None:
     with torch.no_grad():
         for name, p in module.named_parameters():
             if p.ndim > 1:
-                scaled = (pool * (3 / p[0].numel()) ** 0.5).to(p.dtype)
+                scaled = (pool * (3 / p[0].numel()) ** 0.5).to(p)
                 for part in p.view(-1).split(len(pool)):
                     part.copy_(scaled[: len(part)])
             else:
@@ -83,17 +85,17 @@ def fill(module: torch.nn.Module, seed: int) -> None:
 
 
 def make_unet(config: Any, dtype: torch.dtype = DTYPE, *, filled: bool = True) -> Any:
-    """ModelPatcher of the host's SDXL."""
+    """ModelPatcher of the host's SDXL, on the host's device."""
     arguments = core("mini.config").unet_arguments(config.unet)
     settings = host("comfy.supported_models").SDXL(arguments)
     settings.set_inference_dtype(dtype, None)
-    model = settings.get_model({}, "", device="cpu")
+    device = host("comfy.model_management").get_torch_device()
+    model = settings.get_model({}, "", device=device)
     if filled:
         fill(model.diffusion_model, 0)
     patcher = host("comfy.model_patcher")
     kind = getattr(patcher, "CoreModelPatcher", patcher.ModelPatcher)
-    cpu = torch.device("cpu")
-    return kind(model, load_device=cpu, offload_device=cpu)
+    return kind(model, load_device=device, offload_device=device)
 
 
 def make_anystory(
@@ -171,11 +173,13 @@ class FixedRoutes:
 
     def maps(self, site: Any, z: Tensor, grid: Any, crops: Any) -> Any:
         soft = self.router.maps(site, z, grid, crops)
-        return dataclasses.replace(soft, maps=self.fixed(grid).expand(z.shape[0], -1, -1))
+        fixed = self.fixed(grid).to(z.device)
+        return dataclasses.replace(soft, maps=fixed.expand(z.shape[0], -1, -1))
 
     def resize(self, soft: Any, grid: Any, crops: Any) -> Any:
         resized = self.router.resize(soft, grid, crops)
-        return dataclasses.replace(resized, maps=self.fixed(grid).expand_as(resized.maps))
+        fixed = self.fixed(grid).to(resized.maps.device)
+        return dataclasses.replace(resized, maps=fixed.expand_as(resized.maps))
 
 
 @dataclasses.dataclass
@@ -190,14 +194,14 @@ class Bench:
     seconds: dict[int, list[float]] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def full_size(cls, subjects: int, *, filled: bool = True) -> Bench:
+    def full_size(cls, subjects: int, dtype: torch.dtype = DTYPE, *, filled: bool = True) -> Bench:
         """SDXL. Counts need no values: weights that are not ``filled`` take no time and no
         memory before somebody reads them."""
         config = core("bases.sdxl.config").AnyStoryConfig.sdxl()
         return cls(
-            make_unet(config, filled=filled),
-            make_anystory(config, filled=filled),
-            [make_subject(config, i) for i in range(subjects)],
+            make_unet(config, dtype, filled=filled),
+            make_anystory(config, dtype=dtype, filled=filled),
+            [make_subject(config, i).map(lambda x: x.to(dtype)) for i in range(subjects)],
         )
 
     def patched(

@@ -93,8 +93,9 @@ def adapter_maps(bench: Bench) -> dict[tuple[str, int, int], tuple[Tensor, Tenso
     width = bench.anystory.model.config.unet.context_dim
     maps = {}
     for site in bench.anystory.model.sites:
-        pair = torch.empty(2, site.channels, width, dtype=DTYPE)
+        pair = torch.empty(2, site.channels, width)
         pair.uniform_(-(width**-0.5), width**-0.5, generator=make)
+        pair = pair.to(bench.subjects[0].tokens.dtype).to(bench.unet.load_device)
         maps[site.part, site.number, site.block_index] = (pair[0], pair[1])
     return maps
 
@@ -106,14 +107,15 @@ def adapter(bench: Bench, subjects: int, maps: Any) -> Any:
     attention = host("comfy.ldm.modules.attention").optimized_attention
     make = torch.Generator().manual_seed(18)
     width = bench.anystory.model.config.unet.context_dim
-    tokens = [torch.randn(2, PEER_TOKENS, width, generator=make).to(DTYPE) for _ in range(subjects)]
+    like = next(iter(maps.values()))[0]
+    tokens = [torch.randn(2, PEER_TOKENS, width, generator=make).to(like) for _ in range(subjects)]
     masks: dict[tuple[int, int], list[Tensor]] = {}
 
     def mask(place: int, height: int, columns: int) -> Tensor:
         if (height, columns) not in masks:
             column = torch.arange(columns)[None].expand(height, columns)
             share = [column * subjects // columns == i for i in range(subjects)]
-            masks[height, columns] = [s.flatten()[None, :, None].to(DTYPE) for s in share]
+            masks[height, columns] = [s.flatten()[None, :, None].to(like) for s in share]
         return masks[height, columns][place]
 
     def patch(key: tuple[str, int, int]) -> Any:

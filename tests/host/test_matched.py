@@ -274,6 +274,18 @@ def test_batches_and_several_pictures(scene: Scene) -> None:
     assert torch.allclose(batch[1:], alone, atol=2e-3)  # sums of other shapes
 
 
+@pytest.mark.parametrize("wrapper", [others.tiles, others.batched_tiles, others.second_pass])
+def test_tiles_and_further_passes_share_what_was_read(scene: Scene, wrapper: others.Patch) -> None:
+    """One reading a step, however often other packs run the U-Net in it."""
+    routing = scene.route(subject(scene), subject(scene, 1, "box"), mode="masks", masks=halves())
+    plain = scene.sample(wrapper(scene, scene.apply(routing=routing, references="off")), steps=2)
+    with watched(scene.mini.model) as passes:
+        drawn = scene.sample(wrapper(scene, scene.apply(routing=routing, **NOISED)), steps=2)
+    # A pass for each of two subjects, whose pictures are larger than the tiles.
+    assert len(passes.of_references(scene)) == 4
+    assert not torch.allclose(drawn, plain, rtol=1e-3, atol=1e-3)
+
+
 def test_without_a_label_the_text_is_empty(scene: Scene) -> None:
     with watched(scene.mini.model) as passes:
         scene.sample(scene.apply(routing=scene.route(scene.subjects[0]), **NOISED), steps=1)

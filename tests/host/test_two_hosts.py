@@ -79,3 +79,58 @@ def test_the_same_prediction(
     if subjects:
         plain = hosts.predict(unet, slot, None, inputs)
         assert (ours - plain).norm() / plain.norm() > 1e-3  # else nothing was compared
+
+
+def test_the_same_references_at_matched_noise(scene: Any, mini: Any, twin: Any) -> None:
+    """Both hosts read the same keys and values from the same noised pictures."""
+    core = "anystory_pack.anystory_core"
+    matched, hosts = module(f"{core}.injection.matched"), module(f"{core}.training.hosts.unet")
+    patcher = module("anystory_pack.nodes.host.sdxl.patcher")
+    sites, config = mini.anystory.model.sites, mini.anystory.model.config
+    generator = torch.Generator().manual_seed(1)
+    pictures = [
+        matched.Picture(
+            0,
+            torch.randn(4, 24, 24, generator=generator),
+            torch.randn(77, config.unet.context_dim, generator=generator),
+            torch.randn(config.unet.pooled_dim, generator=generator),
+            torch.rand(24, 24, generator=generator).round(),
+        )
+        for _ in range(2)
+    ]
+    references = matched.MatchedReferences(
+        tuple(pictures), sites, 1, config.unet.context_dim, config.unet.pooled_dim
+    )
+    time_ids = hosts.time_ids(256, 192, 2, torch.device("cpu"))
+    embed = module("comfy.ldm.modules.diffusionmodules.util").timestep_embedding
+    size_label = torch.cat([embed(time_ids[:, i], 256) for i in range(6)], dim=1)
+    unet, slot = twin
+
+    def ours(given: Any, reading: Any) -> None:
+        noisy = given.latents + given.noise
+        inputs = hosts.UNetInputs(
+            noisy, torch.full((2,), 500.0), given.text, given.pooled, time_ids
+        )
+        hosts.predict(unet, slot, reading, inputs)
+
+    def theirs(given: Any, reading: Any) -> None:
+        table = patcher.BlockTable(sites)
+        model = mini.model.model.diffusion_model
+        options = {
+            **patcher.installed({}, table, model, late=False), scene.ids.CALL_KEY: reading,
+        }  # fmt: skip
+        y = torch.cat((given.pooled, size_label), dim=1)
+        model(
+            given.latents + given.noise, torch.full((2,), 500.0), context=given.text, y=y,
+            transformer_options=options,
+        )  # fmt: skip
+
+    found = [references.read(1.0, forward, at_once=2) for forward in (ours, theirs)]
+    assert sorted(found[0]) == sorted(found[1]) == [site.index for site in sites[1:]]
+    for index, part in found[0].items():
+        for one, other in zip(part, found[1][index], strict=True):
+            if one is None:
+                assert other is None
+                continue
+            for a, b in ((one.k, other.k), (one.v, other.v)):
+                assert a.shape == b.shape and (a - b).norm() / b.norm() < 1e-4

@@ -3,10 +3,12 @@
     python tests/benchmarks/bench_convert.py --folder /tmp --step
 
 Writes about 6 GB of inputs and 5 GB of output into a temporary folder inside ``--folder`` and
-removes it. The conversion runs in a process of its own, whose memory is read from the system:
-"anonymous" is what it holds itself, "all" also counts pages of the mapped inputs. ``--step`` then
-loads the file, encodes one random reference and predicts once with a random SDXL U-Net (diffusers,
-bfloat16, 64x64 latents): about 11 GB of memory.
+removes it. ``--kind`` makes MIP-Adapter's or MS-Diffusion's file instead of IP-Adapter Plus', as
+the pickles that they are, and ``--reference-net none`` does without a U-Net. The conversion runs
+in a process of its own, whose memory is read from the system: "anonymous" is what it holds itself,
+"all" also counts pages of the mapped inputs. ``--step`` then loads the file, encodes one random
+reference and predicts once with a random SDXL U-Net (diffusers, bfloat16, 64x64 latents): about 11
+GB of memory.
 """
 
 from __future__ import annotations
@@ -32,9 +34,20 @@ sys.path.insert(0, str(ROOT))
 from anystory_core.bases.sdxl.config import AnyStoryConfig  # noqa: E402
 from anystory_core.bases.sdxl.names import LDM_PREFIX  # noqa: E402
 from anystory_core.bases.sdxl.reference_net import ReferenceNet  # noqa: E402
-from anystory_core.weights.convert.adapters import adapter_names  # noqa: E402
+from anystory_core.config import ClipBranchConfig, GroundingConfig  # noqa: E402
+from anystory_core.weights.convert.adapters import (  # noqa: E402
+    BIG_G,
+    adapter_names,
+    ms_diffusion_names,
+)
 from anystory_core.weights.convert.write import write_streaming  # noqa: E402
 from anystory_core.weights.model import build_model  # noqa: E402
+
+FILES = {  # kind -> name and number type of the public file
+    "plus": ("plus.safetensors", torch.float16),
+    "mip": ("model_sdxl_plus.bin", torch.float16),
+    "ms": ("ms_adapter.bin", torch.float32),
+}
 
 
 def shapes_of_sdxl(config: AnyStoryConfig) -> dict[str, tuple[int, ...]]:
@@ -47,24 +60,30 @@ def shapes_of_sdxl(config: AnyStoryConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def shapes_of_adapter(config: AnyStoryConfig) -> dict[str, tuple[int, ...]]:
-    """ip-adapter-plus_sdxl_vit-h.safetensors: 16 queries."""
+def shapes_of_adapter(config: AnyStoryConfig, kind: str) -> dict[str, tuple[int, ...]]:
+    """An adapter of 16 queries under its public names."""
     qformer = dataclasses.replace(config.subject_qformer, queries=16)
-    public = dataclasses.replace(config, subject_qformer=qformer)
+    grounded = kind == "ms"
+    branch = ClipBranchConfig(gate=kind == "mip", grounding=GroundingConfig() if grounded else None)
+    clip = BIG_G if grounded else config.clip
+    public = dataclasses.replace(config, subject_qformer=qformer, clip=clip, clip_branch=branch)
+    names = ms_diffusion_names if grounded else adapter_names
     model = build_model(public, ("subject_encoder", "clip_projections"), device="meta")
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in model.state_dict().items():
         if name.startswith("encoder.subject."):
-            (key,) = adapter_names(name.removeprefix("encoder.subject."), None)
+            (key,) = names(name.removeprefix("encoder.subject."), None)
         else:
             _, _, index, leaf = name.split(".", 3)
-            (key,) = adapter_names(leaf, model.sites[int(index) - 1])
+            (key,) = names(leaf, model.sites[int(index) - 1])
         shapes[key] = tuple(tensor.shape)
+    if grounded:
+        shapes["dummy_image_tokens"] = (1, 4, config.unet.context_dim)
     return shapes
 
 
-def write_random(path: Path, shapes: dict[str, tuple[int, ...]]) -> int:
-    """fp16 weights whose size keeps activations finite."""
+def write_random(path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> int:
+    """Weights whose size keeps activations finite; ``.bin``: by ``torch.save``, in groups."""
     make = torch.Generator().manual_seed(0)
 
     def tensor(name: str) -> Tensor:
@@ -74,7 +93,18 @@ def write_random(path: Path, shapes: dict[str, tuple[int, ...]]) -> int:
         fan = torch.Size(shapes[name][1:]).numel()
         return (torch.rand(shapes[name], generator=make) - 0.5) / fan**0.5
 
-    return write_streaming(path, shapes, tensor, dtype=torch.float16, metadata={"made": "random"})
+    if path.suffix == ".bin":
+        groups: dict[str, Any] = {}
+        for name in shapes:
+            group, _, rest = name.partition(".")
+            made = tensor(name).to(dtype)
+            if rest:
+                groups.setdefault(group, {})[rest] = made
+            else:
+                groups[group] = made
+        torch.save(groups, path)
+        return path.stat().st_size
+    return write_streaming(path, shapes, tensor, dtype=dtype, metadata={"made": "random"})
 
 
 def watch(process: subprocess.Popen[str]) -> dict[str, float]:
@@ -100,11 +130,12 @@ def watch(process: subprocess.Popen[str]) -> dict[str, float]:
     return peak
 
 
-def convert(folder: Path, dtype: str) -> dict[str, Any]:
+def convert(folder: Path, adapter: Path, dtype: str, reference_net: str) -> dict[str, Any]:
     """Run the command line and measure it."""
     command = [sys.executable, "-m", "anystory_core.convert", "--dtype", dtype]
-    command += ["--checkpoint", str(folder / "sdxl.safetensors")]
-    command += ["--ip-adapter", str(folder / "plus.safetensors")]
+    if reference_net != "none":
+        command += ["--checkpoint", str(folder / "sdxl.safetensors")]
+    command += ["--reference-net", reference_net, "--ip-adapter", str(adapter)]
     command += ["--out", str(folder / "out.safetensors")]
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, text=True)
@@ -205,15 +236,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", default=tempfile.gettempdir())
     parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"))
+    parser.add_argument("--kind", default="plus", choices=FILES)
+    parser.add_argument("--reference-net", default="simplified", choices=("simplified", "none"))
     parser.add_argument("--step", action="store_true")
     given = parser.parse_args()
+    if given.step and (given.kind != "plus" or given.reference_net == "none"):
+        parser.error("--step: only with IP-Adapter Plus and a ReferenceNet")
     config = AnyStoryConfig.sdxl()
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         folder = Path(name)
-        inputs = write_random(folder / "sdxl.safetensors", shapes_of_sdxl(config))
-        inputs += write_random(folder / "plus.safetensors", shapes_of_adapter(config))
+        file, dtype = FILES[given.kind]
+        inputs = write_random(folder / file, shapes_of_adapter(config, given.kind), dtype)
+        if given.reference_net != "none":
+            shapes = shapes_of_sdxl(config)
+            inputs += write_random(folder / "sdxl.safetensors", shapes, torch.float16)
         print(json.dumps({"inputs GB": round(inputs / 1e9, 3), "cores": os.cpu_count()}))
-        print(json.dumps(convert(folder, given.dtype)), flush=True)
+        made = convert(folder, folder / file, given.dtype, given.reference_net)
+        print(json.dumps(made), flush=True)
         if given.step:
             print(json.dumps(one_step(folder)))
 

@@ -145,10 +145,10 @@ class FluxRun:
 
 def check_settings(settings: Settings) -> None:
     """RoutingError: a setting that FLUX does not know."""
-    if settings.references not in (None, "masked"):
+    if settings.references not in (None, "masked", "off"):
         raise RoutingError(
             f"references: got {settings.references!r}; on FLUX they are those inside the subject's "
-            "mask, as in the authors' code: choose 'masked' or 'as in the file'"
+            "mask, as in the authors' code: choose 'as in the file', 'masked' or 'off'"
         )
 
 
@@ -237,6 +237,7 @@ def prepare_flux(
         )
 
     # A subject whose strengths are 0 at both ends of its ramp has none.
+    reference = 0.0 if settings.references == "off" else settings.reference_strength
     acts = [max(s.options.at_start, s.options.at_end) > 0 for s in found]
     concept = defaults.concept_scale * settings.strength
     return FluxRun(
@@ -247,7 +248,7 @@ def prepare_flux(
             ]
         ),
         biases=tuple(
-            _log(settings.reference_strength * s.options.reference_strength * on)
+            _log(reference * s.options.reference_strength * on)
             for s, on in zip(found, acts, strict=True)
         ),
         latents=tuple(s.latents for s in found),

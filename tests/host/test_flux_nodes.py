@@ -234,6 +234,12 @@ def test_nothing_active_is_the_plain_model(world: FluxWorld, settings: dict[str,
     assert torch.equal(world.sample(world.apply(**settings)), world.sample())
 
 
+def test_references_off(world: FluxWorld) -> None:
+    off, none = world.apply(references="off"), world.apply(reference_strength=0.0)
+    assert torch.equal(world.sample(off), world.sample(none))
+    assert not close(world.sample(off), world.sample(world.apply()), 1e-2)
+
+
 def test_no_subject_is_the_plain_model(world: FluxWorld, pack: ModuleType) -> None:
     routing = pack.SubjectRouter.execute(anystory=world.anystory, mode="learned").args[0]
     assert torch.equal(world.sample(world.apply(routing)), world.sample())

@@ -64,7 +64,7 @@ def test_a_control_lora(flux: FluxWorld) -> None:
         flux.sample(model)
 
 
-@pytest.mark.parametrize("references", ["whole", "masked in the decoder"])
+@pytest.mark.parametrize("references", ["whole", "masked in the decoder", "matched noise"])
 def test_references_beyond_the_mask(flux: FluxWorld, references: str) -> None:
     with said(flux, f"references: got '{references}'; on FLUX"):
         flux.apply(references=references)

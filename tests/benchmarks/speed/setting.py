@@ -150,7 +150,7 @@ class FixedRoutes:
 
     def __init__(self, router: Any) -> None:
         self.router = router
-        self.candidates = router.candidates
+        self.candidates, self.pictures = router.candidates, router.pictures
         self.ready: dict[tuple[int, int], Tensor] = {}
 
     def fixed(self, grid: tuple[int, int]) -> Tensor:

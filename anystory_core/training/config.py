@@ -62,6 +62,11 @@ class TrainingConfig:
                 "run.precision: 'fp16' scales losses for one optimiser that sees whole gradients; "
                 "with run.shard or optimiser.name = 'muon' set it to 'bf16'"
             )
+        if run.shard and self.router is not None:
+            raise ConfigError(
+                "run.shard: is for stage 1; stage 2 trains a tenth of that, which fits into each "
+                "process (docs/training.md). Leave it out"
+            )
         if run.shard and optimiser.name != "adamw":
             raise ConfigError(
                 f"run.shard: {optimiser.name!r} needs whole tensors; set optimiser.name to 'adamw'"

@@ -42,7 +42,7 @@ from .saving import Saver
 from .schedule import Schedule
 from .settings import seconds
 from .shapes import into_buckets, sizes_of
-from .sharding import shard
+from .sharding import shard, whole
 from .sheets import ROWS, draw_sheet, save_sheet
 from .stages import Stage, build_stage
 from .stopping import Stopped, Stopping
@@ -160,7 +160,7 @@ class Trainer:
             if self.accelerator.sync_gradients:
                 parameters = [p for _, p in self.saver.stage.trained()]
                 norm = self.accelerator.clip_grad_norm_(parameters, self.config.optimiser.clip_norm)
-                self.curves.means.add({"gradient_norm": norm})
+                self.curves.means.add({"gradient_norm": whole(norm)})
                 self._set_rate()
                 # Rounding at random must be the same in all processes, and after a resume.
                 cast(Any, torch).manual_seed(sample_seed(self.config.run.seed, self.step))

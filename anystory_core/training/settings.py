@@ -183,7 +183,7 @@ class RunSettings:
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     checkpointing: bool = True  # recompute activations in the backward pass
     offload_activations: bool = False  # keep what is not recomputed in the machine's memory
-    shard: bool = False  # each process holds a part of what is trained (FSDP2), not all of it
+    shard: bool = False  # stage 1: each process holds a part of what is trained (FSDP2), not all
     compile: bool = False  # blocks of the networks, by torch.compile
     trackers: tuple[Tracker, ...] = ("tensorboard",)
     checkpoint_every: str = "10 min"

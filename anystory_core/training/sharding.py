@@ -1,8 +1,8 @@
 """Trained weights of which each process holds a part: PyTorch's FSDP2.
 
 A module's weights are gathered when it is called and given back after it, forward and backward. So
-each module here is one that is called as a whole: the ReferenceNet's blocks, the QFormers, the K
-and V maps of each block, and the routers, whose two methods count as calls.
+each module here is one that is called as a whole: the ReferenceNet's blocks, the QFormer, and the K
+and V maps of each block.
 """
 
 from __future__ import annotations
@@ -19,29 +19,25 @@ from ..bases.sdxl.reference_net import ReferenceNet
 from ..bases.sdxl.unet_blocks import ResBlock, TransformerBlock
 from ..injection.keys import KeyValue
 from ..injection.projections import Projection
-from ..routing.router import Router, RouterKeys, RoutingLogits
 from ..subject.qformer import QFormer
 from .libraries import library
 from .ranks import Ranks
 
 # What is gathered at once. The ReferenceNet's own call gathers what lies between its blocks.
-_GATHERED = (ResBlock, TransformerBlock, ReferenceNet, QFormer, Projection, Router)
+_GATHERED = (ResBlock, TransformerBlock, ReferenceNet, QFormer, Projection)
 # Calls other than a module's forward.
-_CALLS: dict[type[nn.Module], tuple[str, ...]] = {
-    Router: ("prepare", "logits"),
-    Projection: ("gate_row",),
-}
+_CALLS: dict[type[nn.Module], tuple[str, ...]] = {Projection: ("gate_row",)}
 
 
 def shard(stage: nn.Module, *entries: str) -> None:
     """Leave each process its part of a stage's weights. ``entries``: methods of the stage that are
     called from outside, beside its forward."""
-    for kind in (KeyValue, RouterKeys, RoutingLogits):  # gradients are watched for inside of these
-        _register(kind)
+    _register(KeyValue)  # gradients are watched for inside of it
     for module in _inner_first(stage):
         if any(True for _ in module.parameters()):
+            calls = _CALLS.get(type(module), ())  # of its class, which FSDP2 then changes
             fsdp.fully_shard(module, reshard_after_forward=True)
-            for name in _CALLS.get(type(module), ()):
+            for name in calls:
                 fsdp.register_fsdp_forward_method(module, name)
     fsdp.fully_shard(stage, reshard_after_forward=True)
     for name in entries:

@@ -235,6 +235,26 @@ def test_a_router_without_refinement_goes_on_from_one_with_it(
         assert torch.equal(parameter, wanted[name]), name
 
 
+def test_stage_2_encodes_the_references_that_are_there(
+    world: Any, subject_run: Any, tmp_path: Path
+) -> None:
+    """Scenes hold one and two shapes in turn, and a batch has two places for each."""
+    run = trainer(world, tmp_path, "router", subject_run.file)
+    batch = Batch.join([run.dataset[i] for i in range(4)])
+    there = int(batch.present.sum())
+    assert 4 <= there < 8
+    read: list[int] = []
+    stage = run.saver.stage
+    stage.model.reference_net.register_forward_pre_hook(lambda _, x: read.append(len(x[0])))
+    with torch.no_grad():
+        call = stage.conditions(batch, ())
+    assert read == [there]
+    own = call.prepared.conditions[1].reference
+    for place in range(2):
+        for row in range(4):
+            assert bool(own[place].k[row].any()) == bool(batch.present[row, place])
+
+
 def test_ema_and_accumulation(world: Any, tmp_path: Path) -> None:
     path = tiny.run_toml(
         tmp_path, world.base, world.pairs, "subject", steps=2,

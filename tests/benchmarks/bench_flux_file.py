@@ -108,7 +108,7 @@ def one_step(folder: Path) -> dict[str, Any]:
     """Load the file, encode two subjects, and draw with them and without."""
     from speed.setting import core, host, start_host
 
-    start_host()
+    start_host("use_pytorch_cross_attention")  # the sub-quadratic way takes minutes in bfloat16
     managed = host("nodes.host.managed")
     router, apply = host("nodes.route").SubjectRouter, host("nodes.apply").ApplyAnyStory
     times: dict[str, Any] = {}

@@ -30,7 +30,7 @@ def compiled(model: Any) -> Any:
     return out
 
 
-@pytest.mark.parametrize("mode", ["learned", "learned within masks", "masks", "text"])
+@pytest.mark.parametrize("mode", ["learned", "text within masks"])
 def test_one_graph(
     scene: Scene, counters: dict[str, Counter[str]], mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

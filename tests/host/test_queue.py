@@ -78,7 +78,12 @@ def test_sdxl_graphs_lack_nothing_but_files(client: Client, name: str) -> None:
 
 @pytest.mark.parametrize("name", SDXL)
 def test_sdxl_graphs_are_the_mini_graphs_with_other_loaders(name: str) -> None:
-    plain = {"public_weights_sdxl": "two_subjects"}.get(name, name.removesuffix("_sdxl"))
+    public = {
+        "public_weights_sdxl": "two_subjects",
+        "public_mip_sdxl": "two_subjects_masks",
+        "public_ms_diffusion_sdxl": "two_subjects_masks",
+    }
+    plain = public.get(name, name.removesuffix("_sdxl"))
     large, small = read_graph(name), read_graph(plain)
     kinds = [sorted(n["class_type"] for n in g.values()) for g in (with_loader(large), small)]
     assert kinds[0] == kinds[1]

@@ -62,7 +62,7 @@ def test_a_whole_picture_and_a_segmentation(scene: Scene) -> None:
     patched, maps = scene.apply_with_maps(model, end=0.6)
     latent = scene.sample(patched, steps=4)
     assert bool(torch.isfinite(latent).all())
-    (record,) = maps.runs.values()
+    record = maps.find(latent).record
     acted = [bool(step.active[0]) for step in record.steps]
     assert acted == [True, True, False, False]  # at timesteps 999, 666; not at 333, 0
     image, mask = picture(0)

@@ -63,7 +63,7 @@ def test_a_whole_picture_and_a_segmentation(scene: Scene) -> None:
     latent = scene.sample(patched, steps=4)
     assert bool(torch.isfinite(latent).all())
     record = maps.find(latent).record
-    acted = [bool(step.active[0]) for step in record.steps]
+    acted = [bool(level.active[0]) for level in record.levels]
     assert acted == [True, True, False, False]  # at timesteps 999, 666; not at 333, 0
     image, mask = picture(0)
     node = scene.pack.AnyStorySegment

@@ -7,6 +7,7 @@ from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import ConfigError
@@ -168,10 +169,12 @@ def load_state(
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter's state with 8-bit moments as the tensors that they consist of, which cannot be
-    told from their values: rounding these again gives others."""
+    told from their values: rounding these again gives others. Moments of which each process holds a
+    part stay what they are."""
     flat: dict[str, Any] = {}
     for key, value in state.items():
-        if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
+        shared = isinstance(value, DTensor)
+        if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value) and not shared:
             names, _ = value.__tensor_flatten__()
             flat |= {f"{key}.{name}": getattr(value, name) for name in names}
         else:

@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 
 from torch import distributed
 
+from ..errors import AnyStoryError
 from .libraries import library
 from .ranks import Ranks, on_cpu
 from .stopping import Stopped
@@ -96,17 +97,22 @@ class Watch:
                 return reason
         return None
 
-    def close(self, failure: str | None = None) -> None:
-        """Stop watching; tell the others why this process failed, if it did."""
+    def close(self, failure: str | None = None) -> str | None:
+        """Stop watching; tell the others why this process failed, if it did. Returns another's
+        failure that was there before, which may be what this one died of."""
         self._over.set()
         self._thread.join()
+        earlier = None
         with contextlib.suppress(RuntimeError):  # the store may be gone
             if failure is None:
                 self._store.set(f"alive/{self._index}", "over")
-            elif not self._store.check([_FAILED]):
-                self._store.set(_FAILED, f"process {self._index} has failed: {failure}")
+            else:
+                earlier = self._failure()
+                if earlier is None:
+                    self._store.set(_FAILED, f"process {self._index} has failed: {failure}")
             if self._index == 0:
                 self._linger(failed=failure is not None)
+        return earlier
 
     def _linger(self, *, failed: bool) -> None:
         """The store ends with the main process: let the others read it first."""
@@ -144,6 +150,9 @@ def together() -> Generator[None, None, None]:
         watch.close()
         raise
     except BaseException as error:
-        watch.close(" ".join(str(error).split()) or type(error).__name__)
-        raise
+        earlier = watch.close(" ".join(str(error).split()) or type(error).__name__)
+        if earlier is None:
+            raise
+        # A collective operation breaks off when a partner has gone, mostly sooner than the watch.
+        raise AnyStoryError(f"{earlier}; this process ends, too") from error
     watch.close()

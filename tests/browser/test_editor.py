@@ -241,7 +241,8 @@ def test_one_more_input_than_is_used(editor: Editor) -> None:
     assert editor.inputs("SubjectRouter") == ["anystory", *more, "clip"]
     editor.screenshot(f"more_{'vue' if editor.vue else 'canvas'}")
     (given,) = [n["inputs"] for n in editor.prompt().values() if n["class_type"] == "SubjectRouter"]
-    assert set(given) == {"anystory", "mode", "agreement", "subject_1", "subject_2", "subject_3"}
+    values = {"mode", "agreement", "text_block"}
+    assert set(given) == {"anystory", "subject_1", "subject_2", "subject_3"} | values
     assert given["subject_3"] == given["subject_1"] != given["subject_2"]
     editor.js(
         "const node = app.graph._nodes.find((n) => n.type === 'SubjectRouter');"

@@ -165,7 +165,7 @@ def test_a_resumed_run_obeys_its_file(world: Any, tmp_path: Path) -> None:
     Trainer(load_config(tiny.run_toml(*arguments, steps=1))).run()
     changed = {"weight_decay": 0.5, "beta2": 0.9}
     resumed = Trainer(load_config(tiny.run_toml(*arguments, steps=2, optimiser=changed)))
-    (group,) = resumed.optimiser.param_groups
+    (group,) = resumed.optimisers[0].param_groups
     assert resumed.step == 1 and group["weight_decay"] == 0.5 and group["betas"] == (0.9, 0.9)
 
 

@@ -68,9 +68,9 @@ def watches(store: MemoryStore, **settings: Any) -> tuple[list[Watch], list[Ends
 
 def test_a_failure_reaches_the_others() -> None:
     (main, other), (_, end) = watches(MemoryStore())
-    main.close("the disk is full")
+    assert main.close("the disk is full") is None
     assert end.came.wait(10) and end.reasons == ["process 0 has failed: the disk is full"]
-    other.close("its own")
+    assert other.close("the connection broke off") == "process 0 has failed: the disk is full"
 
 
 def test_a_process_that_dies_without_a_word() -> None:

@@ -119,11 +119,14 @@ Table = TypeVar("Table", bound=Callable[..., Tensor])
 
 def _made_once(make: Table) -> Table:
     """Made once for its arguments; in a compiled model a constant."""
-    kept = lru_cache(64)(make)
+
+    @lru_cache(64)
+    def made(*arguments: Any) -> Tensor:
+        with torch.inference_mode(False):  # or no training step could use it
+            return make(*arguments)
 
     def table(*arguments: Any) -> Tensor:
-        with torch.inference_mode(False):  # or no training step could use it
-            return kept(*arguments)
+        return made(*arguments)
 
     return cast(Table, cast(Any, torch.compiler).assume_constant_result(table))
 

@@ -134,6 +134,14 @@ def routing_loss(
     return error(soft_maps), error([_coarse(soft) for soft in soft_maps])
 
 
+def finer_masks(masks: Tensor, grid: Grid) -> tuple[Grid, Tensor]:
+    """Masks (B,N,H,W) as what is read off a mean map on ``grid`` is held to: a size nearer to the
+    picture's, and (B,N,Q) on it."""
+    size = (_FINER * grid[0], _FINER * grid[1])
+    finer = torch.nn.functional.interpolate(masks.float(), size=size, mode="area")
+    return size, finer.flatten(2)
+
+
 def mean_routing_loss(
     soft_maps: Sequence[SoftMaps], masks: Tensor, present: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor]:
@@ -144,8 +152,7 @@ def mean_routing_loss(
     (:mod:`..routing.segment`); here the largest is taken softly. Eq. 4 asks each block for itself,
     to be as sure as it can; of their mean it is better when the blocks that see more are
     surer than the others, and a place at an outline need only fall on its right side."""
-    size = (_FINER * grid[0], _FINER * grid[1])
-    true = torch.nn.functional.interpolate(masks.float(), size=size, mode="area").flatten(2)
+    size, true = finer_masks(masks, grid)
 
     def error(blocks: Sequence[SoftMaps]) -> Tensor:
         mean = resize_soft(SoftMaps(mean_over_blocks(blocks, grid), grid), size).maps

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from ..routing.grids import Grid, SoftMaps, mean_over_blocks, resize_soft
 from .batches import Batch
-from .losses import subject_area
-
-_FINER = 2  # masks are compared on this many times the latent's grid, towards the picture's
+from .losses import finer_masks, subject_area
 
 
 @torch.no_grad()
@@ -38,9 +36,8 @@ def row_figures(
 def routing_iou(maps: Sequence[SoftMaps], batch: Batch, grid: Grid) -> Tensor:
     """Of each row (B), the mean over its subjects of intersection over union of the true mask and
     of the one that the mean map over blocks gives (:mod:`..routing.segment`); NaN without any."""
-    size = (_FINER * grid[0], _FINER * grid[1])
-    true = torch.nn.functional.interpolate(batch.masks.float(), size=size, mode="area").flatten(2)
-    true = true > 0.5
+    size, finer = finer_masks(batch.masks, grid)
+    true = finer > 0.5
     mean = resize_soft(SoftMaps(mean_over_blocks(maps, grid), grid), size).maps
     winner = mean.argmax(dim=1, keepdim=True)
     numbers = torch.arange(true.shape[1], device=true.device)[None, :, None]

@@ -26,6 +26,7 @@ RUN_KEY = "anystory_run"  # transformer_options: they are of the run that goes o
 EVALUATION_KEY = "anystory_evaluation"  # transformer_options: what its lists of conds are
 ALONE_KEY = "anystory_alone"  # transformer_options: slots that another pack filled while sampling
 CALL_KEY = "anystory_call"  # transformer_options: the Call of this forward pass
+OVERRIDE = "optimized_attention_override"  # transformer_options: the host's for other attention
 STATES_KEY = "anystory_states"  # options of one block: its norm2 output, while Eq. 5 is to come
 
 MAX_SUBJECTS = 8

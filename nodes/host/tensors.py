@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,28 @@ def vae_latents(vae: Any, picture: Tensor) -> Tensor:
             f"vae: it cannot encode a picture of {width}x{height} ({error}); connect the VAE of "
             "the model that samples"
         ) from error
+
+
+class Latents(Protocol):
+    """How a file's references were encoded."""
+
+    @property
+    def latent_scale(self) -> float: ...
+    @property
+    def latent_shift(self) -> float: ...
+
+
+def check_latent_format(model: Any, references: Latents, remedy: str) -> None:
+    """ModelMismatchError unless a ModelPatcher's model has latents at the scale that the references
+    were encoded at."""
+    latent_format = model.model.latent_format
+    got = getattr(latent_format, "scale_factor", 1.0), getattr(latent_format, "shift_factor", 0.0)
+    wanted = references.latent_scale, references.latent_shift
+    if any(abs(a - b) > 1e-4 for a, b in zip(got, wanted, strict=True)):
+        raise ModelMismatchError(
+            f"model: its latents have scale and shift {got}, these AnyStory weights expect "
+            f"{wanted}; {remedy}"
+        )
 
 
 def routing_mask(mask: Tensor, name: str) -> Tensor:

@@ -137,6 +137,11 @@ def convert(folder: Path, adapter: Path, dtype: str, reference_net: str) -> dict
         command += ["--checkpoint", str(folder / "sdxl.safetensors")]
     command += ["--reference-net", reference_net, "--ip-adapter", str(adapter)]
     command += ["--out", str(folder / "out.safetensors")]
+    return measured(command, folder / "out.safetensors")
+
+
+def measured(command: list[str], out: Path) -> dict[str, Any]:
+    """Run a conversion that writes ``out``: its seconds, memory and result."""
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, text=True)
     peak = watch(process)
@@ -146,7 +151,7 @@ def convert(folder: Path, adapter: Path, dtype: str, reference_net: str) -> dict
         "seconds": round(time.perf_counter() - started, 1),
         "peak anonymous GiB": round(peak["RssAnon"], 2),
         "peak all GiB": round(peak["VmHWM"], 2),
-        "file GB": round((folder / "out.safetensors").stat().st_size / 1e9, 3),
+        "file GB": round(out.stat().st_size / 1e9, 3),
     }
 
 

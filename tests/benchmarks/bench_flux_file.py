@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_convert import watch
+from bench_convert import measured
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT), str(ROOT / "tests" / "unit")]
@@ -38,17 +37,7 @@ def convert(folder: Path) -> dict[str, Any]:
     """Run the command line and measure it."""
     names = ("anystory_flux.bin", "flux1-redux-dev.safetensors", "out.safetensors")
     command = [sys.executable, "-m", "anystory_core.convert", "flux"]
-    started = time.perf_counter()
-    process = subprocess.Popen([*command, *(str(folder / n) for n in names)], cwd=ROOT, text=True)
-    peak = watch(process)
-    if process.returncode:
-        raise SystemExit("conversion failed")
-    return {
-        "seconds": round(time.perf_counter() - started, 1),
-        "peak anonymous GiB": round(peak["RssAnon"], 2),
-        "peak all GiB": round(peak["VmHWM"], 2),
-        "file GB": round((folder / "out.safetensors").stat().st_size / 1e9, 3),
-    }
+    return measured([*command, *(str(folder / n) for n in names)], folder / "out.safetensors")
 
 
 def shallow(model: Any, core: Any, operations: Any) -> Any:

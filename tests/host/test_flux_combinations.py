@@ -12,6 +12,7 @@ import pytest
 import torch
 from flux_scene import CONFIG
 from flux_world import TEXT, FluxWorld
+from threads import at_once
 from torch import Tensor
 
 
@@ -479,32 +480,13 @@ def test_partial_loading(flux: FluxWorld, count: int, monkeypatch: pytest.Monkey
 
 def test_conds_in_threads(flux: FluxWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     """A host that spreads the conds over devices evaluates them at the same time."""
-    import threading
-
     import comfy.samplers
 
     model = flux.apply(references_in_uncond=True)
     wanted = flux.sample(model, cfg=2.0, steps=3)
-    one = comfy.samplers._calc_cond_batch
-
-    def at_once(model: Any, conds: list[Any], *args: Any) -> list[Any]:
-        found: dict[int, Any] = {}
-        start = threading.Barrier(len(conds))
-
-        def work(place: int) -> None:
-            alone = [cond if i == place else None for i, cond in enumerate(conds)]
-            start.wait()
-            with torch.inference_mode():
-                found[place] = one(model, alone, *args)[place]
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(conds))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return [found[i] for i in range(len(conds))]
-
-    monkeypatch.setattr(comfy.samplers, "_calc_cond_batch", at_once)
+    monkeypatch.setattr(
+        comfy.samplers, "_calc_cond_batch", at_once(comfy.samplers._calc_cond_batch)
+    )
     assert close(flux.sample(model, cfg=2.0, steps=3), wanted)
 
 

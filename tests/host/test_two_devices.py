@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from typing import Any
-
 import pytest
 import torch
 from scene import Scene, halves, module
+from threads import at_once
 
 
 @pytest.mark.parametrize("mode", ["learned", "masks", "text", "learned within masks"])
@@ -18,26 +16,7 @@ def test_conds_in_threads(scene: Scene, monkeypatch: pytest.MonkeyPatch, mode: s
     scene.split(monkeypatch)
     wanted = scene.sample(model, steps=3)
     samplers = module("comfy.samplers")
-    one = samplers._calc_cond_batch
-
-    def at_once(model: Any, conds: list[Any], *args: Any) -> list[Any]:
-        found: dict[int, Any] = {}
-        start = threading.Barrier(len(conds))
-
-        def work(place: int) -> None:
-            alone = [cond if i == place else None for i, cond in enumerate(conds)]
-            start.wait()
-            with torch.inference_mode():
-                found[place] = one(model, alone, *args)[place]
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(conds))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return [found[i] for i in range(len(conds))]
-
-    monkeypatch.setattr(samplers, "_calc_cond_batch", at_once)
+    monkeypatch.setattr(samplers, "_calc_cond_batch", at_once(samplers._calc_cond_batch))
     assert torch.equal(scene.sample(model, steps=3), wanted)
     assert len(maps.find(wanted).record.levels) == 3
 

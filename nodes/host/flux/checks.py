@@ -7,6 +7,7 @@ from typing import Any
 
 from ....anystory_core.bases.flux.config import FluxConfig
 from ....anystory_core.errors import ModelMismatchError
+from ..tensors import check_latent_format
 
 _REMEDY = "load FLUX.1-dev"
 
@@ -50,22 +51,10 @@ def check_model(model: Any, config: FluxConfig) -> None:
             f"expect {sizes.token_width}: it is a Fill, Canny or Depth model, or has a control "
             f"LoRA; {_REMEDY}"
         )
-    _check_latent_format(model, config)
+    check_latent_format(model, config.reference, _REMEDY)
     if not params.guidance_embed:
         logging.warning(
             "AnyStory: %s has no guidance, as FLUX.1-schnell; the AnyStory weights were trained on "
             "FLUX.1-dev, expect less likeness.",
             kind,
-        )
-
-
-def _check_latent_format(model: Any, config: FluxConfig) -> None:
-    """The references were encoded at the scale in the config; the model must use the same."""
-    latent_format = model.model.latent_format
-    got = getattr(latent_format, "scale_factor", 1.0), getattr(latent_format, "shift_factor", 0.0)
-    wanted = config.reference.latent_scale, config.reference.latent_shift
-    if any(abs(a - b) > 1e-4 for a, b in zip(got, wanted, strict=True)):
-        raise ModelMismatchError(
-            f"model: its latents have scale and shift {got}, these AnyStory weights expect "
-            f"{wanted}; {_REMEDY}"
         )

@@ -20,8 +20,9 @@ from ....anystory_core.errors import ModelMismatchError
 from ....anystory_core.injection.flux import FluxRun
 from ....anystory_core.routing.grids import Crop
 from ..base import Entry
+from ..ids import OVERRIDE
 from ..passes import CondRows, RunPasses
-from .patches import OVERRIDE, BlockTable, HeadAttention, installed
+from .patches import BlockTable, HeadAttention, installed
 
 # Of Flux.forward: x, timestep, context, y, guidance, ref_latents, control, transformer_options.
 _NAMES = ("x", "timestep", "context", "y", "guidance", "ref_latents", "control")

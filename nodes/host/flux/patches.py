@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ....anystory_core.bases.flux.call import FluxCall
 from ....anystory_core.bases.flux.sites import FluxSite
+from ..ids import OVERRIDE
 
 Options = Mapping[str, Any]
-OVERRIDE = "optimized_attention_override"  # the host's place for another attention
 _INSIDE = ("attn1_patch", "attn1_output_patch")  # newer hosts' places inside of a block
 Replace = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 

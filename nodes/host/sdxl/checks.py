@@ -8,6 +8,7 @@ from typing import Any
 from ....anystory_core.bases.sdxl.config import AnyStoryConfig
 from ....anystory_core.bases.sdxl.sites import UNetSite
 from ....anystory_core.errors import ModelMismatchError
+from ..tensors import check_latent_format
 
 
 def _transformer_blocks(diffusion_model: Any) -> dict[tuple[str, int, int], Any]:
@@ -29,7 +30,8 @@ def check_model(model: Any, config: AnyStoryConfig, sites: Sequence[UNetSite]) -
     """ModelMismatchError naming the first block and dimension of the host's model that differ, or
     the scale of its latents."""
     _check_blocks(model, config, sites)
-    _check_latent_format(model, config)
+    remedy = f"load a checkpoint of the family {config.name!r}"
+    check_latent_format(model, config.reference, remedy)
 
 
 def _check_blocks(model: Any, config: AnyStoryConfig, sites: Sequence[UNetSite]) -> None:
@@ -64,15 +66,3 @@ def _check_blocks(model: Any, config: AnyStoryConfig, sites: Sequence[UNetSite])
                     f"model: {kind} has {what} {got} at block '{site.label}', these AnyStory "
                     f"weights ({config.name!r}) expect {wanted}; load a checkpoint of that family"
                 )
-
-
-def _check_latent_format(model: Any, config: AnyStoryConfig) -> None:
-    """The references were encoded at the scale in the config; the model must use the same."""
-    latent_format = model.model.latent_format
-    got = getattr(latent_format, "scale_factor", 1.0), getattr(latent_format, "shift_factor", 0.0)
-    wanted = config.reference.latent_scale, config.reference.latent_shift
-    if any(abs(a - b) > 1e-4 for a, b in zip(got, wanted, strict=True)):
-        raise ModelMismatchError(
-            f"model: its latents have scale and shift {got}, these AnyStory weights expect "
-            f"{wanted}; load a checkpoint of the family {config.name!r}"
-        )

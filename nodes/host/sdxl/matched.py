@@ -24,9 +24,9 @@ from ....anystory_core.injection.matched import (
 )
 from ....anystory_core.injection.prepare import PreparedSubjects
 from ..conds import is_hooked
-from ..ids import CALL_KEY
+from ..ids import CALL_KEY, OVERRIDE
 from ..windows import Window
-from .patcher import OVERRIDE, BlockTable, installed
+from .patcher import BlockTable, installed
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,10 @@ from ....anystory_core.bases.sdxl.sites import UNetSite
 from ....anystory_core.injection.call import Call
 from ....anystory_core.injection.matched import ReferencePass
 from ....anystory_core.routing.grids import Grid
-from ..ids import ALONE_KEY, CALL_KEY, STATES_KEY
+from ..ids import ALONE_KEY, CALL_KEY, OVERRIDE, STATES_KEY
 
 Options = Mapping[str, Any]
 Serves = Call | ReferencePass  # under CALL_KEY
-OVERRIDE = "optimized_attention_override"  # the host's place for another attention
 Replace = Callable[[Tensor, Tensor, Tensor, Options], Tensor]
 
 

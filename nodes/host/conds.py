@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -58,10 +59,9 @@ class Roles:
         return -1
 
 
-def _first_active(entries: Entries, timestep: Tensor) -> Any:
-    """uuid of the first cond that the host runs at this noise level (B,); None when there is none.
+def _first_active(entries: Entries, now: float) -> Any:
+    """uuid of the first cond that the host runs at this noise level; None when there is none.
     Prompts that take turns are conds with time ranges."""
-    now = float(timestep[0])
     for entry in entries:
         if now <= entry.get("timestep_start", now) and now >= entry.get("timestep_end", now):
             return entry.get("uuid")
@@ -103,6 +103,8 @@ class Evaluation:
     masked: frozenset[Any] = frozenset()  # uuids of conds that act inside a mask
     latent: tuple[int, int, int] | None = None  # batch size, height and width; None: unknown
     rows: tuple[int, ...] = ()  # of the run's batch, those that the latent shows; none: unknown
+    timestep: Tensor | None = None  # (B,) noise levels, on the device; the same for all rows
+    sigma: float = math.nan  # that level
     shown: set[Any] = field(default_factory=set, compare=False)  # kinds of the calls so far
 
     @classmethod
@@ -114,17 +116,19 @@ class Evaluation:
         timestep: Tensor,
         rows: Sequence[int] = (),
     ) -> Evaluation:
-        number = roles.recorded(conds)
+        number, sigma = roles.recorded(conds), float(timestep[0])
         entries = (conds[number] if number >= 0 else None) or ()
         return cls(
             tuple(roles.of_list(i, each) for i, each in enumerate(conds)),
-            (number, _first_active(entries, timestep)),
+            (number, _first_active(entries, sigma)),
             Areas.of(conds, x),
             frozenset(
                 entry.get("uuid") for each in conds for entry in each or () if "mask" in entry
             ),
             (x.shape[0], x.shape[-2], x.shape[-1]),
             tuple(rows),
+            timestep,
+            sigma,
         )
 
     def is_cond(self, number: int) -> bool:

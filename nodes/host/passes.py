@@ -79,6 +79,12 @@ class RunPasses:
         )
         return options.get(EVALUATION_KEY, unknown)
 
+    def sigma(self, options: dict[str, Any]) -> float:
+        """The noise level of a call. To read it waits for the device, so it is read once for all
+        calls of an evaluation."""
+        levels, evaluation = options["sigmas"], self.evaluation(options)
+        return evaluation.sigma if levels is evaluation.timestep else float(levels[0])
+
     def conds_of(self, options: dict[str, Any], x: Tensor, pictures: int) -> list[CondRows]:
         """The conds of a call with latent ``x``, in its order. ``pictures``: how many of a batch
         have masks of their own. RoutingError where these are several and nobody knows which ones
@@ -147,5 +153,5 @@ class RunPasses:
         entry.recorded.update(recorded)
         if self.batch is not None:
             self.seen.update(recorded)
-        recorder = self.record.call(float(options["sigmas"][0]), active, tuple(recorded))
+        recorder = self.record.call(self.sigma(options), active, tuple(recorded))
         return recorder, tuple(recorded.values())

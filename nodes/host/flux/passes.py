@@ -92,7 +92,7 @@ class FluxPasses(RunPasses):
         """The options of a pass of ``net``, themselves where nothing acts; writes the longer
         context and mask into ``values`` and ``kwargs``."""
         x, context = values["x"], values["context"]
-        sigma = float(options["sigmas"][0])
+        sigma = self.sigma(options)
         concepts, biases = self.run.concepts_at(sigma), self.run.biases_at(sigma)
         active = [
             tokens is not None or bias > -math.inf

@@ -76,11 +76,16 @@ class MatchedPass:
         return cls(references, table, window, sampling, constant=not is_hooked(guider))
 
     def prepared_at(
-        self, prepared: PreparedSubjects, level: Level, row: int, options: dict[str, Any]
+        self,
+        prepared: PreparedSubjects,
+        level: Level,
+        sigma: float,
+        row: int,
+        options: dict[str, Any],
     ) -> PreparedSubjects:
-        """``prepared`` with the references of a pass's noise level. Sizes and timestep are those of
-        its row ``row``."""
-        sigma, place = float(options["sigmas"][0]), id(level.unet)
+        """``prepared`` with the references of a pass at noise level ``sigma``. Sizes and timestep
+        are those of its row ``row``."""
+        place = id(level.unet)
         known = self._latest.get(place)
         if known is None or known[0] != sigma or not self.constant:
             self._latest.pop(place, None)  # before others are made beside them

@@ -106,7 +106,7 @@ class UNetPasses(RunPasses):
 
     def _begin(self, options: dict[str, Any], level: Level, entry: Entry) -> Call | None:
         x = level.x
-        sigma = float(options["sigmas"][0])
+        sigma = self.sigma(options)
         factors = tuple(window.factor(sigma) for window in self.windows)
         active = tuple(factor > 0 for factor in factors)
         if self.prepared.is_idle(factors):
@@ -134,7 +134,7 @@ class UNetPasses(RunPasses):
         prepared = self.prepared
         routed_rows = cond + (uncond if prepared.keep_references_in_uncond else [])
         if self.matched is not None and routed_rows and self.matched.window.holds(sigma):
-            prepared = self.matched.prepared_at(prepared, level, routed_rows[0], options)
+            prepared = self.matched.prepared_at(prepared, level, sigma, routed_rows[0], options)
         return Call(
             prepared,
             Rows(tuple(cond), tuple(uncond)),

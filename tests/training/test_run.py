@@ -93,6 +93,36 @@ def test_asked_to_end_it_saves_and_goes_on(
     assert 0.1 < measured["peak_memory_gib"] < 64
 
 
+def test_offloaded_activations_change_nothing(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits for the backward pass waits elsewhere, when asked, and comes back as it was."""
+    left: list[int] = []  # bytes that were moved, by run
+
+    class Watched(torch.autograd.graph.save_on_cpu):
+        def __init__(self, pin_memory: bool = False) -> None:
+            super().__init__(pin_memory)
+            pack = self.pack_hook
+
+            def counted(x: Tensor) -> Any:
+                left[-1] += x.numel() * x.element_size()
+                return pack(x)
+
+            self.pack_hook = counted
+
+    monkeypatch.setattr("anystory_core.training.loop.save_on_cpu", Watched)
+    files = []
+    for asked in (False, True):
+        left.append(0)
+        run = {"offload_activations": asked, "checkpointing": False}
+        files.append(
+            Trainer(load_config(toml(tmp_path / str(asked), world, steps=2, run=run))).run()
+        )
+    assert left[0] == 0 and left[1] > 1_000_000
+    one, two = (load_file(file) for file in files)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_checkpoints_are_exported(world: Any, tmp_path: Path) -> None:
     path = toml(tmp_path, world, steps=2, run={"checkpoint_every": "0.001 s"})
     run = Trainer(load_config(path))

@@ -6,9 +6,8 @@ Writes about 6 GB of inputs and 5 GB of output into a temporary folder inside ``
 removes it. ``--kind`` makes MIP-Adapter's or MS-Diffusion's file instead of IP-Adapter Plus', as
 the pickles that they are, and ``--reference-net none`` does without a U-Net. The conversion runs
 in a process of its own, whose memory is read from the system: "anonymous" is what it holds itself,
-"all" also counts pages of the mapped inputs. ``--step`` then loads the file, encodes one random
-reference and predicts once with a random SDXL U-Net (diffusers, bfloat16, 64x64 latents): about 11
-GB of memory.
+"all" also counts pages of the mapped inputs. ``--step`` then loads the file, encodes two subjects
+and draws two steps at 512x512 through the nodes with a random SDXL U-Net: about 11 GB of memory.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 from anystory_core.bases.sdxl.config import AnyStoryConfig  # noqa: E402
 from anystory_core.bases.sdxl.names import LDM_PREFIX  # noqa: E402
@@ -156,84 +155,84 @@ def measured(command: list[str], out: Path) -> dict[str, Any]:
 
 
 def one_step(folder: Path) -> dict[str, Any]:
-    """Load the file, encode one subject, predict once with it everywhere."""
-    from accelerate import init_empty_weights
-    from diffusers import UNet2DConditionModel
+    """Load the file and encode two subjects from random states, then two steps at 512x512 through
+    the nodes with a random SDXL U-Net, each subject in its half, and two without."""
+    from speed.setting import core, host, make_unet, start_host
 
-    from anystory_core.bases.sdxl.names import diffusers_modules, diffusers_name
-    from anystory_core.injection.call import Call
-    from anystory_core.injection.prepare import Settings, prepare_subjects
-    from anystory_core.injection.rows import Rows
-    from anystory_core.routing.modes import build_source
-    from anystory_core.subject.subject import Subject
-    from anystory_core.tensor_files import open_tensors
-    from anystory_core.training.hosts.sizes import diffusers_unet_config
-    from anystory_core.training.hosts.unet import dense_attention, install
-    from anystory_core.weights.checkpoint import load_model
-
-    dtype = torch.bfloat16
-    times: dict[str, float] = {}
+    start_host()
+    router, apply = host("nodes.route").SubjectRouter, host("nodes.apply").ApplyAnyStory
+    encoder, preprocess = core("subject.encoder"), core("subject.preprocess")
+    make = torch.Generator().manual_seed(1)
+    times: dict[str, Any] = {}
     clock = time.perf_counter()
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=make).bfloat16()
 
     def lap(name: str) -> None:
         nonlocal clock
-        times[name], clock = round(time.perf_counter() - clock, 1), time.perf_counter()
+        times[name], clock = round(time.perf_counter() - clock, 2), time.perf_counter()
 
-    with torch.no_grad():
-        model = load_model(folder / "out.safetensors", dtype=dtype)
+    with torch.inference_mode():
+        anystory = host("nodes.host.managed").ManagedAnyStory(
+            host("nodes.bases").load_weights(folder / "out.safetensors"), "random"
+        )
         lap("load s")
-        config = model.config
-        make = torch.Generator().manual_seed(1)
-        states = torch.randn(2, config.clip.tokens, config.clip.width, generator=make).to(dtype)
-        tokens, _ = model.encoder(states)
-        assert tokens is not None and model.reference_net is not None
+        config = anystory.model.config
         side = config.reference.size // config.reference.latent_stride
-        picture = torch.randn(1, config.unet.in_channels + 1, side, side, generator=make)
-        features = model.reference_net(picture.to(dtype))
+        grounding = config.clip_branch.grounding
+        clip = 1, config.clip.tokens, config.clip.width
+        mask = torch.zeros(1, 512, 512)
+        mask[:, 100:400, 150:380] = 1
+        views = preprocess.prepare_views(torch.rand(1, 512, 512, 3, generator=make), mask, config)
+        subjects = [
+            encoder.encode_subject(
+                anystory.model,
+                views,
+                encoder.PictureStates(
+                    clip=normal(*clip),
+                    background=torch.zeros(clip).bfloat16(),
+                    latents=normal(1, config.unet.in_channels, side, side),
+                    phrase=None if grounding is None else normal(grounding.phrase_dim),
+                ),
+                label=label,
+            )
+            for label in ("dog", "cat")
+        ]
         lap("encode s")
-        subject = Subject(
-            label="subject",
-            tokens=tokens[0],
-            features=tuple(g.flatten(0, 1) for g in features),
-            routing=None,
-            background_tokens=tokens[1],
-            background_routing=None,
-            cutout=torch.zeros(1, 8, 8, 3, dtype=torch.uint8),
-            fingerprint=model.fingerprint,
-        )
-        run = prepare_subjects(
-            model, [subject], build_source("learned", model, [subject], [None]), Settings()
-        )
-        sites = model.sites
-        del model, features
-        with init_empty_weights():
-            unet = UNet2DConditionModel(**diffusers_unet_config(config.unet))
-        names = diffusers_modules(config.unet)
-        with open_tensors(folder / "sdxl.safetensors") as file:
-            keys = file.keys()
-            state = {
-                diffusers_name(names, key.removeprefix(LDM_PREFIX)): file.get_tensor(key).to(dtype)
-                for key in keys
-            }
-        unet.load_state_dict(state, strict=True, assign=True)
-        slot = install(unet, sites)
-        lap("load U-Net s")
-        slot.call = Call(run, Rows((0,)), (True,), sites, dense_attention)
-        context = torch.randn(1, 77, config.unet.context_dim, generator=make).to(dtype)
-        added = {
-            "text_embeds": torch.randn(1, 1280, generator=make).to(dtype),
-            "time_ids": torch.full((1, 6), 512.0, dtype=dtype),
-        }
-        latents = torch.randn(1, 4, 64, 64, generator=make).to(dtype)
-        out = unet(latents, 500, context, added_cond_kwargs=added).sample
-        lap("step s")
-        slot.call = None
-        plain = unet(latents, 500, context, added_cond_kwargs=added).sample
-        lap("plain step s")
+        unet = make_unet(config)
+        lap("model s")
+        left, right = torch.zeros(1, 512, 512), torch.zeros(1, 512, 512)
+        left[:, :, :256], right[:, :, 256:] = 1, 1
+        routing = router.execute(
+            anystory=anystory, mode="masks", subject_1=subjects[0], mask_1=left,
+            subject_2=subjects[1], mask_2=right,
+        ).args[0]  # fmt: skip
+        applied, maps = apply.execute(unet, routing).args
+        words = [
+            [
+                torch.randn(1, 77, config.unet.context_dim, generator=make),
+                {"pooled_output": torch.randn(1, 1280, generator=make)},
+            ]
+        ]
+        latent = torch.zeros(1, 4, 64, 64)
+        noise = torch.randn(latent.shape, generator=make)
+        drawn: list[Tensor] = []
+        for name, model in (("plain", unet), ("two subjects", applied)):
+            clock = time.perf_counter()
+            drawn.append(
+                host("comfy.sample").sample(
+                    model, noise, 2, 7.0, "euler", "normal", words, words, latent,
+                    disable_pbar=True,
+                )
+            )  # fmt: skip
+            lap(f"two steps, {name}, s")
+    plain, ours = drawn
     return {
         **times,
-        "finite": bool(out.isfinite().all()),
-        "differs from plain": round(float((out - plain).abs().max() / plain.abs().max()), 4),
+        "finite": bool(ours.isfinite().all()),
+        "differs from plain": round(float((ours - plain).norm() / plain.norm()), 4),
+        "shares": [round(share, 3) for share in maps.find(ours).record.shares(0)],
     }
 
 
@@ -245,8 +244,6 @@ def main() -> None:
     parser.add_argument("--reference-net", default="simplified", choices=("simplified", "none"))
     parser.add_argument("--step", action="store_true")
     given = parser.parse_args()
-    if given.step and (given.kind != "plus" or given.reference_net == "none"):
-        parser.error("--step: only with IP-Adapter Plus and a ReferenceNet")
     config = AnyStoryConfig.sdxl()
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         folder = Path(name)

@@ -21,11 +21,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from speed import memory, operations, parts, python_cost, setting, times
+from speed import memory, once, operations, parts, python_cost, setting, times
 
 PARTS = (
-    "operations", "memory", "references", "projections", "import", "python", "profile", "times512",
-    "times1024",
+    "operations", "memory", "references", "projections", "import", "python", "load", "encode",
+    "profile", "times512", "times1024",
 )  # fmt: skip
 USUAL = PARTS[:-1]  # the last one takes an hour or more
 JSON = Path(__file__).resolve().parents[2] / ".dev" / "bench-speed.json"
@@ -88,6 +88,8 @@ def main() -> None:
         "projections": lambda: parts.projections(bench()),
         "import": python_cost.import_seconds,
         "python": python_cost.per_block,
+        "load": lambda: once.load(given.repetitions),
+        "encode": lambda: once.encode(given.repetitions),
         "profile": lambda: parts.profile_step(bench()),
         "times512": lambda: times.measure(bench(), (512, 512), given.repetitions),
         "times1024": lambda: times.measure(

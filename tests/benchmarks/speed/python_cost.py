@@ -77,6 +77,12 @@ def mini_bench(subjects: int) -> Bench:
     return Bench(mini.load_unet(), anystory, made)
 
 
+# What makes a host wait for its device: a number is read, or a size depends on values.
+_WAITS = (
+    "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique_dim",
+    "aten::_unique2", "aten::equal",
+)  # fmt: skip
+
 # Methods that a block of the patched model calls, in the host's glue.
 PATCHES = ("RoutePatch", "SelfAttentionPatch", "CrossAttentionPatch")
 
@@ -87,7 +93,8 @@ def per_block(repetitions: int = 10, size: int = 128) -> dict[str, Any]:
     Every call of a patch, and of the plain model's two attentions, is under a profiler mark; a
     mark's own time is its wall time without its operators'. Of each call in a step the fewest of
     all repetitions counts: calls are short, so some repetition is free of whoever else runs. What
-    the profiler does around an operator is in it: too large rather than too small.
+    the profiler does around an operator is in it: too large rather than too small. ``waits`` are
+    operators at which a host would wait for a GPU, in a whole step.
     """
     bench = mini_bench(2)
     plain = bench.unet.clone()
@@ -110,6 +117,11 @@ def per_block(repetitions: int = 10, size: int = 128) -> dict[str, Any]:
         events = profiler.events()
         for name, labels in marks.items():
             table[name] = {label: _calls(events, label, repetitions) for label in labels}
+        for name, step in steps.items():
+            with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
+                step()
+            waits = [event for event in profiler.events() if event.name in _WAITS]
+            table[name]["waits of a step"] = len(waits)
 
     with contextlib.ExitStack() as stack, torch.inference_mode():
         for name in PATCHES:
@@ -117,7 +129,9 @@ def per_block(repetitions: int = 10, size: int = 128) -> dict[str, Any]:
             stack.enter_context(marked(name, patch, "__call__"))
         bench.with_steps(models, (size, size), use)
     for key in ("Python, us", "operators"):
-        sums = {name: sum(row[key] for row in table[name].values()) for name in marks}
+        sums = {
+            name: sum(table[name][label][key] for label in labels) for name, labels in marks.items()
+        }
         table[f"{key}, added per block"] = round(sums["N = 2"] - sums["plain"], 1)
     return table
 

@@ -67,10 +67,13 @@ def test(arguments: list[str]) -> int:
     host = environment.prepare_host()
     interpreter = str(environment.prepare_python(host, EXTRAS))
     variables = {**os.environ, "ANYSTORY_PYTHON": interpreter, "COMFYUI_PATH": str(host)}
+    # Files of tests side by side: each worker has hosts and browsers of its own.
+    workers = min(4, os.cpu_count() or 1)
+    everything = ["-n", str(workers), "--dist", "loadfile", "tests"]
     commands = [
         [interpreter, "-m", "ruff", "check", "."],
         [interpreter, "-m", "pyright", "--pythonpath", interpreter],
-        [interpreter, "-m", "pytest", *(arguments or ["tests"])],
+        [interpreter, "-m", "pytest", *(arguments or everything)],
     ]
     for command in commands[2:] if arguments else commands:
         say(" ".join(["python", *command[1:]]))

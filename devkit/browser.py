@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,12 +38,16 @@ def prepare_front_end(version: str, interpreter: Path) -> Path:
     folder = STATE / "front_ends" / version
     if not folder.exists():
         say(f"getting the editor {version}")
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        partial = folder.with_name(f"{version}.{os.getpid()}.partial")  # others may do the same
         package = f"comfyui-frontend-package=={version}"
         pip = [str(interpreter), "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
         run([*pip, "--quiet", "--target", str(partial), package], f"installation of {package}")
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:
+            shutil.rmtree(partial)
+            if not folder.exists():
+                raise
     return folder / "comfyui_frontend_package" / "static"
 
 

@@ -21,13 +21,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from speed import memory, once, operations, parts, python_cost, setting, times
+from speed import compiled, memory, once, operations, parts, python_cost, setting, times
 
 PARTS = (
     "operations", "memory", "references", "projections", "import", "python", "load", "encode",
-    "profile", "times512", "times1024",
+    "profile", "times512", "times1024", "compiled",
 )  # fmt: skip
-USUAL = PARTS[:-1]  # the last one takes an hour or more
+USUAL = PARTS[:-2]  # the last two take long, or the attention of the host for themselves
 JSON = Path(__file__).resolve().parents[2] / ".dev" / "bench-speed.json"
 
 
@@ -61,7 +61,9 @@ def show(table: Any, indent: int = 0) -> None:
 def main() -> None:
     """Measure the parts that are asked for; print each as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default all but the last")
+    parser.add_argument(
+        "parts", nargs="*", help=f"of {', '.join(PARTS)}; default all but the last two"
+    )
     parser.add_argument("--json", type=Path, default=JSON, help="default: %(default)s")
     parser.add_argument("--repetitions", type=int, default=5, help="of timed steps; default 5")
     given = parser.parse_args()
@@ -95,6 +97,7 @@ def main() -> None:
         "times1024": lambda: times.measure(
             bench(), (1024, 1024), given.repetitions, counts=(1, 3), peer=False
         ),
+        "compiled": lambda: compiled.measure(given.repetitions),
     }  # fmt: skip
     figures: dict[str, Any] = {"machine": machine()}
     show(figures)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from .dataset import sample_seed
 from .hosts.unet import UNetInputs
 from .schedule import Schedule
 from .settings import Timesteps
+
+_NOISE = 1  # what a generator is for, beside the timestep
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,19 @@ def draw_noise(
     brightness is learned, too (Guttenberg 2023)."""
     drawn: list[Tensor] = []
     for number in numbers:
-        # Not the generator of the timestep: a seed gives the same noise at every timestep.
-        generator = torch.Generator().manual_seed(sample_seed(seed, number) ^ (1 << 61))
+        generator = _noise_generator(seed, number)
         noise = torch.randn(tuple(shape), generator=generator)
         if offset:
             noise += offset * torch.randn(shape[0], 1, 1, generator=generator)
         drawn.append(noise)
     return torch.stack(drawn)
+
+
+def _noise_generator(seed: int, number: int) -> torch.Generator:
+    """Not the timestep's: its numbers would decide the first ones of the noise. A generator on the
+    CPU heeds the lower 32 bits of a seed alone, so that is where they must differ."""
+    mixed = np.random.SeedSequence((sample_seed(seed, number), _NOISE)).generate_state(1)
+    return torch.Generator().manual_seed(int(mixed[0]))
 
 
 def gumbel_seeds(seed: int, numbers: Sequence[int]) -> tuple[int, ...]:

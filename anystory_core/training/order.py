@@ -9,16 +9,14 @@ new random order each time. With one pool and units of one, number p is entry
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
 
 from ..errors import ConfigError
 
 Positions = np.ndarray[Any, np.dtype[np.int64]]
 
-_SEED_STRIDE = 1_000_003
 _BLOCK = 4096  # units whose pools are drawn at once
 
 
@@ -72,9 +70,7 @@ class Order:
     def _permuted(self, pool: int, cycle: int) -> Positions:
         known = self._cycles.get(pool)
         if known is None or known[0] != cycle:
-            seed = self._seed * _SEED_STRIDE + cycle + (pool << 40)
-            generator = torch.Generator().manual_seed(seed % 2**62)
-            order = torch.randperm(len(self._pools[pool]), generator=generator)
-            known = cycle, self._pools[pool][cast(Any, order).numpy()]
+            random = np.random.default_rng((self._seed, 2, pool, cycle))
+            known = cycle, random.permutation(self._pools[pool])
             self._cycles[pool] = known
         return known[1]

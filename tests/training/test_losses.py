@@ -202,6 +202,17 @@ def test_offset_noise_moves_a_channels_mean() -> None:
     assert torch.equal(draw_noise(shape, [7], 5), plain[7:8])
 
 
+def test_noise_says_nothing_about_its_timestep() -> None:
+    """Were both of one generator, the first number of a sample would decide its timestep and how
+    large two of the noise's values are together. Five standard deviations of 2000 draws."""
+    t = draw_timesteps(range(2000), 3, 1000, "cubic").double()
+    noise = draw_noise((1, 4, 8), range(2000), 3).flatten(1).double()
+    pairs = noise[:, :, None] ** 2 + noise[:, None] ** 2
+    t, pairs = t - t.mean(), pairs - pairs.mean(dim=0)
+    correlation = (t[:, None, None] * pairs).mean(dim=0) / (t.std() * pairs.std(dim=0))
+    assert float(correlation.abs().max()) < 5 / 2000**0.5
+
+
 @pytest.mark.parametrize("cubic", [False, True])
 def test_timesteps_have_the_named_distribution(cubic: bool) -> None:
     t = draw_timesteps(range(2000), 3, 100, "cubic" if cubic else "uniform")

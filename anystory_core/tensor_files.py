@@ -8,7 +8,7 @@ import os
 import re
 import struct
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -50,6 +50,33 @@ def open_tensors(path: str | os.PathLike[str]) -> Generator[TensorFile, None, No
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """All tensors of a file, on the CPU. OSError or SafetensorError: it cannot be read."""
     return cast(Any, safetensors.torch).load_file(str(path))
+
+
+def read_into(path: str | os.PathLike[str], targets: Mapping[str, Tensor]) -> None:
+    """Fill ``targets`` with the tensors of a file that have their names, and their shapes. OSError,
+    SafetensorError or ValueError: it cannot be read.
+
+    Read, not mapped: pages of a mapped file are resident beside the tensors that are filled from
+    them, and a system that is short of memory counts both."""
+    with open_tensors(path):
+        header = raw_header(Path(path))  # the library has checked its offsets against the file
+    with open(path, "rb", buffering=0) as file:
+        begin = 8 + struct.unpack("<Q", file.read(8))[0]
+        entries = {name: cast("dict[str, Any]", header[name]) for name in targets}
+        for name in sorted(entries, key=lambda name: entries[name]["data_offsets"]):
+            target, dtype = targets[name].detach(), FLOATS[entries[name]["dtype"]]
+            direct = target.dtype == dtype and target.device.type == "cpu"
+            whole = target if direct and target.is_contiguous() else None
+            read = torch.empty(target.shape, dtype=dtype) if whole is None else whole
+            view = memoryview(cast(Any, read.view(-1).view(torch.uint8)).numpy())
+            file.seek(begin + entries[name]["data_offsets"][0])
+            while len(view):
+                count = file.readinto(view)
+                if not count:
+                    raise ValueError(f"it ends inside of tensor {name}")
+                view = view[count:]
+            if whole is None:
+                target.copy_(read)
 
 
 def save_tensors(

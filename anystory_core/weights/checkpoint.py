@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..bases.sdxl.config import AnyStoryConfig
 from ..errors import CheckpointError, ConfigError
-from ..tensor_files import FLOATS, open_tensors, raw_header, save_tensors
+from ..tensor_files import FLOATS, raw_header, read_into, save_tensors
 from .fingerprint import file_fingerprint
 from .model import PARTS, AnyStoryModel, build_model
 
@@ -164,11 +164,9 @@ def fill_model(
                 parameter.data = parameter.data.to(FLOATS[header.dtypes[name]])
         module.to_empty(device=device)
     model.fingerprint = header.fingerprint
-    targets = model.state_dict()
     try:
-        with open_tensors(path) as file, torch.no_grad():
-            for name, target in targets.items():
-                target.copy_(file.get_tensor(name))
+        with torch.no_grad():
+            read_into(path, model.state_dict())
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path.name}: cannot be read ({error}); get it again") from error
     for _, module in model.modules():

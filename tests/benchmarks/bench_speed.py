@@ -66,12 +66,15 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, default=JSON, help="default: %(default)s")
     parser.add_argument("--repetitions", type=int, default=5, help="of timed steps; default 5")
+    parser.add_argument(
+        "--pytorch-attention", action="store_true", help="of the plain model, too: as on a GPU"
+    )
     given = parser.parse_args()
     unknown = set(given.parts) - set(PARTS)
     if unknown:
         parser.error(f"unknown parts {sorted(unknown)}, expected some of {list(PARTS)}")
     torch.set_grad_enabled(False)
-    setting.start_host()
+    setting.start_host(*(["use_pytorch_cross_attention"] if given.pytorch_attention else []))
 
     @functools.cache
     def bench(filled: bool = True) -> setting.Bench:  # 7 GB of numbers for the parts that take time

@@ -44,6 +44,7 @@ RUN = """
 [base]
 path = "base"
 model = "mini"
+prediction = "epsilon"
 [data]
 paths = ["scenes"]
 resolution = 320

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import flux_net
 import torch
+from speed.setting import keep_memory
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -258,6 +259,7 @@ def count_operations() -> dict[str, Any]:
 def seconds(blocks: tuple[int, int], sides: list[int], rounds: int) -> dict[str, Any]:
     """Medians of one pass on the CPU in bfloat16, the ways in turn."""
     torch.set_num_threads(1)
+    keep_memory()
     setting = Setting(blocks, "cpu")
     grid = setting.config.reference_grid
     keep = torch.zeros(1, grid * grid, dtype=torch.bool)

@@ -15,31 +15,28 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
-import torch
 from PIL import Image
+from torch import Tensor
 
-from anystory_core.data.index import Index
+from anystory_core.training.batches import Batch
 from anystory_core.training.config import load_config
-from anystory_core.training.dataset import SampleDataset
-from anystory_core.training.hosts.unet import UNetInputs
 from anystory_core.training.loop import Trainer
-from anystory_core.training.stages import Noised
+from anystory_core.training.noise import Noised
 from anystory_core.weights.checkpoint import load_model, save_model
 from lab.files import public, shipped
 from lab.files.folder import write_base_folder
+from lab.phase import half_is_faster
 from lab.stages import SUBJECT_FILE
 from lab.world import emoji
 from lab.world.render import pool_of, render_scene
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMESTEP = 500
 RUN = """
 [base]
 path = "base"
@@ -53,7 +50,7 @@ workers = 0
 folder = "run"
 steps = {steps}
 batch = 8
-precision = "no"
+precision = "{precision}"
 checkpointing = false
 [optimiser]
 learning_rate = 1e-3
@@ -64,6 +61,11 @@ subject_file = "public.safetensors"
 tokens = "area"
 route_weight = 1.0
 mean_weight = 4.0
+[validation]
+every = {steps}
+paths = ["held_out"]
+samples = {held_out}
+levels = 1
 """
 
 
@@ -92,14 +94,16 @@ def main() -> None:
             )  # fmt: skip
             command("check", work / name)
         print(f"ready after {time.monotonic() - start:.0f} s", flush=True)
-        (work / "run.toml").write_text(RUN.format(steps=options.steps))
+        precision = "bf16" if half_is_faster() else "no"
+        toml = RUN.format(steps=options.steps, held_out=options.held_out, precision=precision)
+        (work / "run.toml").write_text(toml)
         trainer = Trainer(load_config(work / "run.toml"))
-        before = overlap(work, trainer, options.held_out)
+        before = overlap(trainer)
         print(f"overlap on held-out scenes before: {before:.1%}", flush=True)
         start = time.monotonic()
         file = trainer.run()
         print(f"{options.steps} steps of 8 in {time.monotonic() - start:.0f} s", flush=True)
-        after = overlap(work, trainer, options.held_out)
+        after = overlap(trainer)
         print(f"overlap on held-out scenes after: {after:.1%}")
         print(f"{file} holds {', '.join(load_model(file).parts)}")
 
@@ -144,29 +148,15 @@ def write_coco(folder: Path, kinds: Sequence[Any], count: int) -> None:
     (folder / "instances.json").write_text(json.dumps(table))
 
 
-@torch.no_grad()
-def overlap(work: Path, trainer: Trainer, count: int) -> float:
-    """Mean overlap of the masks that the mean map over all blocks gives with the true ones, at
-    timestep 500 with fixed noise: one less what ``mean_weight`` weighs."""
-    config = trainer.config
-    data = replace(config.data, paths=(str(work / "held_out"),))
-    plain = replace(config.augment, rotate=0, crop=0, pad=0, flip=0)
-    dataset = SampleDataset(
-        Index.of(data.paths), replace(config, data=data, augment=plain), trainer.frozen.config
-    )
-    total = 0.0
-    for number in range(count):
-        batch = dataset[number]
-        clean = trainer.encodings.latents(batch, batch.target.device)
-        text, pooled = trainer.encodings.text(batch, batch.target.device)
-        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(number))
-        alpha = trainer.alphas[TIMESTEP].float()
-        latents = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-        steps = torch.full((1,), TIMESTEP)
-        inputs = UNetInputs(latents, steps, text, pooled, batch.time_ids)
-        losses = trainer.stage(batch, Noised(inputs, noise, (number,)))
-        total += 1 - float(losses["mean_route"])
-    return total / count
+def overlap(trainer: Trainer) -> float:
+    """Mean overlap with the true masks of those that the mean map over all blocks gives: the
+    trainer's own validation, at timestep 500 with fixed noise."""
+    assert trainer.validation is not None
+
+    def measure(batch: Batch, noised: Noised) -> dict[str, Tensor]:
+        return trainer.stage(batch, noised, measure=True)
+
+    return trainer.validation.run(measure, trainer.ranks)["routing_iou"]
 
 
 if __name__ == "__main__":

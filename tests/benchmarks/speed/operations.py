@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .setting import Bench, Step, core
 
@@ -51,9 +51,15 @@ class WithoutProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
 def count(step: Step, *, skip: bool) -> int:
     """Operations of one step; ``skip`` leaves the products out and counts them all the same."""
-    counter = FlopCounterMode(display=False)
+    # The counter does not know the processor's fused attention.
+    own = {aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+    counter = FlopCounterMode(display=False, custom_mapping=own)
     if skip:
         with WithoutProducts(), counter:
             step()

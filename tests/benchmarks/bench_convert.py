@@ -157,51 +157,24 @@ def measured(command: list[str], out: Path) -> dict[str, Any]:
 def one_step(folder: Path) -> dict[str, Any]:
     """Load the file and encode two subjects from random states, then two steps at 512x512 through
     the nodes with a random SDXL U-Net, each subject in its half, and two without."""
-    from speed.setting import core, host, make_unet, start_host
+    from speed.setting import Laps, core, host, make_unet, random_picture, start_host, two_steps
 
     start_host()
     router, apply = host("nodes.route").SubjectRouter, host("nodes.apply").ApplyAnyStory
-    encoder, preprocess = core("subject.encoder"), core("subject.preprocess")
-    make = torch.Generator().manual_seed(1)
-    times: dict[str, Any] = {}
-    clock = time.perf_counter()
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=make).bfloat16()
-
-    def lap(name: str) -> None:
-        nonlocal clock
-        times[name], clock = round(time.perf_counter() - clock, 2), time.perf_counter()
-
+    encode_subject = core("subject.encoder").encode_subject
+    laps = Laps()
     with torch.inference_mode():
         anystory = host("nodes.host.managed").ManagedAnyStory(
             host("nodes.bases").load_weights(folder / "out.safetensors"), "random"
         )
-        lap("load s")
+        laps.lap("load")
         config = anystory.model.config
-        side = config.reference.size // config.reference.latent_stride
-        grounding = config.clip_branch.grounding
-        clip = 1, config.clip.tokens, config.clip.width
-        mask = torch.zeros(1, 512, 512)
-        mask[:, 100:400, 150:380] = 1
-        views = preprocess.prepare_views(torch.rand(1, 512, 512, 3, generator=make), mask, config)
         subjects = [
-            encoder.encode_subject(
-                anystory.model,
-                views,
-                encoder.PictureStates(
-                    clip=normal(*clip),
-                    background=torch.zeros(clip).bfloat16(),
-                    latents=normal(1, config.unet.in_channels, side, side),
-                    phrase=None if grounding is None else normal(grounding.phrase_dim),
-                ),
-                label=label,
-            )
-            for label in ("dog", "cat")
+            encode_subject(anystory.model, *random_picture(config, number), label=label)
+            for number, label in enumerate(("dog", "cat"), 1)
         ]
-        lap("encode s")
+        laps.lap("encode")
         unet = make_unet(config)
-        lap("model s")
         left, right = torch.zeros(1, 512, 512), torch.zeros(1, 512, 512)
         left[:, :, :256], right[:, :, 256:] = 1, 1
         routing = router.execute(
@@ -209,31 +182,12 @@ def one_step(folder: Path) -> dict[str, Any]:
             subject_2=subjects[1], mask_2=right,
         ).args[0]  # fmt: skip
         applied, maps = apply.execute(unet, routing).args
-        words = [
-            [
-                torch.randn(1, 77, config.unet.context_dim, generator=make),
-                {"pooled_output": torch.randn(1, 1280, generator=make)},
-            ]
-        ]
-        latent = torch.zeros(1, 4, 64, 64)
-        noise = torch.randn(latent.shape, generator=make)
-        drawn: list[Tensor] = []
-        for name, model in (("plain", unet), ("two subjects", applied)):
-            clock = time.perf_counter()
-            drawn.append(
-                host("comfy.sample").sample(
-                    model, noise, 2, 7.0, "euler", "normal", words, words, latent,
-                    disable_pbar=True,
-                )
-            )  # fmt: skip
-            lap(f"two steps, {name}, s")
-    plain, ours = drawn
-    return {
-        **times,
-        "finite": bool(ours.isfinite().all()),
-        "differs from plain": round(float((ours - plain).norm() / plain.norm()), 4),
-        "shares": [round(share, 3) for share in maps.find(ours).record.shares(0)],
-    }
+        make = torch.Generator().manual_seed(1)
+        states = torch.randn(1, 77, config.unet.context_dim, generator=make)
+        words = [[states, {"pooled_output": torch.randn(1, 1280, generator=make)}]]
+        noise = torch.randn(1, 4, 64, 64, generator=make)
+        laps.lap("model")
+        return two_steps(laps, unet, applied, maps, noise, words, cfg=7.0, scheduler="normal")
 
 
 def main() -> None:

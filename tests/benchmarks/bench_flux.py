@@ -312,7 +312,7 @@ def main() -> None:
     given = parser.parse_args()
     rows = {} if given.count else seconds(tuple(given.blocks), given.side, given.rounds)
     for name, row in count_operations().items():
-        rows[name] = {**rows.get(name, {}), **row}
+        rows.setdefault(name, {}).update(row)
     for name, row in rows.items():
         text = row if isinstance(row, int) else "  ".join(f"{k} {v:.3f}" for k, v in row.items())
         print(f"{name:40} {text}")

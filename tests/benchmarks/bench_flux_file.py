@@ -16,7 +16,6 @@ import dataclasses
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -95,23 +94,17 @@ def flux(host: Any) -> Any:
 
 def one_step(folder: Path) -> dict[str, Any]:
     """Load the file, encode two subjects, and draw with them and without."""
-    from speed.setting import core, host, start_host
+    from speed.setting import Laps, core, host, start_host, two_steps
 
     start_host("use_pytorch_cross_attention")  # the sub-quadratic way takes minutes in bfloat16
     managed = host("nodes.host.managed")
     router, apply = host("nodes.route").SubjectRouter, host("nodes.apply").ApplyAnyStory
-    times: dict[str, Any] = {}
-    clock = time.perf_counter()
-
-    def lap(name: str) -> None:
-        nonlocal clock
-        times[name], clock = round(time.perf_counter() - clock, 2), time.perf_counter()
-
+    laps = Laps()
     with torch.inference_mode():
         model = core("weights.flux").load_flux_model(
             folder / "out.safetensors", operations=managed.OPERATIONS
         )
-        lap("load s")
+        laps.lap("load")
         anystory = managed.ManagedAnyStory(shallow(model, core, managed.OPERATIONS), "random")
         encoding = core("subject.flux")
         subjects = []
@@ -129,9 +122,8 @@ def one_step(folder: Path) -> dict[str, Any]:
                 )
             )
         del model
-        lap("encode s")
+        laps.lap("encode")
         patcher = flux(host)
-        lap("model s")
         routing = router.execute(
             anystory=anystory, mode="learned", subject_1=subjects[0], subject_2=subjects[1]
         ).args[0]
@@ -140,26 +132,10 @@ def one_step(folder: Path) -> dict[str, Any]:
         ).args
         extra = {"pooled_output": torch.randn(1, 768), "guidance": 3.5}
         positive = [[torch.randn(1, 512, 4096), extra]]
-        latent = torch.zeros(1, 16, SIDE // 8, SIDE // 8)
-        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
-        drawn = []
-        for name, each in (("plain", patcher), ("ours", applied)):
-            clock = time.perf_counter()
-            drawn.append(
-                host("comfy.sample").sample(
-                    each, noise, 2, 1.0, "euler", "simple", positive, positive, latent,
-                    disable_pbar=True,
-                )
-            )  # fmt: skip
-            lap(f"two steps, {name}, s")
-    plain, ours = drawn
-    record = maps.find(ours).record
-    return {
-        **times,
-        "finite": bool(ours.isfinite().all()),
-        "differs from plain": round(float((ours - plain).norm() / plain.norm()), 4),
-        "shares": [round(share, 3) for share in record.shares(0)],
-    }
+        shape = 1, 16, SIDE // 8, SIDE // 8
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        laps.lap("model")
+        return two_steps(laps, patcher, applied, maps, noise, positive, cfg=1.0, scheduler="simple")
 
 
 def main() -> None:

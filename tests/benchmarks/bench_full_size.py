@@ -25,28 +25,10 @@ STEPS = 2
 
 
 def encode(anystory: Any, number: int) -> Any:
-    """A subject from a random picture; CLIP states and latents are random, as their networks'
-    would be here."""
-    model = anystory.model
-    config, make = model.config, torch.Generator().manual_seed(number)
-    preprocess = core("subject.preprocess")
-    image = torch.rand(1, 512, 512, 3, generator=make)
-    mask = torch.zeros(1, 512, 512)
-    mask[:, 100:400, 150:380] = 1
-    views = preprocess.prepare_views(image, mask, config)
-    tokens = (config.clip.image_size // config.clip.patch_size) ** 2 + 1
-    side = config.reference.size // config.reference.latent_stride
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=make).to(setting.DTYPE)
-
-    encoder = core("subject.encoder")
-    states = encoder.PictureStates(
-        clip=normal(1, tokens, config.clip.width),
-        background=torch.zeros(1, tokens, config.clip.width, dtype=setting.DTYPE),
-        latents=normal(1, config.unet.in_channels, side, side),
-    )
-    return encoder.encode_subject(model, views, states, label=f"subject {number}")
+    """A subject from a random picture."""
+    views, states = setting.random_picture(anystory.model.config, number)
+    encode_subject = core("subject.encoder").encode_subject
+    return encode_subject(anystory.model, views, states, label=f"subject {number}")
 
 
 def main() -> None:

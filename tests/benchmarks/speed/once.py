@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from .setting import DTYPE, ROOT, core, host, make_anystory
+from .setting import DTYPE, ROOT, core, host, make_anystory, random_picture
 from .times import interleave, summary
 
 BLOCK = 16 * 2**20
 
 # Each in a process of its own, which says what it took and what it held at most above its start.
 _MEASURED = """
-import json, resource, sys, time
+import json, sys, time
 sys.path[:0] = {paths!r}
 def resident(line):
     for row in open("/proc/self/status"):
@@ -87,22 +87,9 @@ def encode(repetitions: int) -> dict[str, Any]:
     the ReferenceNet alone, in turn. The states of CLIP and of the VAE are random."""
     config = core("bases.sdxl.config").AnyStoryConfig.sdxl()
     anystory = make_anystory(config, ("subject_encoder", "routing_encoder", "reference_net"))
-    encoder, preprocess = core("subject.encoder"), core("subject.preprocess")
-    make = torch.Generator().manual_seed(6)
-    picture, mask = torch.rand(1, 512, 512, 3, generator=make), torch.zeros(1, 512, 512)
-    mask[:, 100:400, 150:380] = 1
-    views = preprocess.prepare_views(picture, mask, config)
-    side = config.reference.size // config.reference.latent_stride
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=make).to(DTYPE)
-
-    states = encoder.PictureStates(
-        clip=normal(1, config.clip.tokens, config.clip.width),
-        background=normal(1, config.clip.tokens, config.clip.width),
-        latents=normal(1, config.unet.in_channels, side, side),
-    )
-    inside = preprocess.latent_mask(views.mask, (side, side)).to(DTYPE)
+    views, states = random_picture(config, 6)
+    grid = states.latents.shape[-2:]
+    inside = core("subject.preprocess").latent_mask(views.mask, tuple(grid)).to(DTYPE)
     net = anystory.model.reference_net
     whole = host("nodes.host.sdxl.encode")._encode
     steps = {

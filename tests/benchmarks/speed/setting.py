@@ -156,6 +156,66 @@ def make_subject(config: Any, number: int) -> Any:
     )
 
 
+def random_picture(config: Any, number: int) -> tuple[Any, Any]:
+    """Views and states of a random picture with a mask, as Encode Subject has them: CLIP states and
+    latents are random, the phrase, too, where the weights read one."""
+    make = torch.Generator().manual_seed(number)
+    preprocess = core("subject.preprocess")
+    mask = torch.zeros(1, 512, 512)
+    mask[:, 100:400, 150:380] = 1
+    views = preprocess.prepare_views(torch.rand(1, 512, 512, 3, generator=make), mask, config)
+    side = config.reference.size // config.reference.latent_stride
+    grounding = config.clip_branch.grounding
+    clip = 1, config.clip.tokens, config.clip.width
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=make).to(DTYPE)
+
+    states = core("subject.encoder").PictureStates(
+        clip=normal(*clip),
+        background=torch.zeros(clip, dtype=DTYPE),
+        latents=normal(1, config.unet.in_channels, side, side),
+        phrase=None if grounding is None else normal(grounding.phrase_dim),
+    )
+    return views, states
+
+
+class Laps:
+    """Seconds of one thing after the other, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """What has ended now; the next begins."""
+        now = time.perf_counter()
+        self.seconds[f"{name} s"], self._start = round(now - self._start, 2), now
+
+
+def two_steps(
+    laps: Laps, plain: Any, applied: Any, maps: Any, noise: Tensor, words: Any, **settings: Any
+) -> dict[str, Any]:
+    """Two steps of a plain model and of an applied one, whose runs ``maps`` has, and how they
+    compare. ``settings`` of the host's sampling: cfg, scheduler."""
+    latent, drawn = torch.zeros_like(noise), list[Tensor]()
+    for name, model in (("plain", plain), ("two subjects", applied)):
+        drawn.append(
+            host("comfy.sample").sample(
+                model, noise, 2, sampler_name="euler", positive=words, negative=words,
+                latent_image=latent, disable_pbar=True, **settings,
+            )
+        )  # fmt: skip
+        laps.lap(f"two steps, {name},")
+    one, other = drawn
+    return {
+        **laps.seconds,
+        "finite": bool(other.isfinite().all()),
+        "differs from plain": round(float((other - one).norm() / one.norm()), 4),
+        "shares": [round(share, 3) for share in maps.find(other).record.shares(0)],
+    }
+
+
 class FixedRoutes:
     """The router does all its work; then its answer gives way to regions of known sizes.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,16 +38,17 @@ def prepare_front_end(version: str, interpreter: Path) -> Path:
     folder = STATE / "front_ends" / version
     if not folder.exists():
         say(f"getting the editor {version}")
-        partial = folder.with_name(f"{version}.{os.getpid()}.partial")  # others may do the same
         package = f"comfyui-frontend-package=={version}"
         pip = [str(interpreter), "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
-        run([*pip, "--quiet", "--target", str(partial), package], f"installation of {package}")
-        try:
-            partial.rename(folder)
-        except OSError:
-            shutil.rmtree(partial)
-            if not folder.exists():
-                raise
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
+            made = Path(partial) / version
+            run([*pip, "--quiet", "--target", str(made), package], f"installation of {package}")
+            try:
+                made.rename(folder)
+            except OSError:
+                if not folder.exists():  # another process was first
+                    raise
     return folder / "comfyui_frontend_package" / "static"
 
 

@@ -66,8 +66,8 @@ def read_into(path: str | os.PathLike[str], targets: Mapping[str, Tensor]) -> No
         for name in sorted(entries, key=lambda name: entries[name]["data_offsets"]):
             target, dtype = targets[name].detach(), FLOATS[entries[name]["dtype"]]
             direct = target.dtype == dtype and target.device.type == "cpu"
-            whole = target if direct and target.is_contiguous() else None
-            read = torch.empty(target.shape, dtype=dtype) if whole is None else whole
+            direct = direct and target.is_contiguous()
+            read = target if direct else torch.empty(target.shape, dtype=dtype)
             view = memoryview(cast(Any, read.view(-1).view(torch.uint8)).numpy())
             file.seek(begin + entries[name]["data_offsets"][0])
             while len(view):
@@ -75,7 +75,7 @@ def read_into(path: str | os.PathLike[str], targets: Mapping[str, Tensor]) -> No
                 if not count:
                     raise ValueError(f"it ends inside of tensor {name}")
                 view = view[count:]
-            if whole is None:
+            if not direct:
                 target.copy_(read)
 
 

@@ -103,7 +103,8 @@ class Evaluation:
     masked: frozenset[Any] = frozenset()  # uuids of conds that act inside a mask
     latent: tuple[int, int, int] | None = None  # batch size, height and width; None: unknown
     rows: tuple[int, ...] = ()  # of the run's batch, those that the latent shows; none: unknown
-    timestep: Tensor | None = None  # (B,) noise levels, on the device; the same for all rows
+    # (B,) noise levels, on the device; the same for all rows
+    timestep: Tensor | None = field(default=None, compare=False, repr=False)
     sigma: float = math.nan  # that level
     shown: set[Any] = field(default_factory=set, compare=False)  # kinds of the calls so far
 

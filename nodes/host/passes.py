@@ -74,10 +74,11 @@ class RunPasses:
 
     def evaluation(self, options: dict[str, Any]) -> Evaluation:
         """The one that a call is part of."""
-        unknown = Evaluation(
+        if EVALUATION_KEY in options:
+            return options[EVALUATION_KEY]
+        return Evaluation(
             recorded=(0, self.roles.first_positive), rows=tuple(range(self.record.rows))
         )
-        return options.get(EVALUATION_KEY, unknown)
 
     def sigma(self, options: dict[str, Any]) -> float:
         """The noise level of a call. To read it waits for the device, so it is read once for all

@@ -22,6 +22,7 @@ def test_one_pool_is_gone_through_in_a_new_order_each_time() -> None:
     epochs = [drawn[i : i + 10] for i in (0, 10, 20)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert epochs[1] == np.random.default_rng((3, 2, 0, 1)).permutation(10).tolist()
     assert [Order(pools(10), [1.0], 4).position(p) for p in range(10)] != epochs[0]
 
 

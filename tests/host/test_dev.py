@@ -60,6 +60,14 @@ def read_until(process: subprocess.Popen[str], words: str) -> None:
         text += character
 
 
+def wait_for_the_host(clone: Path) -> None:
+    """dev.py speaks before it starts the host, which is the clone's second process."""
+    end = time.monotonic() + 60
+    while len(list(of_clone(clone))) < 2:
+        assert time.monotonic() < end, "no host within a minute"
+        time.sleep(0.05)
+
+
 def assert_all_end(process: subprocess.Popen[str], clone: Path) -> None:
     assert process.wait(timeout=60) == 130
     end = time.monotonic() + 10
@@ -114,7 +122,7 @@ def test_an_interrupt_leaves_no_process(
 ) -> None:
     process = start(clone, variables, command)
     read_until(process, words)
-    assert len(list(of_clone(clone))) >= 2  # dev.py and the host
+    wait_for_the_host(clone)
     process.send_signal(number)
     assert_all_end(process, clone)
 

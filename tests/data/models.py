@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -20,10 +23,33 @@ TEMPLATE = (
 )
 
 
-def write_qwen2_vl(folder: Path) -> None:
+@dataclass(frozen=True)
+class Qwen2VLSizes:
+    """Widths of Qwen2-VL; ``vocabulary`` counts words that no text uses, beside the letters."""
+
+    text: Mapping[str, Any]
+    vision: Mapping[str, Any]
+    most_pixels: int
+    vocabulary: int = 0
+    dtype: torch.dtype = torch.float32
+
+
+TOY = Qwen2VLSizes(
+    text={
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2,
+        "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [2, 3, 3]},
+    },
+    vision={"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 32, "mlp_ratio": 2},
+    most_pixels=4 * 56 * 56,
+)  # fmt: skip
+
+
+def write_qwen2_vl(folder: Path, sizes: Qwen2VLSizes = TOY) -> None:
     """Qwen2-VL whose words are single letters."""
     torch.manual_seed(0)
     letters = [*bytes_to_unicode().values(), *SPECIAL]
+    letters += [f"unused {number}" for number in range(sizes.vocabulary)]
     tokenizer = transformers.Qwen2Tokenizer(
         vocab={letter: i for i, letter in enumerate(letters)},
         merges=[],
@@ -31,29 +57,28 @@ def write_qwen2_vl(folder: Path) -> None:
     )
     number = {name: int(tokenizer.convert_tokens_to_ids(name)) for name in SPECIAL}
     processor = transformers.Qwen2VLProcessor(
-        transformers.Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=4 * 56 * 56),
+        transformers.Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=sizes.most_pixels),
         tokenizer,
         transformers.Qwen2VLVideoProcessor(),
         chat_template=TEMPLATE,
     )
     text = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64,
-        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
-        "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [2, 3, 3]},
-        "bos_token_id": number["<|im_start|>"], "eos_token_id": number["<|im_end|>"],
+        **sizes.text,
+        "vocab_size": len(tokenizer),
+        "bos_token_id": number["<|im_start|>"],
+        "eos_token_id": number["<|im_end|>"],
         "pad_token_id": number["<|endoftext|>"],
-    }  # fmt: skip
+    }
     config = transformers.Qwen2VLConfig(
         text_config=text,
-        vision_config={
-            "depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 32, "mlp_ratio": 2
-        },
+        vision_config=dict(sizes.vision),
         image_token_id=number["<|image_pad|>"],
         video_token_id=number["<|video_pad|>"],
         vision_start_token_id=number["<|vision_start|>"],
         vision_end_token_id=number["<|vision_end|>"],
-    )  # fmt: skip
-    transformers.Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
+    )
+    model = transformers.Qwen2VLForConditionalGeneration(config).to(sizes.dtype)
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 

@@ -51,19 +51,25 @@ def naive_scores(mean: Tensor, grid: tuple[int, int]) -> Tensor:
 def test_two_blocks_against_the_equations(
     grid: tuple[int, int], candidates: int, seed: int
 ) -> None:
-    """Grids whose longer side is the module's own, so that nothing is resized. The first subject
-    is too far ahead to be caught up with."""
-    first, second = (maps(grid, candidates, rows=1, seed=seed + k) for k in (0, 1))
+    """Grids whose longer side is the module's own, so that nothing is resized. In the first row a
+    subject is too far ahead to be caught up with, in the second some places have one subject, which
+    has nobody to agree with there."""
+    first, second = (maps(grid, candidates, seed=seed + k) for k in (0, 1))
+    alone = torch.rand(math.prod(grid), generator=torch.Generator().manual_seed(seed)) < 0.2
     for block in (first, second):
-        block[:, 0] *= 30
+        block[0, 0] *= 30
+        block[1, -1] *= 20  # so that all of its subjects are far behind the first row's
+        block[1, 1:-1, alone] = 0
         block /= block.sum(dim=1, keepdim=True)
     agreement = Agreement()
     agreement.settle(1, first, grid)
     settled = agreement.settle(2, second, grid)
-    shares = (8 * naive_scores((first[0] + second[0]) / 2, grid)).softmax(dim=0)
-    assert torch.allclose(settled[0, -1], second[0, -1])
-    wanted = shares * second[0, :-1].sum(dim=0)
-    assert torch.allclose(settled[0, :-1], wanted, atol=1e-9)
+    assert torch.allclose(settled[:, -1], second[:, -1])
+    for row in (0, 1):
+        scores = naive_scores((first[row] + second[row]) / 2, grid)
+        scores = scores.masked_fill(second[row, :-1] == 0, -math.inf)
+        wanted = (8 * scores).softmax(dim=0) * second[row, :-1].sum(dim=0)
+        assert torch.allclose(settled[row, :-1], wanted, atol=1e-9)
 
 
 def test_blocks_of_other_sizes_meet_on_one_grid() -> None:

@@ -21,7 +21,7 @@ from anystory_core.subject.grounding import Box, GroundedQFormer, check_phrases,
 from anystory_core.subject.preprocess import CLIP_MEAN, CLIP_STD, prepare_views, views_of
 from anystory_core.training.initial import with_ip_adapter_sizes
 from anystory_core.weights.checkpoint import load_model
-from anystory_core.weights.convert.adapters import BIG_G, open_adapter
+from anystory_core.weights.convert.adapters import BIG_G, Adapter, open_adapter
 from anystory_core.weights.convert.plan import plan_tensors
 
 from .decoupled import (
@@ -280,7 +280,7 @@ def test_full_size(tmp_path, monkeypatch) -> None:
     source = type("Meta", (), {})()
     source.name, source.shapes, source.files = "ms_adapter.bin", names, ()
     source.check_floats = lambda keys: None
-    adapter = open_adapter.__globals__["Adapter"](source, "MS-Diffusion")
+    adapter = Adapter(source, "MS-Diffusion")
     full = adapter.config(AnyStoryConfig.sdxl())
     assert full.clip == BIG_G and full.subject_qformer == config.subject_qformer
     assert full.clip_branch.grounding == GroundingConfig()

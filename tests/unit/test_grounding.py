@@ -21,7 +21,7 @@ from anystory_core.subject.grounding import Box, GroundedQFormer, check_phrases,
 from anystory_core.subject.preprocess import CLIP_MEAN, CLIP_STD, prepare_views, views_of
 from anystory_core.training.initial import with_ip_adapter_sizes
 from anystory_core.weights.checkpoint import load_model
-from anystory_core.weights.convert.adapters import BIG_G, Adapter, open_adapter
+from anystory_core.weights.convert.adapters import BIG_G, Adapter
 from anystory_core.weights.convert.plan import plan_tensors
 
 from .decoupled import (

@@ -125,12 +125,37 @@ def test_soft_maps_come_together_and_are_nobody_elses() -> None:
 
 
 def test_maps_of_another_grid_are_not_mixed() -> None:
-    record = new(8.0, 0.0, rows=2)
+    record = new(8.0, 0.0, rows=2, keep_soft=True)
     call(record, 8.0, rows=(0, 1))
     ids = torch.ones(1, 4, dtype=torch.uint8)
-    record.call(8.0, (True, True), (1,)).record(1, ids, (2, 2), torch.zeros(1, 3, 4))
+    record.call(8.0, (True, True), (1,)).record(1, ids, (2, 2), torch.ones(1, 3, 4))
     (level,) = record.levels
     assert level.map(1, 0) is None and level.map(1, 1) is not None
+    assert torch.equal(level.soft[1], torch.stack((torch.zeros(3, 4), torch.ones(3, 4))).half())
+
+
+@pytest.mark.parametrize("sigma", [14.0, 0.03])
+def test_what_is_one_level(sigma: float) -> None:
+    """Up to a ten-thousandth of it, whatever its size; steps begin at levels up to that, too."""
+    record = new(2 * sigma, sigma, 0.0)
+    for shown in (sigma, sigma * (1 - 0.9e-4), sigma * (1 + 0.9e-4)):
+        call(record, shown)
+    assert [level.step for level in record.levels] == [1]
+    call(record, sigma * (1 - 1.2e-4))
+    call(record, sigma * (1 + 1.2e-4))
+    assert [level.step for level in record.levels] == [0, 1, 1]
+
+
+def test_masks_have_the_outlines_of_enlarged_votes() -> None:
+    """Bilinear between the centres of tokens: the border of equal votes lies between them."""
+    record = new(8.0, 0.0)
+    ids = torch.tensor([[0, 1, 1, 0, 2, 2]], dtype=torch.uint8)
+    record.call(8.0, (True, True), (0,)).record(1, ids, GRID, torch.zeros(1, 3, 6))
+    masks = record.masks(0, (16, 24))
+    assert masks.shape == (2, 16, 24)
+    borders = masks[:, [0, -1]]  # above and below the centres, where rows do not mix
+    assert torch.equal(borders[0], (torch.arange(24) < 8).float().expand(2, 24))
+    assert torch.equal(borders[1, 0], (torch.arange(24) >= 8).float()) and not borders[1, 1].any()
 
 
 def test_a_level_outside_of_all_windows_is_blank() -> None:

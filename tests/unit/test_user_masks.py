@@ -6,6 +6,8 @@ from typing import cast
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from anystory_core.bases.base import Site
@@ -60,6 +62,24 @@ def test_each_row_takes_the_mask_that_its_crop_names() -> None:
     assert bool((half == 0).all())
 
 
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_crop_of_a_mask_is_every_pixel_that_it_touches(data: st.DataObject) -> None:
+    """Of a mask of any size against the latent's, and one pixel at least."""
+    full, size = ((data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))) for _ in "ab")
+    begin = [data.draw(st.integers(0, side - 1)) for side in full]
+    length = [data.draw(st.integers(1, f - b)) for f, b in zip(full, begin, strict=True)]
+    crop = Crop(*begin, *length, *full)
+    touched = [
+        [r for r in range(n) if (r + 1) * f > b * n and r * f < (b + c) * n]
+        for n, f, b, c in zip(size, full, begin, length, strict=True)
+    ]
+    mask = torch.arange(size[0] * size[1]).reshape(size)
+    assert torch.equal(crop.narrow(mask), mask[touched[0]][:, touched[1]])
+    beyond = Crop(*full, 1, 1, *full)
+    assert beyond.narrow(mask).tolist() == [[int(mask[-1, -1])]]
+
+
 @pytest.mark.parametrize("exclusive", [False, True])
 def test_masks_that_are_empty_or_faint(exclusive: bool) -> None:
     masks = {"mask_1": LEFT, "mask_2": 0 * LEFT, "mask_5": 0.49 * RIGHT, "mask_6": RIGHT}
@@ -85,6 +105,33 @@ def test_masks_under_others() -> None:
     three = {"mask_1": LEFT, "mask_2": RIGHT, "mask_3": RIGHT}
     lost = lost_subjects(three, exclusive=True)
     assert list(lost) == ["mask_3"] and "under mask_2" in lost["mask_3"]
+
+
+def test_masks_of_several_sizes_meet_on_the_largest() -> None:
+    """By the number of places, not by a side; the size of a batch is no side. A place that only the
+    largest size has is one."""
+    tall, wide = torch.full((9, 2), 0.8), torch.zeros(4, 6)
+    wide[:, 0], wide[:, 1] = 0.6, 1
+    assert over(tall, wide) == {}
+    wide, tall = torch.full((2, 5), 0.8), torch.full((8, 4), 0.6)
+    tall[1] = 1
+    assert over(wide, tall) == {}
+    between = torch.zeros(9, 2)
+    between[1] = 1  # which the larger size passes over: not under another mask
+    assert over(between, torch.ones(4, 6)) == {}
+    batch = torch.zeros(30, 2, 2)
+    batch[:, 0, 0] = 1
+    assert over(batch, wide) == {} and list(over(batch, 0.5 * batch[0])) == ["mask_2"]
+    fine = torch.ones(8, 8)
+    fine[3, 3] = 0
+    hole = torch.zeros(8, 8)
+    hole[3, 3] = 1
+    assert over(fine, hole) == {} and list(over(torch.ones(2, 2), hole)) == ["mask_2"]
+
+
+def test_one_mask_alone_lies_under_nobody() -> None:
+    half = 0.5 * LEFT
+    assert lost_subjects({"mask_1": half}, exclusive=True) == {}
 
 
 def test_a_place_in_one_picture_is_a_place() -> None:

@@ -50,7 +50,17 @@ def test_masks_are_disjoint_and_follow_the_largest() -> None:
     assert masks[0, 0, 0] == 1 and masks[1, 15, 15] == 1 and masks[:, 0, 15].sum() == 0
 
 
+def test_outlines_lie_between_the_centres_of_tokens() -> None:
+    maps = torch.eye(3)[:, None]  # three tokens in a row, one a candidate
+    masks = segment.masks_of(maps, (4, 24))
+    for i, mask in enumerate(masks):
+        wanted = (torch.arange(24) // 8 == i).float()
+        assert torch.equal(mask, wanted.expand(4, 24))
+
+
 def test_iou_against_sets() -> None:
+    half = torch.full((1, 2, 2), 0.5)  # no place is half found
+    assert segment.iou(half, torch.ones(1, 2, 2)) == segment.iou(torch.ones(1, 2, 2), half) == (0,)
     generator = torch.Generator().manual_seed(1)
     found, true = (torch.rand(4, 9, 7, generator=generator) > 0.5 for _ in range(2))
     found[3] = true[3] = False
@@ -66,6 +76,12 @@ def test_the_ceiling_is_one_on_the_masks_own_grid_and_less_on_a_coarser_one() ->
     assert segment.ceiling(true, (16, 16)) == (1.0, 1.0)
     coarse = segment.ceiling(true, (8, 8))
     assert all(0.5 < value < 1 for value in coarse)
+    tall = torch.zeros(1, 8, 4)
+    tall[:, 1:7, :3] = 1
+    assert segment.ceiling(tall, (8, 4)) == (1.0,)
+    one = torch.zeros(1, 8, 8)
+    one[0, 0, 0] = 1  # a quarter of a token: the nearest place would be all of it
+    assert segment.ceiling(one, (4, 4)) == (0.0,)
 
 
 def test_noises_depend_on_the_seed_alone() -> None:

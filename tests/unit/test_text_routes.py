@@ -16,7 +16,7 @@ from anystory_core.injection.call import Call, Recording, Shown
 from anystory_core.injection.keys import Candidates, KeyValue
 from anystory_core.injection.prepare import PreparedSubjects, SiteConditions
 from anystory_core.injection.rows import Rows
-from anystory_core.routing.grids import Grid
+from anystory_core.routing.grids import Crop, Grid
 from anystory_core.routing.sources import MaskRoutes
 from anystory_core.routing.words import TextRoutes, Texts
 from anystory_core.training.hosts.unet import dense_attention
@@ -259,6 +259,63 @@ def test_kinds_of_calls_do_not_mix(kinds: tuple[str | None, str | None]) -> None
             assert torch.equal(got, wanted)
     first, second = (routed([0])[0], routed([0, 2])[2])
     assert not torch.equal(first[1], second[1])
+
+
+def test_the_finest_grid_has_the_most_places() -> None:
+    """Whichever way a grid lies: the mean of a block on (2, 9) and one on (5, 4) is on the latter,
+    and stays there."""
+    words = Words(9, (2, 3))
+    routes = TextRoutes(words.texts(), SITES)
+    make = torch.Generator().manual_seed(3)
+    for order in (((2, 9), (5, 4)), ((5, 4), (2, 9)), ((9, 2), (4, 5)), ((4, 5), (9, 2))):
+        memory = routes.memory(order)
+        for grid in order:
+            q = torch.randn(1, grid[0] * grid[1], SITES[0].channels, generator=make)
+            routes.maps_of_query(SITES[0], q, grid, (), memory)
+        assert memory.mean is not None and memory.mean.grid in ((5, 4), (4, 5))
+
+
+def test_a_call_that_runs_again_begins_where_it_had_begun() -> None:
+    words = Words(10, (2, 3))
+    routes = TextRoutes(words.texts(), SITES)
+    make = torch.Generator().manual_seed(4)
+    queries = [torch.randn(1, 6, SITES[0].channels, generator=make) for _ in range(3)]
+
+    def call(q: Tensor, *, again: bool = False) -> Tensor:
+        memory = routes.memory("kind", again=again)
+        return routes.maps_of_query(SITES[0], q, (2, 3), (), memory).maps
+
+    call(queries[0])
+    call(queries[1])
+    wanted = call(queries[2])
+    routes.of_run(None)  # another run's memories are its own
+    again = call(queries[2], again=True)
+    assert torch.equal(again, wanted)
+    other = TextRoutes(words.texts(), SITES)
+    other.maps_of_query(SITES[0], queries[0], (2, 3), (), other.memory("kind"))
+    swapped = other.maps_of_query(
+        SITES[0], queries[2], (2, 3), (), other.memory("kind", again=True)
+    )
+    alone = TextRoutes(words.texts(), SITES)
+    first = alone.maps_of_query(SITES[0], queries[2], (2, 3), (), alone.memory("kind"))
+    assert torch.equal(swapped.maps, first.maps)
+
+
+@pytest.mark.parametrize("block", [0, SITES[-1].index])
+def test_rows_that_see_parts_have_the_masks_of_their_parts(block: int) -> None:
+    """Before a chosen block has run, too, when all is the background's."""
+    masks = torch.zeros(2, 4, 4)
+    masks[0, :, :2], masks[1, :, 2:] = 1, 1
+    words = Words(11, (2, 3))
+    routes = TextRoutes(words.texts(), SITES, masks=MaskRoutes(tuple(masks)), block=block)
+    crops = (Crop(0, 0, 4, 2, 4, 4), Crop(0, 2, 4, 2, 4, 4))
+    q = torch.randn(2, 8, SITES[0].channels, generator=torch.Generator().manual_seed(5))
+    soft = routes.maps_of_query(SITES[0], q, (4, 2), crops, routes.memory(None))
+    assert soft.grid == (4, 2) and soft.maps.shape == (2, 3, 8)
+    for maps in (soft.maps, routes.resize(soft, (4, 2), crops).maps):
+        assert not maps[0, 1].any() and not maps[1, 0].any()
+        assert bool((maps[:, 2] > 0).all())
+        assert bool(maps[0, 0].any()) == bool(maps[1, 1].any()) == (block == 0)
 
 
 def test_masks_confine_the_words() -> None:

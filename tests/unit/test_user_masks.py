@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anystory_core.bases.base import Site
 from anystory_core.errors import RoutingError, SubjectError
-from anystory_core.routing.grids import Crop
+from anystory_core.routing.grids import Crop, SoftMaps
 from anystory_core.routing.masks import (
     check_batch,
     check_counts,
@@ -20,7 +20,7 @@ from anystory_core.routing.masks import (
     lost_subjects,
     mask_of,
 )
-from anystory_core.routing.sources import MaskRoutes
+from anystory_core.routing.sources import LearnedRoutes, MaskRoutes, SingleRoute
 from anystory_core.subject.subject import EASINGS, SubjectOptions
 
 LEFT = torch.tensor([[1.0, 1.0, 0.0, 0.0]]).repeat(4, 1)
@@ -60,6 +60,48 @@ def test_each_row_takes_the_mask_that_its_crop_names() -> None:
     part = Crop(0, 2, 4, 2, 4, 4, 1)  # the right half of the second picture
     half = routes.maps(SITE, z[:1, :8], (4, 2), (part,)).maps.argmax(dim=1)
     assert bool((half == 0).all())
+
+
+def test_maps_are_confined_row_by_row() -> None:
+    """Rows that see parts of pictures that have masks of their own; a place of which its subjects
+    keep nothing is the background's, whole."""
+    routes = MaskRoutes((torch.stack((LEFT, RIGHT)), 0.5 * LEFT))
+    crops = (Crop(0, 0, 4, 2, 4, 4, 0), Crop(0, 1, 4, 2, 4, 4, 1), whole(1))
+    grid = (4, 2)
+    inside = torch.zeros(3, 2, 4, 2)
+    inside[0] = 1  # the left half of the first picture: both masks, the second at 0.5
+    inside[1, 0, :, 1] = 1  # the middle of the second picture
+    inside[1, 1, :, 0] = 1
+    inside[2, 0, :, 1] = 1
+    inside[2, 1, :, 0] = 1
+    given_maps = torch.rand(3, 3, 8, generator=torch.Generator().manual_seed(3)) + 0.1
+    given_maps[:, -1, ::2] = 0
+    given_maps[:, 0] = 0  # so that only the second subject has anything to lose
+    wanted = given_maps.clone().reshape(3, 3, 4, 2)
+    wanted[:, :2] *= inside
+    wanted[:, 2][wanted.amax(dim=1) == 0] = 1
+    for confine in (
+        lambda soft: routes.confine(soft, crops),
+        lambda soft: LearnedRoutes({}, 3, routes).resize(soft, grid, crops),
+    ):
+        soft = confine(SoftMaps(given_maps, grid))
+        assert soft.grid == grid and torch.equal(soft.maps, wanted.flatten(2))
+    allowed = routes.allowed(grid, crops, torch.device("cpu"))
+    assert torch.equal(allowed[:, :2], inside.flatten(2).bool()) and bool(allowed[:, 2].all())
+    assert torch.equal(
+        routes.allowed(grid, (), torch.device("cpu"))[0, 0], LEFT[:, ::2].flatten() > 0
+    )
+    weights = inside.flatten(2)
+    weights[:, 1] *= 0.5
+    carried = routes.resize(SoftMaps(given_maps, (8, 4)), grid, crops)
+    assert carried.grid == grid and torch.equal(carried.maps[:, :2], weights)
+    assert torch.equal(carried.maps.sum(dim=1).clamp_min(1), 1 + weights[:, 1] * weights[:, 0])
+
+
+def test_a_single_subject_has_every_place() -> None:
+    soft = SingleRoute().maps(SITE, torch.zeros(3, 8, 2), (4, 2), ())
+    assert soft.grid == (4, 2)
+    assert torch.equal(soft.maps, torch.tensor([1.0, 0.0])[:, None].expand(3, 2, 8))
 
 
 @settings(max_examples=200, deadline=None)

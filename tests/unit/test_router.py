@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from anystory_core.bases.sdxl.config import AnyStoryConfig
+from anystory_core.bases.sdxl.sites import build_sites
 from anystory_core.config import RouterConfig
-from anystory_core.routing.router import Router
+from anystory_core.routing.router import Router, Routers
 
 # Folding changes the order of float64 sums only.
 TOLERANCE = 1e-9
@@ -95,3 +97,15 @@ def test_half_precision_keeps_maps_in_float32() -> None:
     r = torch.randn(1, 3, 10).bfloat16()
     logits = router.prepare(r).logits(torch.randn(2, 7, 12).bfloat16())
     assert logits.refined.dtype == torch.float32
+
+
+def test_all_routers_are_made_as_asked() -> None:
+    """In the number type, on the device and of the layers that were named."""
+    sites = build_sites(AnyStoryConfig.mini().unet)
+    made = Routers(
+        RouterConfig(key_dim=8, heads=2), sites, routing_dim=10,
+        operations=torch.nn, dtype=torch.bfloat16, device="meta",
+    )  # fmt: skip
+    assert [index for index, _ in made.items()] == [site.index for site in sites]
+    parameters = list(made.parameters())
+    assert {p.dtype for p in parameters} == {torch.bfloat16} and all(p.is_meta for p in parameters)

@@ -177,6 +177,53 @@ def test_strength_zero_and_absent_give_nothing() -> None:
     assert torch.count_nonzero(case.clip_masked(case.eta)) == 0
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.7, 1.0, 2.0])
+def test_one_candidate_everywhere_is_equation_5(strength: float) -> None:
+    """As unconditional rows have it: one condition at every token, one set of keys for all rows or
+    one for each."""
+    for per_row in (False, True):
+        case = Case(3, 2, 6, 2, per_row)
+        condition = case.conditions[2]
+        assert condition is not None
+        found = injection.clip_everywhere(case.q, condition, strength, ATTEND)
+        for row in range(2):
+            wanted = naive.equation_5(
+                case.q[row],
+                case.text[row],
+                torch.zeros(6, dtype=torch.long),
+                case.of_row([condition], row),
+                [strength],
+                HEADS,
+            )
+            assert torch.allclose(case.text[row] + found[row], wanted, atol=TOLERANCE)
+        nothing = injection.clip_everywhere(case.q, None, strength, ATTEND)
+        assert nothing.shape == case.q.shape and not nothing.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_text_gate_is_one_on_average(dtype: torch.dtype) -> None:
+    """In float32 at least, whatever the attention's number type and the file's."""
+    make = torch.Generator().manual_seed(0)
+    text = torch.randn(2, 5, 8, generator=make).to(dtype)
+    weight = torch.randn(1, 8, generator=make)
+    gate = injection.text_gate(text, weight)
+    wanted = torch.tensor(
+        [
+            [
+                1 / (1 + math.exp(-float(token.double() @ weight[0].to(dtype).double())))
+                for token in row
+            ]
+            for row in text
+        ],
+        dtype=torch.float64,
+    )
+    wanted /= wanted.mean(dim=1, keepdim=True)
+    assert gate.dtype == torch.promote_types(dtype, torch.float32) and gate.shape == (2, 5, 1)
+    # bfloat16 rounds the logit, of up to 8, to a 256th of it
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+    assert torch.allclose(gate[..., 0].double(), wanted, atol=tolerance)
+
+
 def test_joined_keys_hold_nothing_twice() -> None:
     case = Case(1, 2, 6, 2, True)
     candidates = Candidates([case.conditions[0], None, case.conditions[2]])

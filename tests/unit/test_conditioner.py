@@ -167,6 +167,14 @@ def test_idle() -> None:
     assert run.is_idle((False, False)) and not run.is_idle((False, True))
     silent = world.run(strengths=(0.0, 0.0, 0.0), biases=(-math.inf,) * 3)
     assert silent.is_idle((True, True))
+    off = (0.0,) * 3, (-math.inf,) * 3
+    for number in range(2):  # a little of one subject's concept, or of its reference, is something
+        concept, reference = list(off[0]), list(off[1])
+        concept[number], reference[number] = 0.1, math.log(0.1)
+        for strengths, biases in ((concept, off[1]), (off[0], reference)):
+            faint = world.run(strengths=tuple(strengths), biases=tuple(biases))
+            assert not faint.is_idle((1.0, 1.0)) and not faint.is_idle((0.1, 0.1))
+            assert faint.is_idle((0.0, 1.0) if number == 0 else (1.0, 0.0))
 
 
 def test_recorder_gets_the_asked_rows() -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from anystory_core.bases.flux.windows import full_steps, sigma_window
+from anystory_core.errors import RoutingError
+from anystory_core.injection.prepare import Timing
 
 SHIFT = 0.63
 
@@ -51,3 +53,19 @@ def test_a_late_run_counts_the_steps_of_the_whole(denoise: float, steps: int) ->
     whole = int(steps / denoise)
     levels = schedule(whole)[-(steps + 1) :]
     assert full_steps(steps, levels[0], to_sigma) == whole
+
+
+@pytest.mark.parametrize("value", [-0.01, 1.01, math.nan])
+def test_times_that_are_no_fractions_are_refused(value: float) -> None:
+    for timing in (
+        {"concept": (value, 1.0)}, {"concept": (0.0, value)}, {"reference_start": value},
+    ):  # fmt: skip
+        with pytest.raises(RoutingError, match=f"timing: got {value}, expected a fraction"):
+            Timing(**timing)
+    with pytest.raises(RoutingError) as caught:
+        Timing(concept=(0.5, 0.25))
+    assert str(caught.value).startswith(
+        "concept_start: got 0.5, after concept_end = 0.25; expected"
+    )
+    edges = Timing(concept=(0.0, 1.0), reference_start=1.0)
+    assert edges.concept == (0.0, 1.0) and Timing(concept=(0.5, 0.5)).reference_start is None

@@ -6,6 +6,7 @@ rows, Q image tokens, T subject tokens, D channels, C candidates (N subjects, th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -118,7 +119,7 @@ Table = TypeVar("Table", bound=Callable[..., Tensor])
 
 
 def _made_once(make: Table) -> Table:
-    """Made once for its arguments; in a compiled model a constant."""
+    """Made once for its arguments; in a compiled model a part of the graph."""
 
     @lru_cache(64)
     def made(*arguments: Any) -> Tensor:
@@ -126,9 +127,11 @@ def _made_once(make: Table) -> Table:
             return make(*arguments)
 
     def table(*arguments: Any) -> Tensor:
-        return made(*arguments)
+        # Results that are assumed constant would all be called after this function, and AOTAutograd
+        # takes each name once.
+        return (make if torch.compiler.is_compiling() else made)(*arguments)
 
-    return cast(Table, cast(Any, torch.compiler).assume_constant_result(table))
+    return cast(Table, table)
 
 
 @_made_once
@@ -139,21 +142,22 @@ def _bias_table(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    table = torch.full((len(lengths), sum(lengths)), -torch.inf, dtype=torch.float64)
+    table = torch.full((len(lengths), sum(lengths)), -math.inf, dtype=dtype, device=device)
     start = 0
     for i, (length, bias) in enumerate(zip(lengths, biases, strict=True)):
-        table[i, start : start + length] = bias
+        if alone and (not length or bias == -math.inf):
+            table[i] = 0
+        else:
+            table[i, start : start + length] = bias
         start += length
-    if alone:
-        table[table.isneginf().all(dim=1)] = 0
-    return table.to(device, dtype)
+    return table
 
 
 @_made_once
 def _strength_table(
     strengths: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    return torch.tensor(strengths, dtype=torch.float64)[:, None].to(device, dtype)
+    return torch.tensor(strengths, dtype=dtype, device=device)[:, None]
 
 
 @dataclass(frozen=True)

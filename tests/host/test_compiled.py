@@ -24,9 +24,9 @@ def counters() -> Iterator[dict[str, Counter[str]]]:
 
 
 def compiled(model: Any) -> Any:
-    """As the host's node does, without the minutes that generating code takes."""
+    """As the host's node does, up to the graph that code is generated from, which takes minutes."""
     out = model.clone()
-    module("comfy_api.torch_helpers").set_torch_compile_wrapper(model=out, backend="eager")
+    module("comfy_api.torch_helpers").set_torch_compile_wrapper(model=out, backend="aot_eager")
     return out
 
 

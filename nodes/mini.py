@@ -92,7 +92,8 @@ def load_unet() -> Any:
         dtype, mm.unet_manual_cast(dtype, load_device, settings.supported_inference_dtypes)
     )
     offload_device = mm.unet_offload_device()
-    model = settings.get_model({}, "", device=offload_device)
+    # The host reads from such names what a network predicts, the noise or v, and on which schedule.
+    model = settings.get_model(weights.marks("unet"), "", device=offload_device)
     _fill(model.diffusion_model, "unet")
     kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     return kind(model, load_device=load_device, offload_device=offload_device)

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..tensor_files import read_tensors
+from ..bases.sdxl.prediction import MARKS
+from ..tensor_files import open_tensors, read_tensors
 from .config import TEXT
 
 FOLDER = Path(__file__).parent / "weights"
@@ -46,10 +47,20 @@ def full_table(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return full
 
 
+def marks(part: str) -> dict[str, Tensor]:
+    """The tensors of a part's file that say what the U-Net predicts; none without a file."""
+    if not path(part).exists():
+        return {}
+    with open_tensors(path(part)) as file:
+        names = set(file.keys())
+        return {name: file.get_tensor(name) for name in MARKS if name in names}
+
+
 def load_state(part: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], bool]:
-    """(state dict, trained?) of a part whose module has these tensors."""
+    """(state dict without :func:`marks`, trained?) of a part whose module has these tensors."""
     if path(part).exists():
         state = read_tensors(path(part))
+        state = {name: tensor for name, tensor in state.items() if name not in MARKS}
         return (full_table(state) if _TOKENS in state else state), True
     return {name: random_tensor(name, shape) for name, shape in shapes.items()}, False
 

@@ -3,6 +3,7 @@ that predicts the noise, by the host's own formulas."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,3 +73,30 @@ def test_a_whole_picture_and_a_segmentation(scene: Scene) -> None:
         noise=1.0, noises=1,
     ).args[0]  # fmt: skip
     assert found.shape == mask.shape and bool(torch.isfinite(found).all())
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v"])
+def test_the_small_models_file_says_what_it_predicts(
+    scene: Scene, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its marks are those that the host knows, and its U-Net's formulas are the host's for them."""
+    core = "anystory_pack.anystory_core"
+    weights = module(f"{core}.mini.weights")
+    marks = module(f"{core}.bases.sdxl.prediction")
+    prediction = marks.Prediction(kind, zero_snr=kind == "v")
+    state = weights.read_tensors(weights.path("unet"))
+    plain = {name: tensor for name, tensor in state.items() if name not in marks.MARKS}
+    written = {**plain, **marks.marks_of_file(prediction)}
+    module(f"{core}.tensor_files").save_tensors(tmp_path / "unet.safetensors", written, {})
+    monkeypatch.setattr(weights, "FOLDER", tmp_path)
+    assert marks.prediction_of_file(weights.marks("unet"), {}) == prediction
+    loaded = module("anystory_pack.nodes.mini").load_unet()
+    host = module("comfy.model_base")
+    assert type(loaded.model) is host.SDXL
+    wanted = host.ModelType.EPS if kind == "epsilon" else host.ModelType.V_PREDICTION
+    assert loaded.model.model_type == wanted
+    # By the schedule of zero terminal SNR the host's last sigma is 4500, by SDXL's own it is 14.6.
+    last = float(loaded.get_model_object("model_sampling").sigma_max)
+    assert (last > 1000) == (kind == "v")
+    for name, tensor in loaded.model.diffusion_model.state_dict().items():
+        assert torch.equal(tensor.cpu(), plain[name].to(tensor.dtype)), name

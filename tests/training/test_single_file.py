@@ -14,7 +14,11 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from anystory_core.bases.sdxl.config import AnyStoryConfig
-from anystory_core.bases.sdxl.prediction import Prediction
+from anystory_core.bases.sdxl.prediction import (
+    Prediction,
+    marks_of_file,
+    prediction_of_file,
+)
 from anystory_core.errors import ModelMismatchError
 from anystory_core.training.hosts.frozen import text_encoder
 from anystory_core.training.hosts.single_file import (
@@ -138,3 +142,10 @@ def test_what_a_file_says_it_predicts(tmp_path: Path) -> None:
         save_file({"x": torch.ones(1), **tensors}, path, metadata=header)
         found = file_prediction(path)
         assert found.kind == "other" and found.mark == mark
+
+
+def test_marks_are_read_back() -> None:
+    for prediction in (Prediction(), Prediction("v"), Prediction("v", zero_snr=True)):
+        assert prediction_of_file(marks_of_file(prediction), {}) == prediction
+    with pytest.raises(ValueError, match="got other, expected epsilon or v"):
+        marks_of_file(Prediction("other"))

@@ -11,9 +11,13 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 Kind = Literal["epsilon", "v", "other"]
 
 _EDM = ("edm_mean", "edm_vpred.sigma_max")  # tensors by which files say so
+_V, _ZERO_SNR = MARKS = ("v_pred", "ztsnr")
 _HEADER = "modelspec.prediction_type"
 _KINDS: dict[str, Kind] = {
     "epsilon": "epsilon", "v": "v", "v_prediction": "v", "v-prediction": "v",
@@ -40,10 +44,19 @@ def prediction_of_file(tensors: Container[str], header: Mapping[str, str]) -> Pr
     for mark in _EDM:
         if mark in tensors:
             return Prediction("other", mark=mark)
-    zero_snr = "ztsnr" in tensors
-    if "v_pred" in tensors:
-        return Prediction("v", zero_snr, "v_pred")
+    zero_snr = _ZERO_SNR in tensors
+    if _V in tensors:
+        return Prediction("v", zero_snr, _V)
     return _of_text(header.get(_HEADER, "epsilon"), zero_snr)
+
+
+def marks_of_file(prediction: Prediction) -> dict[str, Tensor]:
+    """The tensors, empty, by which a single file says this to :func:`prediction_of_file` and to
+    ComfyUI. ValueError for "other", whose noise levels they would have to hold."""
+    if prediction.kind == "other":
+        raise ValueError(f"prediction: got {prediction}, expected epsilon or v")
+    names = [_V] * (prediction.kind == "v") + [_ZERO_SNR] * prediction.zero_snr
+    return {name: torch.zeros(0) for name in names}
 
 
 def prediction_of_scheduler(settings: Mapping[str, Any]) -> Prediction:

@@ -16,16 +16,20 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
 
+from .muon import Muon, is_matrix
+
 CHECKPOINT_SECONDS = 300
+CPU = torch.device("cpu")
+_MUON = 2.0  # its rate is that many times AdamW's
 
 
 @functools.cache
@@ -44,9 +48,15 @@ def half_is_faster() -> bool:
     return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
 
 
-def autocast() -> torch.autocast:
+def accelerator() -> torch.device:
+    """Where what is large runs: the first CUDA device where there is one, else the processor."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device: torch.device = CPU) -> torch.autocast:
     """Autocast to bfloat16 where that is faster."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=half_is_faster())
+    enabled = device.type != "cpu" or half_is_faster()
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def shares() -> tuple[int, int]:
@@ -98,7 +108,12 @@ def _average_gradients(parameters: list[nn.Parameter]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One phase: ``steps`` optimiser steps, cosine learning rate with a short warm-up."""
+    """One phase: ``steps`` optimiser steps, cosine learning rate with a short warm-up.
+
+    ``optimiser``: "muon" updates matrices and convolutions by :class:`~.muon.Muon`, at twice
+    ``learning_rate``, and leaves the rest to AdamW. ``level``: the rate stays what it is for this
+    part of the phase and then falls, so that a long phase can be cut short at no loss before
+    it."""
 
     name: str
     folder: Path
@@ -106,6 +121,8 @@ class Phase:
     learning_rate: float
     seed: int
     weight_decay: float = 0.01
+    optimiser: Literal["adamw", "muon"] = "adamw"
+    level: float = 0.0
     ema: float = 0.0
     log_every: int = 20
 
@@ -117,12 +134,25 @@ class Phase:
     def rate(self, step: int) -> float:
         """Learning rate at a step."""
         warm = min(1.0, (step + 1) / max(1, min(100, self.steps // 20)))
-        return self.learning_rate * warm * (0.02 + 0.98 * _cosine(step / self.steps))
+        falling = max(0.0, step / self.steps - self.level) / (1 - self.level)
+        return self.learning_rate * warm * (0.02 + 0.98 * _cosine(falling))
+
+    def optimisers(self, parameters: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:
+        """Those that update ``parameters`` together."""
+        rate, decay = self.learning_rate, self.weight_decay
+        muon = self.optimiser == "muon"
+        matrices = [p for p in parameters if muon and is_matrix(p)]
+        others = [p for p in parameters if not (muon and is_matrix(p))]
+        made: list[torch.optim.Optimizer] = [Muon(matrices, rate, decay)] if matrices else []
+        if others:
+            adamw = torch.optim.AdamW(others, lr=rate, weight_decay=decay, fused=True)
+            made.append(adamw)
+        return made
 
     def final(self) -> dict[str, Tensor]:
         """The checkpoint's final weights: their average when ``ema`` is set. FileNotFoundError when
         the phase never ran."""
-        state = torch.load(self.state_file, weights_only=True)
+        state = torch.load(self.state_file, map_location="cpu", weights_only=True)
         return state["average" if self.ema else "weights"]
 
     def load(self, modules: nn.Module) -> None:
@@ -139,23 +169,23 @@ class Phase:
         part, parts = shares()
         self.folder.mkdir(parents=True, exist_ok=True)
         parameters = list(modules.parameters())
-        optimiser = torch.optim.AdamW(
-            parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True
-        )
+        optimisers = self.optimisers(parameters)
         average = {k: v.detach().clone() for k, v in modules.state_dict().items()}
         step, spent = 0, 0.0
         if self.state_file.exists():
-            state = torch.load(self.state_file, weights_only=True)
+            state = torch.load(self.state_file, map_location="cpu", weights_only=True)
             modules.load_state_dict(state["weights"])
-            if "optimiser" in state:  # not there when restored from shipped weights
-                optimiser.load_state_dict(state["optimiser"])
-            average, step, spent = state["average"], state["step"], state["seconds"]
+            # Not there when restored from shipped weights.
+            for optimiser, kept in zip(optimisers, state.get("optimisers", ()), strict=False):
+                optimiser.load_state_dict(kept)
+            average = {k: v.to(average[k].device) for k, v in state["average"].items()}
+            step, spent = state["step"], state["seconds"]
         start = last = time.monotonic()
 
         def save() -> None:
             state: dict[str, Any] = {
                 "weights": modules.state_dict(),
-                "optimiser": optimiser.state_dict(),
+                "optimisers": [optimiser.state_dict() for optimiser in optimisers],
                 "average": average,
                 "step": step,
                 "seconds": spent + time.monotonic() - start,
@@ -170,8 +200,10 @@ class Phase:
             generator = torch.Generator().manual_seed(
                 self.seed * 1_000_003 + step + part * 7_919_000_017
             )
-            for group in optimiser.param_groups:
-                group["lr"] = self.rate(step)
+            for optimiser in optimisers:
+                factor = _MUON if isinstance(optimiser, Muon) else 1.0
+                for group in optimiser.param_groups:
+                    group["lr"] = factor * self.rate(step)
             loss = loss_of(step, generator)
             if not bool(loss.isfinite()):  # the checkpoint must stay as it is
                 raise FloatingPointError(f"{self.name}: the loss of step {step} is {float(loss)}")
@@ -179,8 +211,9 @@ class Phase:
             if parts > 1:
                 _average_gradients(parameters)
             nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            for optimiser in optimisers:
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
             step += 1
             total, counted = total + float(loss.detach()), counted + 1
             if part:

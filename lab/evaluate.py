@@ -32,7 +32,7 @@ from anystory_core.weights.model import AnyStoryModel
 from .evaluation import report, rows, segmentation
 from .evaluation.judge import Judge
 from .evaluation.stack import Stack, load_anystory, stack_of_files, stack_of_work
-from .evaluation.tasks import held_out_subjects
+from .evaluation.tasks import held_out_subjects, training_subjects
 from .files.public import converted
 from .stages import WHOLE_FILE
 from .world.emoji import Emoji, download
@@ -95,12 +95,13 @@ def measure_all(
     models: dict[str, AnyStoryModel],
     subjects: Sequence[Emoji],
     judge: Judge,
+    trained: Judge,
     table: Table,
     numbers: range,
     wanted: Sequence[str],
 ) -> None:
     """Every row that ``wanted`` names, or all, of the tasks with these numbers; rows of models that
-    are not there are left out."""
+    are not there are left out. ``trained`` judges the rows of training subjects."""
     known = dict(models)
     for row in rows.DRAWN:
         name = f"{row.subjects} subject{'s' * (row.subjects > 1)}: {row.title}"
@@ -113,7 +114,8 @@ def measure_all(
         sheet = report.Sheet(table.folder / f"{report.slug(name)}.jpg")
 
         def draw(row: rows.Drawn = row, sheet: report.Sheet = sheet) -> rows.Result:
-            return rows.measure_drawn(row, known, stack, judge, numbers, sheet.keep)
+            named_by = trained if row.trained else judge
+            return rows.measure_drawn(row, known, stack, named_by, numbers, sheet.keep)
 
         table.add(name, len(numbers), draw)
     scenes = numbers[:ROUTING_SAMPLES]
@@ -155,12 +157,13 @@ def main() -> None:
     stack = stack_of_files(FOLDER) if given.shipped else stack_of_work(given.work)
     models = find_models(given.work, shipped=given.shipped)
     judge = Judge.load(subjects)
-    eyes = weights_fingerprint(judge.finder, judge.identity)
-    trained = [model.fingerprint for model in models.values()]
-    key = "-".join((str(PICTURE_SIZE), stack.fingerprint, *trained, eyes, str(given.first)))
+    eyes = weights_fingerprint(judge.finder, judge.identity, judge.segmenter)
+    made = [model.fingerprint for model in models.values()]
+    key = "-".join((str(PICTURE_SIZE), stack.fingerprint, *made, eyes, str(given.first)))
     table = Table(given.out, key)
     numbers = range(given.first, given.first + given.samples)
-    measure_all(stack, models, subjects, judge, table, numbers, given.rows)
+    trained = dataclasses.replace(judge, subjects=tuple(training_subjects(given.work / "sources")))
+    measure_all(stack, models, subjects, judge, trained, table, numbers, given.rows)
 
 
 if __name__ == "__main__":

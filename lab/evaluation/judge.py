@@ -15,13 +15,15 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from ..measuring import eye
 from ..measuring.finder import SIZE as SEEN
 from ..measuring.finder import Finder, Found, box_of, find
 from ..measuring.identity import SIZE, Identity, gallery
-from ..measuring.networks import read_networks
+from ..measuring.networks import read_networks, read_segmenter
+from ..measuring.outline import Segmenter, best_overlap, silhouettes
 from ..networks.vae import to_signed
 from ..world.emoji import Emoji
-from ..world.render import render_scene, solid_box
+from ..world.render import UInt8, render_scene, solid_box
 from . import measures
 from .tasks import Task
 
@@ -41,6 +43,9 @@ class Verdict:
     blended: bool
     place_right: bool
     same_pose: bool | None  # one subject only, and only when it is named right
+    # One subject only: the independent eye's answer, and how far the silhouette is the reference's.
+    eye_right: bool | None = None
+    outline: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,23 @@ class Judge:
     def gallery(self) -> Tensor:
         """Unit vectors (subjects,128) of real renders. Made when a picture is first judged, for it
         takes a minute and rows of routing need none."""
+        return gallery(self.identity, self.subjects, self._grounds, _RENDERS, 950_000_000)
+
+    @cached_property
+    def _grounds(self) -> list[UInt8]:
         pool = [[s] for s in self.subjects]
-        grounds = [render_scene(pool, 940_000_000 + i, subjects=0).picture for i in range(40)]
-        return gallery(self.identity, self.subjects, grounds, _RENDERS, 950_000_000)
+        return [render_scene(pool, 940_000_000 + i, subjects=0).picture for i in range(40)]
+
+    @cached_property
+    def segmenter(self) -> Segmenter:
+        """Read when a picture of one subject is first judged."""
+        return read_segmenter()
+
+    @cached_property
+    def _eye(self) -> tuple[eye.Eye, Tensor]:
+        """The eye, and what it knows of the subjects: (subjects,1280)."""
+        seeing = eye.Eye()
+        return seeing, eye.known(seeing, self.subjects, self._grounds, 960_000_000, _ROOM)
 
     @torch.no_grad()
     def embed(self, picture: Tensor, found: Sequence[Found]) -> Tensor:
@@ -77,11 +96,11 @@ class Judge:
         return find(self.finder, seen)[0]
 
     def judge(self, pictures: Tensor, tasks: Sequence[Task]) -> list[Verdict]:
-        """Pictures (B,3,H,W) in [-1,1] of as many tasks; seen at the networks' own size."""
-        pictures = functional.interpolate(pictures, size=(SEEN, SEEN), mode="area")
+        """Pictures (B,3,H,W) in [-1,1] of as many tasks; seen at the networks' own sizes."""
+        whole, pictures = pictures, functional.interpolate(pictures, size=(SEEN, SEEN), mode="area")
         out: list[Verdict] = []
-        for picture, task, (found, place) in zip(
-            pictures, tasks, find(self.finder, pictures), strict=True
+        for number, (picture, task, (found, place)) in enumerate(
+            zip(pictures, tasks, find(self.finder, pictures), strict=True)
         ):
             names: list[int] = []
             mixed, pose = False, None
@@ -92,6 +111,7 @@ class Judge:
             right = bool(names) and names[0] == task.subjects[0]
             if right and len(task.subjects) == 1:
                 pose = self.same_pose(cut(picture, found[0].box), task)
+            alone = len(task.subjects) == 1
             out.append(
                 Verdict(
                     tuple(names),
@@ -100,9 +120,24 @@ class Judge:
                     mixed,
                     place == task.scene.place,
                     pose,
+                    self.seen_right(whole[number], found, task) if alone else None,
+                    self.outline(whole[number], task) if alone else None,
                 )
             )
         return out
+
+    def seen_right(self, picture: Tensor, found: Sequence[Found], task: Task) -> bool:
+        """The independent eye names the warmest found place of a picture (3,H,W), or all of it if
+        none is found, after the task's first subject."""
+        seeing, known = self._eye
+        crop = cut(picture, found[0].box if found else (0.0, 0.0, 1.0, 1.0), eye.SIZE)
+        return measures.top1(seeing(crop[None]), known) == [task.subjects[0]]
+
+    def outline(self, picture: Tensor, task: Task) -> float:
+        """Overlap, 0 to 1, of the silhouette in a picture (3,H,W) with that of the task's first
+        reference in its best pose."""
+        (drawn,) = silhouettes(self.segmenter, picture[None])
+        return best_overlap(drawn, torch.from_numpy(task.references[0][1]))
 
     def same_pose(self, crop: Tensor, task: Task) -> bool:
         """The subject stands as it does in the reference, by the same estimate of both."""
@@ -113,13 +148,13 @@ class Judge:
         return measures.pose_matches(*pose_of(crop, emoji), *pose_of(reference, emoji))
 
 
-def cut(picture: Tensor, box: tuple[float, float, float, float]) -> Tensor:
-    """The square around a box of a picture (3,H,W), at the identity network's size; what lies
-    outside the picture repeats its border."""
+def cut(picture: Tensor, box: tuple[float, float, float, float], size: int = SIZE) -> Tensor:
+    """The square around a box of a picture (3,H,W), at the identity network's size or another; what
+    lies outside the picture repeats its border."""
     left, top, right, bottom = box
     side = max(right - left, bottom - top) * _ROOM
     x, y = (left + right) / 2, (top + bottom) / 2
-    at = (torch.arange(SIZE) + 0.5) / SIZE - 0.5
+    at = (torch.arange(size) + 0.5) / size - 0.5
     ys, xs = torch.meshgrid(2 * (y + at * side) - 1, 2 * (x + at * side) - 1, indexing="ij")
     grid = torch.stack((xs, ys), dim=-1)[None]
     return functional.grid_sample(

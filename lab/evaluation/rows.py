@@ -35,7 +35,9 @@ class Drawn:
     """A row of drawn pictures. ``model``: "full", "no clip", "no reference", "base", or "converted
     simplified", "converted original" and "converted none", made without training
     (:mod:`..files.public`); "real" shows the measuring networks the scenes themselves. "plain"
-    captions say "an object" for every name. ``agree`` as in :class:`~.draw.Variant`."""
+    captions say "an object" for every name. ``agree`` as in :class:`~.draw.Variant`. ``trained``:
+    of subjects that everything was trained on (:func:`~.tasks.training_subjects`), in scenes of
+    their own."""
 
     title: str
     subjects: int
@@ -45,6 +47,7 @@ class Drawn:
     clip: bool = True
     reference: bool = True
     agree: bool = True
+    trained: bool = False
 
 
 DRAWN = (
@@ -57,6 +60,9 @@ DRAWN = (
     Drawn("ReferenceNet removed", 1, routes="single", reference=False),
     Drawn("CLIP removed", 1, routes="single", clip=False),
     Drawn("base alone", 1, "base"),
+    Drawn("real pictures, training subjects", 1, "real", trained=True),
+    Drawn("full, training subjects", 1, trained=True),
+    Drawn("base alone, training subjects named", 1, "base", "named", trained=True),
     Drawn("full", 2),
     Drawn("full, subjects' names in the caption", 2, captions="named"),
     Drawn("each block for itself", 2, agree=False),
@@ -119,6 +125,11 @@ def counted(verdicts: Sequence[Verdict], subjects: int) -> Result:
     result: Result = {"background right": share([v.place_right for v in verdicts])}
     if subjects == 1:
         result["identity top-1"] = share([v.best_right for v in verdicts])
+        seen = [v.eye_right for v in verdicts if v.eye_right is not None]
+        result["ImageNet's eye, top-1"] = share(seen)
+        result["outline"] = measures.bootstrap(
+            [v.outline for v in verdicts if v.outline is not None]
+        )
         poses = [v.same_pose for v in verdicts if v.same_pose is not None]
         if poses:
             result["same pose as the reference"] = share(poses)

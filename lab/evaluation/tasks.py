@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +22,8 @@ _REFERENCE_OFFSET = 50_000_000
 
 @dataclass(frozen=True)
 class Task:
-    """One sample of a row. ``subjects`` are numbers of held-out families; the scene gives captions,
+    """One sample of a row. ``subjects`` are numbers in the list that the
+    task was made for, of held-out subjects or of training ones; the scene gives captions,
     the place, a layout and, for routing, the picture itself."""
 
     number: int
@@ -82,3 +84,10 @@ def _task(subjects: tuple[Emoji, ...], count: int, number: int) -> Task:
 def task(subjects: Sequence[Emoji], count: int, number: int) -> Task:
     """Task ``number`` with ``count`` subjects."""
     return _task(tuple(subjects), count, number)
+
+
+def training_subjects(sources: Path) -> list[Emoji]:
+    """As many of the training families as are held out, one emoji of each, always the same."""
+    trained, held = split(load_emoji(sources))
+    families = random.Random(0).sample(pool_of(trained), len(pool_of(held)))
+    return [min(family, key=lambda e: (len(e.code), e.code)) for family in families]

@@ -1,6 +1,6 @@
-"""The measuring networks' file, ``measuring.safetensors`` beside this module: kept in the
-repository, so that figures of models that were trained on different machines are seen by the same
-eyes. Only :mod:`..evaluate` and the tests read it."""
+"""The measuring networks' files, ``measuring.safetensors`` and ``outline.safetensors`` beside this
+module: kept in the repository, so that figures of models that were trained on different machines
+are seen by the same eyes. Only :mod:`..evaluate` and the tests read them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from anystory_core.tensor_files import read_tensors
 
 from .finder import Finder
 from .identity import Identity
+from .outline import Segmenter
 
 FILE = Path(__file__).parent / "measuring.safetensors"
 LARGEST = 8 * 2**20
+OUTLINE_FILE = FILE.with_name("outline.safetensors")
+LARGEST_OUTLINE = 2 * 2**20
 
 
 def _together(finder: Finder, identity: Identity) -> nn.ModuleDict:
@@ -33,3 +36,11 @@ def read_networks() -> tuple[Finder, Identity]:
     both.load_state_dict(read_tensors(FILE))  # copies into float32
     both.eval().requires_grad_(False)
     return finder, identity
+
+
+def read_segmenter() -> Segmenter:
+    """The network of outlines, widened to float32 and frozen. FileNotFoundError without its
+    file."""
+    network = Segmenter()
+    network.load_state_dict(read_tensors(OUTLINE_FILE))
+    return network.eval().requires_grad_(False)

@@ -2,8 +2,8 @@
 
 Phases, in order: ``world`` (render scenes), ``vae``, ``decoder``, ``clip``, ``cache`` (encode the
 scenes), ``base`` (the U-Net), ``folder`` (all that as the trainer reads it), ``stage1`` and
-``stage2`` (:mod:`anystory_core.training`), ``identity`` and ``finder`` (the networks that
-:mod:`.evaluate` measures with), ``export`` (files that ship). Only when asked for by name:
+``stage2`` (:mod:`anystory_core.training`), ``identity``, ``finder`` and ``outline`` (the networks
+that :mod:`.evaluate` measures with), ``export`` (files that ship). Only when asked for by name:
 ``no_clip``, ``no_reference`` and ``no_refinement``, the stages of its ablations; and ``restore``,
 which begins a folder from the shipped weights, so that ``base`` (after ``world`` and ``cache``),
 then ``folder`` and the stages (``--start-file``) go on from them.
@@ -32,12 +32,13 @@ from .files.folder import write_base_folder
 from .files.shipped import restore
 from .measuring.finder import train_finder
 from .measuring.identity import train_identity
-from .networks.base import train_base
+from .measuring.outline import train_outline
+from .networks.base import BATCH, train_base
 from .networks.cache import missing
 from .networks.cache import write_shard as cache_shard
 from .networks.clip import load_clip, train_clip
 from .networks.vae import load_vae, train_decoder, train_vae
-from .phase import run_shared, shares
+from .phase import accelerator, run_shared, shares
 from .stages import LEARNING_RATE, SUBJECT_FILE, stage1, stage2, write_data
 from .world import emoji
 from .world.scenes import write_shard
@@ -54,6 +55,7 @@ PHASES = (
     "stage2",
     "identity",
     "finder",
+    "outline",
     "export",
 )
 # Stage, and what its configuration leaves out.
@@ -71,6 +73,7 @@ class Options:
     work: Path
     shards: int
     base_steps: int
+    base_batch: int
     sample_shards: int
     stage1_steps: int
     stage2_steps: int
@@ -95,9 +98,8 @@ def run_phase(name: str, options: Options) -> None:
     """Run or resume one phase."""
     work = options.work
     if name == "world":
-        subjects = options.training_emoji()
-        for number in range(options.shards):
-            write_shard(subjects, work / "scenes", number)
+        task = partial(render_scenes, options.training_emoji(), work, options.shards)
+        run_shared(task, options.processes)
     elif name == "vae":
         run_shared(partial(train_vae, options.training_emoji(), work), options.processes)
     elif name == "clip":
@@ -107,13 +109,16 @@ def run_phase(name: str, options: Options) -> None:
     elif name == "cache":
         run_shared(partial(cache_scenes, work), options.processes)
     elif name == "base":
-        run_shared(partial(train_base, work, steps=options.base_steps), options.processes)
+        task = partial(train_base, work, steps=options.base_steps, batch=options.base_batch)
+        run_shared(task, 1 if accelerator().type == "cuda" else options.processes)
     elif name == "folder":
         write_base_folder(work)
     elif name == "identity":
         run_shared(partial(train_identity, options.training_emoji(), work), options.processes)
     elif name == "finder":
         run_shared(partial(train_finder, options.training_emoji(), work), options.processes)
+    elif name == "outline":
+        run_shared(partial(train_outline, options.training_emoji(), work), options.processes)
     elif name == "restore":
         restore(work)
     elif name in ABLATIONS:
@@ -150,9 +155,18 @@ def train_stage(work: Path, stage: int, steps: int, **settings: Any) -> None:
         Trainer(config).run()
 
 
+def render_scenes(subjects: list[emoji.Emoji], work: Path, shards: int) -> None:
+    """Render what is missing of so many shards, this process's share of them."""
+    part, parts = shares()
+    for number in range(part, shards, parts):
+        write_shard(subjects, work / "scenes", number)
+
+
 def cache_scenes(work: Path) -> None:
     """Encode the rendered shards that are not encoded yet, this process's share of them."""
     vae, (clip, row_table) = load_vae(work), load_clip(work)
+    vae.to(accelerator())
+    clip.to(accelerator())
     part, parts = shares()
     for number in missing(work / "scenes", work / "cache"):
         if number % parts != part:
@@ -168,6 +182,7 @@ def main() -> None:
     parser.add_argument("--phase", choices=(*PHASES, *ABLATIONS, "restore"), help="only this phase")
     parser.add_argument("--shards", type=int, default=24, help="shards of 500 scenes to render")
     parser.add_argument("--base-steps", type=int, default=60_000, help="length of the base phase")
+    parser.add_argument("--base-batch", type=int, default=BATCH, help="scenes of a step of it")
     parser.add_argument("--processes", type=int, default=2, help="training processes of one thread")
     parser.add_argument("--sample-shards", type=int, default=20, help="500 samples of each stage")
     parser.add_argument("--stage1-steps", type=int, default=20_000)

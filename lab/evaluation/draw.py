@@ -32,7 +32,7 @@ from anystory_core.subject.preprocess import prepare_views, zero_clip
 from anystory_core.subject.subject import Subject
 from anystory_core.training.call import TrainingCall
 from anystory_core.training.hosts import unet as diffusers_unet
-from anystory_core.training.schedule import alphas_cumprod, ddim
+from anystory_core.training.schedule import ddim
 from anystory_core.weights.model import AnyStoryModel
 
 from ..networks.base import size_ids
@@ -192,16 +192,15 @@ def make_call(
 
 def read_references(stack: Stack, prepared: PreparedSubjects, t: int) -> PreparedSubjects:
     """``prepared`` with its references of timestep ``t``, where they are read at each."""
-    matched, alphas = prepared.matched, alphas_cumprod().float()
-    if matched is None or not matched.start <= 1 - t / (len(alphas) - 1) <= matched.end:
+    matched, schedule = prepared.matched, stack.schedule
+    if matched is None or not matched.start <= 1 - t / (len(schedule) - 1) <= matched.end:
         return prepared
-    alpha = alphas[t]
 
     def forward(given: ReferenceInputs, reading: ReferencePass) -> None:
-        count = len(given.latents)
-        noisy = alpha.sqrt() * given.latents + (1 - alpha).sqrt() * given.noise
+        times = torch.full((len(given.latents),), t)
+        noisy = schedule.noisy(given.latents, given.noise, times)
         inputs = diffusers_unet.UNetInputs(
-            noisy, torch.full((count,), t), given.text, given.pooled, size_ids(count)
+            noisy, times, given.text, given.pooled, size_ids(len(times))
         )
         diffusers_unet.predict(stack.unet, stack.slot, reading, inputs)
 
@@ -243,5 +242,5 @@ def draw(
         return conditional, unconditional
 
     noise = torch.stack([task.noise((4, SIDE, SIDE)) for task in tasks])
-    z = ddim(noise, predict, steps=steps, guidance=GUIDANCE)
+    z = ddim(noise, predict, steps=steps, guidance=GUIDANCE, schedule=stack.schedule)
     return stack.decode_pictures(z)

@@ -11,7 +11,6 @@ from anystory_core.injection.prepare import PreparedSubjects
 from anystory_core.routing.record import LevelRecord
 from anystory_core.training.call import TrainingCall
 from anystory_core.training.hosts.unet import UNetInputs, predict
-from anystory_core.training.schedule import alphas_cumprod
 
 from ..networks.base import size_ids
 from ..networks.vae import to_signed
@@ -58,11 +57,11 @@ def noised_pass(
     """One conditional pass over latents (B,4,h,w) noised to ``level`` of 1000; ``text`` is states
     (B,77,D) and pooled (B,D). The call holds the maps."""
     stack, count = encoder.stack, len(clean)
-    alpha = alphas_cumprod().float()[level]
+    times = torch.full((count,), level)
     call = make_call(prepared, encoder.model, count)
     with autocast():
-        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-        inputs = UNetInputs(noisy, torch.full((count,), level), *text, size_ids(count))
+        noisy = stack.schedule.noisy(clean, noise, times)
+        inputs = UNetInputs(noisy, times, *text, size_ids(count))
         predict(stack.unet, stack.slot, call, inputs)
     return call
 

@@ -11,18 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anystory_core.bases.sdxl.prediction import Prediction
 from anystory_core.bases.sdxl.sites import UNetSite, build_sites
 from anystory_core.mini.config import CONFIG
 from anystory_core.mini.weights import row_of_token
 from anystory_core.routing.words import Texts
 from anystory_core.training.hosts import unet as diffusers_unet
 from anystory_core.training.hosts.frozen import penultimate
+from anystory_core.training.schedule import Schedule
 from anystory_core.weights.checkpoint import load_model
 from anystory_core.weights.model import AnyStoryModel
 
 from ..files.shipped import read_modules
 from ..networks import cache, vae
-from ..networks.base import load_unet
+from ..networks.base import PREDICTION, load_unet
 from ..networks.clip import load_clip
 from ..networks.text import END, tokenize
 from ..phase import autocast
@@ -38,6 +40,7 @@ class Stack:
     text: Any
     row_table: Tensor
     vision: Any
+    schedule: Schedule
     fingerprint: str
 
     @torch.no_grad()
@@ -76,28 +79,33 @@ class Stack:
         return pictures.float().clamp(-1, 1)
 
 
-def make_stack(unet: Any, vae_: Any, text: Any, row_table: Tensor, vision: Any) -> Stack:
+def make_stack(
+    unet: Any, vae_: Any, text: Any, row_table: Tensor, vision: Any, prediction: Prediction
+) -> Stack:
     """Freeze the networks and install our attention."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(str(prediction).encode())
     for module in (unet, vae_, text, vision):
         module.eval().requires_grad_(False)
         for tensor in module.state_dict().values():
             digest.update(tensor.contiguous().numpy().tobytes())
     slot = diffusers_unet.install(unet, build_sites(CONFIG.unet))
-    return Stack(unet, slot, vae_, text, row_table, vision, digest.hexdigest()[:16])
+    digits = digest.hexdigest()[:16]
+    return Stack(unet, slot, vae_, text, row_table, vision, Schedule(prediction), digits)
 
 
 def stack_of_work(work: Path) -> Stack:
     """From the phases' averaged weights."""
     clip, row_table = load_clip(work)
-    return make_stack(load_unet(work), vae.load_vae(work), clip.text, row_table, clip.vision)
+    unet, autoencoder = load_unet(work), vae.load_vae(work)
+    return make_stack(unet, autoencoder, clip.text, row_table, clip.vision, PREDICTION)
 
 
 def stack_of_files(folder: Path) -> Stack:
     """From the files that :mod:`..files.export` writes, as hosts load them: half precision,
     widened."""
     parts = read_modules(folder)
-    return make_stack(parts.unet, parts.vae, parts.text, row_of_token(parts.ids), parts.vision)
+    rows = row_of_token(parts.ids)
+    return make_stack(parts.unet, parts.vae, parts.text, rows, parts.vision, parts.prediction)
 
 
 def load_anystory(file: Path) -> AnyStoryModel:

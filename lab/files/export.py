@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from anystory_core.bases.sdxl.names import ldm_to_diffusers
+from anystory_core.bases.sdxl.prediction import marks_of_file
 from anystory_core.mini.config import CONFIG
 from anystory_core.mini.weights import PARTS, pack_text, path
 from anystory_core.tensor_files import save_tensors
 from anystory_core.weights.checkpoint import load_model, save_model
 
-from ..measuring import finder, identity
+from ..measuring import finder, identity, outline
 from ..measuring import networks as measuring
 from ..networks import vae as vae_module
-from ..networks.base import load_unet
+from ..networks.base import PREDICTION, load_unet
 from ..networks.clip import load_clip, load_vocabulary
 from ..networks.vae import load_vae
 from ..stages import WHOLE_FILE
@@ -31,8 +32,9 @@ def host_states(work: Path) -> dict[str, dict[str, Tensor]]:
     clip, _ = load_clip(work)
     unet = load_unet(work).state_dict()
     names = ldm_to_diffusers(CONFIG)
+    host_unet = {host: unet[name] for host, name in names.items()}
     return {
-        "unet": {host: unet[name] for host, name in names.items()},
+        "unet": {**host_unet, **marks_of_file(PREDICTION)},
         "vae": vae_module.host_state(load_vae(work).state_dict()),
         "clip_text": pack_text(clip.text.state_dict(), load_vocabulary(work)),
         "clip_vision": clip.vision.state_dict(),
@@ -68,6 +70,11 @@ def export(work: Path) -> dict[str, int]:
     total = sum(path(part).stat().st_size for part in PARTS if path(part).exists())
     if total > LARGEST_PACK:
         raise ValueError(f"mini weights: {total} bytes together, at most {LARGEST_PACK}")
+    if outline.phase(work).state_file.exists():
+        file = measuring.OUTLINE_FILE
+        sizes["outline"] = size = _write(outline.load_outline(work).state_dict(), file)
+        if size > measuring.LARGEST_OUTLINE:
+            raise ValueError(f"{file.name}: {size} bytes, at most {measuring.LARGEST_OUTLINE}")
     if finder.phase(work).state_file.exists() and identity.phase(work).state_file.exists():
         networks = finder.load_finder(work), identity.load_identity(work)
         file = measuring.FILE

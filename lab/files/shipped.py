@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from anystory_core.bases.sdxl.names import ldm_to_diffusers
+from anystory_core.bases.sdxl.prediction import Prediction, prediction_of_file
 from anystory_core.mini.config import CONFIG, VISION
 from anystory_core.mini.weights import FOLDER
 from anystory_core.tensor_files import read_tensors
@@ -31,13 +32,15 @@ _ROUTER = tuple(PARTS[part] for part in ROUTER_PARTS)
 
 @dataclass(frozen=True)
 class Shipped:
-    """All parts below AnyStory, widened to float32. ``ids``: tokens that have rows in ``text``."""
+    """All parts below AnyStory, widened to float32. ``ids``: tokens that have rows in ``text``;
+    ``prediction``: what the U-Net's file says that it predicts."""
 
     unet: Any
     vae: Any
     text: Any
     vision: Any
     ids: list[int]
+    prediction: Prediction
 
 
 def read_modules(folder: Path = FOLDER) -> Shipped:
@@ -48,6 +51,7 @@ def read_modules(folder: Path = FOLDER) -> Shipped:
         return {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
 
     unet, host = base.build_unet(), read("unet")
+    prediction = prediction_of_file(host, {})
     names = ldm_to_diffusers(CONFIG)
     unet.load_state_dict({name: host[key] for key, name in names.items()})
     autoencoder, host = vae.build_vae(), read("vae")
@@ -63,13 +67,14 @@ def read_modules(folder: Path = FOLDER) -> Shipped:
     text.load_state_dict(packed)
     vision: Any = cast(Any, CLIPVisionModelWithProjection)(CLIPVisionConfig(**VISION))
     vision.load_state_dict(read("clip_vision"))
-    return Shipped(unet, autoencoder, text, vision, ids)
+    return Shipped(unet, autoencoder, text, vision, ids, prediction)
 
 
 def restore(work: Path, folder: Path = FOLDER) -> None:
     """Write the phases' files from the shipped ones, so that training goes on from them: VAE and
-    CLIP count as done, the base begins a new schedule, and stage 2 finds stage 1's file. ValueError
-    when ``work`` holds a base."""
+    CLIP count as done, the base begins a new schedule, and stage 2 finds stage 1's file. A base
+    that predicted the noise must learn v in the phase ``base`` before it is of use. ValueError when
+    ``work`` holds a base."""
     if (work / "base.state.pt").exists():
         raise ValueError(f"{work} holds a trained base already; choose an empty folder")
     shipped = read_modules(folder)

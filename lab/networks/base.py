@@ -1,8 +1,8 @@
 """The base: a U-Net of SDXL's topology, trained from scratch on the world's scenes (Eq. 1).
 
-Latents and text states come from the cache; the noise schedule is SDXL's. Losses are weighted by
-min(SNR, 5) / SNR, timesteps are spread over a batch, noisy ones closer together, and one caption in
-ten is dropped. More than half of a batch also reads references of its subjects (:mod:`.reading`),
+Latents and text states come from the cache; the noise schedule is SDXL's, shifted so that it ends
+in noise alone, and v is predicted. Timesteps are spread over a batch, and one caption in ten is
+dropped. More than half of a batch also reads references of its subjects (:mod:`.reading`),
 one part of it in places that are given and one where the hidden states themselves send them, and
 errors inside the subjects count more. The second part and most of what reads nothing is asked where
 the subjects are (:mod:`.telling`).
@@ -10,6 +10,7 @@ the subjects are (:mod:`.telling`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,22 +19,23 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
-from torch.nn import functional
 
+from anystory_core.bases.sdxl.prediction import Prediction
 from anystory_core.mini.config import CONFIG, PICTURE_SIZE
 from anystory_core.subject.preprocess import mask_box
 from anystory_core.training.hosts.sizes import diffusers_unet_config
 from anystory_core.training.hosts.unet import UNetInputs, attention_kernels, predict, time_ids
 from anystory_core.training.losses import error_weights
-from anystory_core.training.schedule import alphas_cumprod
+from anystory_core.training.schedule import Schedule
 
-from ..phase import Phase, autocast, half_is_faster, shares
-from .cache import Cached, Half, encode_texts, read_shards
+from ..phase import Phase, accelerator, autocast, half_is_faster, shares
+from .cache import Cached, encode_texts, numbers_of, read_shard_of, read_shards
 from .clip import load_clip
 from .reading import Reader
 from .row_sources import RowSources
 from .telling import TaughtBase
 
+PREDICTION = Prediction("v", zero_snr=True)
 BATCH = 32
 _DROP = 0.1
 _PLAIN = 0.5  # share of captions that say only "an object"
@@ -62,13 +64,21 @@ def size_ids(batch: int) -> Tensor:
 
 
 def spread_timesteps(batch: int, generator: torch.Generator) -> Tensor:
-    """(B,) int64 in [0,1000): t = (1 - u^2) 1000, u from each of B equal slices, in random order.
-
-    Noisy ones more often: what a subject looks like is decided there, where errors are small."""
+    """(B,) int64 in [0,1000), one of each of B equal slices, in random order."""
     offset = torch.rand(batch, generator=generator)
     u = (torch.arange(batch) + offset) / batch
-    t = ((1 - u.square()) * 1000).long().clamp_max(999)
+    t = (u * 1000).long().clamp_max(999)
     return t[torch.randperm(batch, generator=generator)]
+
+
+def picture_weights(snr: Tensor) -> Tensor:
+    """What an error of v counts at signal-to-noise ratios (B): min(SNR + 1, 5) / (SNR + 1).
+
+    The error of the picture z_0 that v stands for is 1 / (SNR + 1) of v's own, so it counts once
+    where there is only noise and five times where there is little. Min-SNR's weights
+    (min(SNR, 5) / (SNR + 1), Hang et al. 2023) leave the noisiest steps nothing, and outlines are
+    decided there."""
+    return (snr + 1).clamp_max(_MOST_SNR) / (snr + 1)
 
 
 @dataclass(frozen=True)
@@ -105,9 +115,10 @@ class Picked:
 
 
 def pick(
-    shards: list[Cached], count: int, empty: tuple[Tensor, Tensor], rng: np.random.Generator
+    shards: Sequence[Cached], count: int, empty: tuple[Tensor, Tensor], rng: np.random.Generator
 ) -> Picked:
-    """``count`` random scenes in the shares of a batch."""
+    """``count`` random scenes in the shares of a batch, on the shards' device; ``empty`` is there,
+    too."""
     placed = round(_PLACED * count)
     reading = placed + round(_SENT * count)
     with_subject = reading + round(_TOLD * count)
@@ -121,22 +132,22 @@ def pick(
         at, plain = rng.integers(len(shard.latents)), int(rng.random() < _PLAIN)
         number = len(rows)
         if number < with_subject:
-            regions = _tensor(shard.regions[at])
-            there = int(regions.flatten(1).any(dim=1).sum())
+            regions, there = shard.regions[at], shard.counts[at]
             if there < (2 if placed <= number < reading else 1):
                 continue
             subjects.append(regions)
             if number < reading:
-                references.append(_tensor(shard.references[at]))
+                references.append(shard.references[at])
             if number < placed:
                 own = [reading_place(region, alone=there == 1, rng=rng) for region in regions]
                 places.append(torch.stack(own))
             else:
-                looks.append(_tensor(shard.looks[at]))
-        text = _tensor(shard.states[at, plain]), _tensor(shard.pooled[at, plain])
-        rows.append((_tensor(shard.latents[at]), *(empty if rng.random() < _DROP else text)))
+                looks.append(shard.looks[at])
+        text = shard.states[at, plain], shard.pooled[at, plain]
+        rows.append((shard.latents[at], *(empty if rng.random() < _DROP else text)))
     columns = (*zip(*rows, strict=True), subjects, references, places, looks)
-    return Picked(*(torch.stack(tuple(column)) for column in columns))
+    device = shards[0].latents.device
+    return Picked(*(torch.stack(tuple(column)).to(device).float() for column in columns))
 
 
 def reading_place(region: Tensor, *, alone: bool, rng: np.random.Generator) -> Tensor:
@@ -155,13 +166,12 @@ def reading_place(region: Tensor, *, alone: bool, rng: np.random.Generator) -> T
     return where
 
 
-def _tensor(half: Half) -> Tensor:
-    return torch.from_numpy(half.copy()).float()
-
-
 def phase(folder: Path, steps: int) -> Phase:
     """How the base is trained, and where its state lies."""
-    return Phase(name="base", folder=folder, steps=steps, learning_rate=8e-4, seed=3, ema=0.998)
+    return Phase(
+        name="base", folder=folder, steps=steps, learning_rate=8e-4, seed=3, ema=0.998,
+        optimiser="muon", level=0.7,
+    )  # fmt: skip
 
 
 def load_unet(folder: Path) -> Any:
@@ -171,52 +181,52 @@ def load_unet(folder: Path) -> Any:
     return base.unet.requires_grad_(False)
 
 
-def train_base(folder: Path, *, steps: int) -> None:
-    """Train or resume on the shards of ``folder/cache``; more may be added meanwhile.
-    FileNotFoundError when there is none."""
-    cache = folder / "cache"
-    shards = read_shards(cache)
+def train_base(folder: Path, *, steps: int, batch: int = BATCH) -> None:
+    """Train or resume on the shards of ``folder/cache``, where there is a CUDA device on that; more
+    may be added meanwhile. ``batch``: scenes of a step, of all processes together.
+    FileNotFoundError when there is no shard."""
+    cache, device = folder / "cache", accelerator()
+    shards = read_shards(cache, device)
     if not shards:
         raise FileNotFoundError(f"base: no shard in {cache}; run the phases world and cache first")
     torch.manual_seed(3)
     clip, row_table = load_clip(folder)
     # Channels-last is faster in float32 (0.87 against 1.0 s per step of 32 on one thread) and
     # slower in bfloat16.
-    base = TaughtBase(build_unet(), CONFIG)
+    base = TaughtBase(build_unet(), CONFIG).to(device)
     unet, teller = base.unet, base.teller
     reader = Reader(unet, CONFIG)
     teller.watch(unet, reader.sites)
-    layout = torch.contiguous_format if half_is_faster() else torch.channels_last
+    slow = device.type == "cpu" and not half_is_faster()
+    layout = torch.channels_last if slow else torch.contiguous_format
     unet.to(memory_format=layout)
     states, pooled = encode_texts(clip.text, row_table, [""])
-    empty = torch.from_numpy(states[0]).float(), torch.from_numpy(pooled[0]).float()
-    signal = alphas_cumprod().float()
+    empty = torch.from_numpy(states[0]).to(device), torch.from_numpy(pooled[0]).to(device)
+    schedule = Schedule(PREDICTION)
     part, parts = shares()
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
         if step % _LOOK_AGAIN == 0:
-            shards[:] = read_shards(cache)
-        count = BATCH // parts
-        rng = np.random.default_rng((3, step, part))
-        batch = pick(shards, count, empty, rng)
+            fresh = [number for number in numbers_of(cache) if number not in shards]
+            shards.update({number: read_shard_of(cache, number, device) for number in fresh})
+        count = batch // parts
+        picked = pick(list(shards.values()), count, empty, np.random.default_rng((3, step, part)))
         t = spread_timesteps(count, generator)
-        noise = torch.randn(batch.latents.shape, generator=generator)
-        a = signal[t][:, None, None, None]
-        reading, placed = len(batch.references), len(batch.places)
-        noisy = a.sqrt() * batch.latents + (1 - a).sqrt() * noise
-        with autocast(), attention_kernels(torch.device("cpu")):
-            sent = teller.routes(batch.looks[: reading - placed], batch.present[placed:reading])
-            masks = RowSources.of_masks(batch.places)
+        noise = torch.randn(picked.latents.shape, generator=generator).to(device)
+        reading, placed = len(picked.references), len(picked.places)
+        noisy = schedule.noisy(picked.latents, noise, t).contiguous(memory_format=layout)
+        ids = size_ids(count).to(device)
+        inputs = UNetInputs(noisy, t.to(device), picked.states, picked.pooled, ids)
+        with autocast(device), attention_kernels(device):
+            sent = teller.routes(picked.looks[: reading - placed], picked.present[placed:reading])
+            masks = RowSources.of_masks(picked.places)
             source = RowSources((*masks.parts, (reading - placed, sent)))
-            call = reader.call(batch.references, batch.present[:reading], source, placed)
-            noisy = noisy.contiguous(memory_format=layout)
-            inputs = UNetInputs(noisy, t, batch.states, batch.pooled, size_ids(count))
+            call = reader.call(picked.references, picked.present[:reading], source, placed)
             predicted = predict(unet, reader.slot, call, inputs)
-            asked = teller.loss(batch.told, batch.looks, batch.subjects[batch.told])
-        snr = signal[t] / (1 - signal[t])
-        weight = snr.clamp(max=_MOST_SNR) / snr
-        errors = functional.mse_loss(predicted.float(), noise, reduction="none")
-        removed = (weight * (batch.importance() * errors).mean((1, 2, 3))).mean()
-        return removed + _TELLING * asked
+            asked = teller.loss(picked.told, picked.looks, picked.subjects[picked.told])
+        target = schedule.target(picked.latents, noise, t)
+        errors = picked.importance() * (predicted.float() - target).square()
+        weights = picture_weights(schedule.snr(t)).to(device)
+        return (weights * errors.mean((1, 2, 3))).mean() + _TELLING * asked
 
     phase(folder, steps).run(base, loss_of)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from torch.nn import functional
 
 from anystory_core.training.hosts.frozen import penultimate
 
-from ..phase import autocast
+from ..phase import CPU, autocast
 from ..world.scenes import read_shard, shard_numbers
 from ..world.views import SIZE, normalise
 from . import text
@@ -35,14 +36,24 @@ _KINDS = ("latents", "references", "looks", "regions", "states", "pooled")
 
 @dataclass(frozen=True)
 class Cached:
-    """One shard, mapped from disk."""
+    """One shard: float16 tensors, mapped from disk or on a device; regions always on the CPU."""
 
-    latents: Half
-    references: Half
-    looks: Half
-    regions: Half
-    states: Half
-    pooled: Half
+    latents: Tensor
+    references: Tensor
+    looks: Tensor
+    regions: Tensor
+    states: Tensor
+    pooled: Tensor
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """How many subjects each scene has."""
+        return [int(count) for count in self.regions.flatten(2).any(dim=2).sum(dim=1)]
+
+    def to(self, device: torch.device) -> Cached:
+        """The shard with all but its regions there."""
+        moved = {name: tensor.to(device) for name, tensor in vars(self).items()}
+        return Cached(**{**moved, "regions": self.regions})
 
 
 def _file(folder: Path, number: int, kind: str) -> Path:
@@ -53,8 +64,11 @@ def _file(folder: Path, number: int, kind: str) -> Path:
 def encode_pixels(vae: Any, pixels: Iterable[Tensor]) -> Tensor:
     """Pictures (1,3,H,W) in [-1,1] -> latents (S,4,H/8,W/8). One at a time: the 17 MB of a layer
     stay in the processor's cache; 25 at once took 2.2 times as long."""
-    with autocast():
-        encoded = [vae.encode(p.to(memory_format=torch.channels_last)).latents for p in pixels]
+    on = next(vae.parameters()).device
+    with autocast(on):
+        encoded = [
+            vae.encode(p.to(on, memory_format=torch.channels_last)).latents.cpu() for p in pixels
+        ]
     return torch.cat(encoded).contiguous()
 
 
@@ -69,27 +83,29 @@ def encode_texts(
     text_model: Any, row_table: Tensor, texts: list[str], batch: int = 100
 ) -> tuple[Half, Half]:
     """-> states (S,77,D), pooled (S,D)."""
+    on = next(text_model.parameters()).device
     states: list[Tensor] = []
     pooled: list[Tensor] = []
     for start in range(0, len(texts), batch):
         rows = row_table[text.tokenize(texts[start : start + batch])]
-        with autocast():
-            s, p = text.encode(text_model, rows)
-        states.append(s.half())
-        pooled.append(p.half())
+        with autocast(on):
+            s, p = text.encode(text_model, rows.to(on))
+        states.append(s.half().cpu())
+        pooled.append(p.half().cpu())
     return torch.cat(states).numpy(), torch.cat(pooled).numpy()
 
 
 @torch.no_grad()
 def encode_looks(vision: Any, cutouts: NDArray[np.uint8], batch: int = 10) -> Half:
     """Cut-outs uint8 (M,R,R,3) -> descriptions (M,2W)."""
+    on = next(vision.parameters()).device
     looks: list[Tensor] = []
     for start in range(0, len(cutouts), batch):
         pixels = normalise(torch.from_numpy(cutouts[start : start + batch].copy()))
         pixels = functional.interpolate(pixels, size=(SIZE, SIZE), mode="bilinear")
-        with autocast():
-            states = penultimate(vision, pixels)
-        looks.append(describe(states.float()).half())
+        with autocast(on):
+            states = penultimate(vision, pixels.to(on))
+        looks.append(describe(states.float()).half().cpu())
     return torch.cat(looks).numpy()
 
 
@@ -126,13 +142,20 @@ def write_shard(
         os.replace(path.with_suffix(".tmp"), path)
 
 
-def read_shards(folder: Path) -> list[Cached]:
-    """All complete shards, in order."""
-    numbers = sorted(int(p.name[:5]) for p in folder.glob(f"*.{_KINDS[-1]}.npy"))
-    return [
-        Cached(*(cast(Half, np.load(_file(folder, n, k), mmap_mode="r")) for k in _KINDS))
-        for n in numbers
-    ]
+def read_shards(folder: Path, device: torch.device = CPU) -> dict[int, Cached]:
+    """All complete shards by their numbers, in order."""
+    return {number: read_shard_of(folder, number, device) for number in numbers_of(folder)}
+
+
+def numbers_of(folder: Path) -> list[int]:
+    """Shards that are encoded, in order."""
+    return sorted(int(p.name[:5]) for p in folder.glob(f"*.{_KINDS[-1]}.npy"))
+
+
+def read_shard_of(folder: Path, number: int, device: torch.device = CPU) -> Cached:
+    """One of them."""
+    arrays = (cast(Half, np.load(_file(folder, number, k), mmap_mode="c")) for k in _KINDS)
+    return Cached(*(torch.from_numpy(array) for array in arrays)).to(device)
 
 
 def missing(scenes: Path, folder: Path) -> list[int]:

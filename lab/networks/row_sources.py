@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anystory_core.bases.base import Site
 from anystory_core.routing.grids import Crops, Grid, SoftMaps, area_mean
-from anystory_core.routing.sources import MaskRoutes, RouteSource
+from anystory_core.routing.sources import RouteSource
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,17 @@ class RowSources:
     @classmethod
     def of_masks(cls, masks: Iterable[Tensor]) -> RowSources:
         """One row for each of ``masks`` (N,H,W) in [0,1]."""
-        return cls(tuple((1, MaskRoutes(tuple(row))) for row in masks))
+        rows = torch.stack(tuple(masks))
+        return cls(((len(rows), GivenPlaces(rows)),))
 
     @property
     def candidates(self) -> int:
         return self.parts[0][1].candidates
+
+    @property
+    def pictures(self) -> int:
+        """As of a source that is the same for all pictures."""
+        return 1
 
     def maps(self, site: Site, z: Tensor, grid: Grid, crops: Crops) -> SoftMaps:
         pieces = z.split([rows for rows, _ in self.parts])
@@ -41,6 +47,40 @@ class RowSources:
                 for (_, source), piece in zip(self.parts, pieces, strict=True)
             ]
         )
+
+
+@dataclass
+class GivenPlaces:
+    """Rows that have equally many subjects, each its own ``masks`` (B,N,H,W) in [0,1], as
+    :class:`~anystory_core.routing.sources.MaskRoutes` has them: the background is 1 - max."""
+
+    masks: Tensor
+    _maps: dict[Grid, Tensor] = field(default_factory=dict[Grid, Tensor], repr=False)
+
+    @property
+    def candidates(self) -> int:
+        """N + 1."""
+        return self.masks.shape[1] + 1
+
+    @property
+    def pictures(self) -> int:
+        """As of a source that is the same for all pictures."""
+        return 1
+
+    def maps(self, site: Site, z: Tensor, grid: Grid, crops: Crops) -> SoftMaps:
+        """The same at every block."""
+        return self._on(grid)
+
+    def _on(self, grid: Grid) -> SoftMaps:
+        if grid not in self._maps:
+            shares = area_mean(self.masks, grid).flatten(2)
+            background = 1 - shares.amax(dim=1, keepdim=True)
+            self._maps[grid] = torch.cat((shares, background), dim=1)
+        return SoftMaps(self._maps[grid], grid)
+
+    def resize(self, soft: SoftMaps, grid: Grid, crops: Crops) -> SoftMaps:
+        """The masks themselves on that grid."""
+        return self._on(grid)
 
 
 @dataclass

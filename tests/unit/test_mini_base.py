@@ -19,7 +19,7 @@ from lab.networks.telling import look_width
 
 SCENES, MOST, SIDE, SMALL = 24, 3, 32, 16
 WIDTH = CONFIG.unet.context_dim
-EMPTY = torch.zeros(77, WIDTH), torch.zeros(WIDTH)
+EMPTY = torch.zeros(77, WIDTH).half(), torch.zeros(WIDTH).half()
 
 
 def shard() -> Cached:
@@ -33,15 +33,15 @@ def shard() -> Cached:
         for subject in range(count):
             regions[scene, subject, 10 * subject : 10 * subject + 8, 4:12] = 1
 
-    def filled(values: np.ndarray, *shape: int) -> np.ndarray:
+    def filled(values: np.ndarray, *shape: int) -> Tensor:
         there = values.reshape(*values.shape, *(1 for _ in shape))
-        return np.broadcast_to(there, (*values.shape, *shape)).astype(np.float16)
+        return torch.from_numpy(np.broadcast_to(there, (*values.shape, *shape)).astype(np.float16))
 
     return Cached(
         latents=filled(number, 4, SIDE, SIDE),
         references=filled(each, 4, SMALL, SMALL),
         looks=filled(each, look_width(CONFIG)),
-        regions=regions,
+        regions=torch.from_numpy(regions),
         states=filled(np.stack((number, number), axis=1), 77, WIDTH),
         pooled=filled(np.stack((number, number), axis=1), WIDTH),
     )

@@ -32,12 +32,13 @@ PARTS = ("subject_encoder", "clip_projections")
 
 @pytest.fixture(scope="module")
 def stack() -> Stack:
-    from lab.networks.base import build_unet
+    from lab.networks.base import PREDICTION, build_unet
 
     torch.manual_seed(0)
     ids = [320, 537, 593, 2308, 2442, START, END]  # a, in, red, box, ball
     clip = Clip(ids)
-    return make_stack(build_unet(), build_vae(), clip.text, row_of_token(ids), clip.vision)
+    rows = row_of_token(ids)
+    return make_stack(build_unet(), build_vae(), clip.text, rows, clip.vision, PREDICTION)
 
 
 @pytest.fixture(scope="module")

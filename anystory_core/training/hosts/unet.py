@@ -24,10 +24,17 @@ from ...routing.grids import Grid
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None
 ) -> Tensor:
-    """(B,Q,D), (B,K,D), (B,K,D) -> (B,Q,D) through torch's scaled dot product attention."""
+    """(B,Q,D), (B,K,D), (B,K,D) -> (B,Q,D) through torch's scaled dot product attention; on a CPU
+    what needs gradients and no mask goes without it, since its plain kernel spends as long on
+    looking for rows that are masked out as on the products."""
     q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
     if mask is not None:
         mask = mask[:, None]
+    elif q.requires_grad and q.device.type == "cpu":
+        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
+        with torch.autocast("cpu", enabled=False):  # it would widen them
+            weights = scores.softmax(dim=-1)
+        return torch.matmul(weights, v).transpose(1, 2).flatten(2)
     out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2).flatten(2)
 

@@ -52,7 +52,7 @@ class Muon(torch.optim.Optimizer):
         """One step; parameters without a gradient stay as they are."""
         assert closure is None
         for group in self.param_groups:
-            alike: dict[torch.Size, list[nn.Parameter]] = {}
+            alike: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     alike.setdefault(parameter.flatten(1).shape, []).append(parameter)
@@ -60,7 +60,7 @@ class Muon(torch.optim.Optimizer):
                 self._update(parameters, shape, group["lr"], group["weight_decay"])
 
     def _update(
-        self, parameters: list[nn.Parameter], shape: torch.Size, lr: float, decay: float
+        self, parameters: list[Tensor], shape: torch.Size, lr: float, decay: float
     ) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
         buffers: list[Tensor] = []

@@ -10,7 +10,8 @@ then ``folder`` and the stages (``--start-file``) go on from them.
 
 Each resumes where it stopped when the same command is given again and has its own seed. Those that
 train write their curve to ``DIR/NAME.csv``, the stages to ``DIR/NAME/losses.jsonl``. More
-shards may be rendered and cached at any time, also while the base trains.
+shards may be rendered and cached at any time, also while the base trains. ``cache`` and ``base``
+run on a CUDA device where there is one.
 """
 
 from __future__ import annotations
@@ -179,7 +180,8 @@ def main() -> None:
     """Run one phase, or all of them in order."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for sources and states")
-    parser.add_argument("--phase", choices=(*PHASES, *ABLATIONS, "restore"), help="only this phase")
+    choices = (*PHASES, *ABLATIONS, "restore")
+    parser.add_argument("--phase", nargs="+", choices=choices, help="only these, in this order")
     parser.add_argument("--shards", type=int, default=24, help="shards of 500 scenes to render")
     parser.add_argument("--base-steps", type=int, default=60_000, help="length of the base phase")
     parser.add_argument("--base-batch", type=int, default=BATCH, help="scenes of a step of it")
@@ -192,10 +194,10 @@ def main() -> None:
         "--learning-rate", type=float, default=LEARNING_RATE, help="of a stage; default %(default)s"
     )
     given = vars(parser.parse_args())
-    phase = given.pop("phase")
+    phases = given.pop("phase") or PHASES
     options = Options(**given)
     torch.set_flush_denormal(True)
-    for name in (phase,) if phase else PHASES:
+    for name in phases:
         run_phase(name, options)
 
 

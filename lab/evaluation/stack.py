@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anystory_core.bases.base import Site
 from anystory_core.bases.sdxl.prediction import Prediction
-from anystory_core.bases.sdxl.sites import UNetSite, build_sites
+from anystory_core.bases.sdxl.sites import build_sites
 from anystory_core.mini.config import CONFIG
 from anystory_core.mini.weights import row_of_token
 from anystory_core.routing.words import Texts
@@ -56,8 +57,10 @@ class Stack:
         ends = (tokenize(list(labels)) == END).int().argmax(dim=1)
         own = [row[1 : int(end)] for row, end in zip(states, ends, strict=True)]
 
-        def keys(site: UNetSite, given: Tensor) -> Tensor:
-            return self.unet.get_submodule(site.diffusers).attn2.to_k(given)
+        blocks = {site.index: site.diffusers for site in build_sites(CONFIG.unet)}
+
+        def keys(site: Site, given: Tensor) -> Tensor:
+            return self.unet.get_submodule(blocks[site.index]).attn2.to_k(given)
 
         return Texts(tuple(own), keys)
 

@@ -9,9 +9,8 @@ real renders (:func:`gallery`).
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -155,9 +154,14 @@ def train_identity(emoji: list[Emoji], folder: Path) -> None:
 
 @torch.no_grad()
 def gallery(
-    network: Identity, emoji: Sequence[Emoji], grounds: Sequence[UInt8], renders: int, seed: int
+    network: Callable[[Tensor], Tensor],
+    emoji: Sequence[Emoji],
+    grounds: Sequence[UInt8],
+    renders: int,
+    seed: int,
 ) -> Tensor:
-    """Mean unit vectors (len(emoji),128) over real renders."""
+    """Mean unit vectors (len(emoji),D) of ``network``'s, (P,D) of crops (P,3,64,64), over real
+    renders."""
     rows: list[Tensor] = []
     for i, item in enumerate(emoji):
         rng = random.Random(seed + i)
@@ -166,5 +170,5 @@ def gallery(
             for _ in range(renders)
         ]
         pixels = torch.from_numpy(np.stack(crops)).movedim(-1, 1).float() / 127.5 - 1
-        rows.append(cast(Any, network)(pixels).mean(dim=0))
+        rows.append(network(pixels).mean(dim=0))
     return functional.normalize(torch.stack(rows), dim=-1)

@@ -25,7 +25,7 @@ from ..world.render import UInt8, pool_of, render_scene
 
 SIZE = 160  # larger pictures are shrunk before they are looked at
 SCENES = 1500  # rendered for training
-BATCH = 16
+BATCH = 8
 _FIRST_SEED = 400_000_000
 _WIDTHS = (12, 24, 48, 96, 128)  # at 160, 80, 40, 20 and 10 pixels a side
 # Of a pose: subjects and references are turned by up to 25 degrees each.
@@ -118,7 +118,10 @@ def loss_of_batch(logits: Tensor, masks: Tensor) -> Tensor:
 
 def phase(folder: Path) -> Phase:
     """How the segmenter is trained, and where its state lies."""
-    return Phase(name="outline", folder=folder, steps=600, learning_rate=4e-3, seed=9, ema=0.99)
+    return Phase(
+        name="outline", folder=folder, steps=500, learning_rate=2e-3, seed=9, ema=0.98,
+        optimiser="muon",
+    )  # fmt: skip
 
 
 def train_outline(emoji: Sequence[Emoji], folder: Path) -> None:

@@ -128,8 +128,8 @@ def pick(
     places: list[Tensor] = []
     looks: list[Tensor] = []
     while len(rows) < count:
-        shard = shards[rng.integers(len(shards))]
-        at, plain = rng.integers(len(shard.latents)), int(rng.random() < _PLAIN)
+        shard = shards[int(rng.integers(len(shards)))]
+        at, plain = int(rng.integers(len(shard.latents))), int(rng.random() < _PLAIN)
         number = len(rows)
         if number < with_subject:
             regions, there = shard.regions[at], shard.counts[at]

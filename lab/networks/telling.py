@@ -118,6 +118,11 @@ class ToldRoutes:
     def candidates(self) -> int:
         return self.asked.shape[1]
 
+    @property
+    def pictures(self) -> int:
+        """As of a source that is the same for all pictures."""
+        return 1
+
     @torch.no_grad()
     def maps(self, site: Site, z: Tensor, grid: Grid, crops: Crops) -> SoftMaps:
         logits = self.teller.answers(site.index - 1, self.asked, self.absent, z)

@@ -13,9 +13,20 @@ pytest.importorskip("diffusers")
 pytest.importorskip("open_clip")
 
 from anystory_core.mini.config import CONFIG
-from lab.networks.base import Picked, pick, train_base
+from anystory_core.training.schedule import Schedule
+from lab.networks import base
+from lab.networks.base import (
+    PREDICTION,
+    Picked,
+    build_unet,
+    pick,
+    picture_weights,
+    spread_timesteps,
+    train_base,
+)
 from lab.networks.cache import Cached
-from lab.networks.telling import look_width
+from lab.networks.clip import Clip
+from lab.networks.telling import TaughtBase, look_width
 
 SCENES, MOST, SIDE, SMALL = 24, 3, 32, 16
 WIDTH = CONFIG.unet.context_dim
@@ -115,6 +126,58 @@ def test_errors_count_more_inside_what_is_read(batches: list[Picked]) -> None:
 def test_some_captions_are_dropped(batches: list[Picked]) -> None:
     empty = sum(int((batch.states.flatten(1).amax(dim=1) == 0).sum()) for batch in batches)
     assert 15 < empty < 55  # a tenth of 320
+
+
+def test_errors_count_as_those_of_the_picture() -> None:
+    """What v is wrong by, weighted, is what the picture is wrong by: once where there is noise
+    alone, up to five times where there is less."""
+    schedule, t = Schedule(PREDICTION), torch.tensor([999, 800, 400, 10])
+    g = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(4, 4, 8, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    noisy, v = schedule.noisy(clean, noise, t), schedule.target(clean, noise, t)
+    wrong = v + 0.1 * torch.randn(v.shape, generator=g, dtype=torch.float64)
+    found, _ = schedule.parts(noisy, wrong, t)
+    of_v = (wrong - v).square().mean((1, 2, 3)) * picture_weights(schedule.snr(t))
+    of_picture = (found - clean).square().mean((1, 2, 3))
+    counts = of_v / of_picture
+    assert counts[0] == pytest.approx(1) and 1 < counts[1] < counts[2] <= 5.001
+    assert counts[3] == pytest.approx(5, rel=1e-3)
+
+
+def test_timesteps_are_spread_evenly() -> None:
+    t = spread_timesteps(20, torch.Generator().manual_seed(0))
+    assert sorted(int(x) // 50 for x in t) == list(range(20))
+    assert t.tolist() != sorted(t.tolist())
+
+
+def test_it_trains_and_goes_on_with_shards_that_were_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(number: int) -> None:
+        for kind, tensor in vars(shard()).items():
+            np.save(tmp_path / "cache" / f"{number:05d}.{kind}.npy", tensor.numpy() / 30)
+
+    monkeypatch.setattr(base, "_LOOK_AGAIN", 1)
+    torch.manual_seed(0)
+    state = Clip([320, 537]).state_dict()
+    whole = {"weights": state, "average": state, "step": 1, "seconds": 0.0}
+    torch.save(whole, tmp_path / "clip.state.pt")
+    (tmp_path / "vocabulary.json").write_text("[320, 537]")
+    (tmp_path / "cache").mkdir()
+    encode(0)
+    torch.manual_seed(3)
+    start = TaughtBase(build_unet(), CONFIG).state_dict()
+    train_base(tmp_path, steps=1, batch=8)
+    first = torch.load(tmp_path / "base.state.pt", weights_only=True)
+    encode(1)
+    train_base(tmp_path, steps=2, batch=8)
+    second = torch.load(tmp_path / "base.state.pt", weights_only=True)
+    assert (first["step"], second["step"]) == (1, 2)
+    for before, after in ((start, first["weights"]), (first["weights"], second["weights"])):
+        still = [name for name in before if torch.equal(before[name], after[name])]
+        assert not [name for name in still if name.startswith("teller")]
+        assert len(still) < 0.2 * len(before)  # biases before norms may stay
+    assert len((tmp_path / "base.csv").read_text().splitlines()) == 3
 
 
 def test_without_cached_scenes_it_says_what_to_run(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from anystory_core.training.initial import ROUTER_PARTS
 from anystory_core.weights.checkpoint import load_model, save_model
 from anystory_core.weights.model import PARTS, build_model
 from lab.files import export, shipped
-from lab.measuring import finder, identity
+from lab.measuring import finder, identity, outline
 from lab.measuring import networks as measuring
 from lab.networks import base, clip, vae
 from lab.networks.telling import TaughtBase
@@ -56,7 +56,7 @@ def test_shipped_files_come_back_as_modules_and_as_a_folder(work: Path, tmp_path
     model = build_model(CONFIG)
     save_model(files / "anystory.safetensors", model, CONFIG, dtype=torch.float16)
     modules = shipped.read_modules(files)
-    assert modules.ids == IDS
+    assert modules.ids == IDS and modules.prediction == base.PREDICTION
     again = tmp_path / "again"
     shipped.restore(again, files)
     subject = load_model(again / SUBJECT_FILE)  # what stage 2 begins with
@@ -108,6 +108,10 @@ def test_export_keeps_the_measuring_networks(work: Path, monkeypatch: pytest.Mon
     """As they were trained, in half precision, once both of them are; they count for themselves."""
     monkeypatch.setattr(weights, "FOLDER", work / "files")
     monkeypatch.setattr(measuring, "FILE", work / "measuring.safetensors")
+    monkeypatch.setattr(measuring, "OUTLINE_FILE", work / "outline.safetensors")
+    shapes = outline.Segmenter()
+    save(outline.phase(work), shapes)
+    assert export.export(work)["outline"] < measuring.LARGEST_OUTLINE
     eyes = finder.Finder()
     save(finder.phase(work), eyes)
     assert "measuring" not in export.export(work)
@@ -117,10 +121,12 @@ def test_export_keeps_the_measuring_networks(work: Path, monkeypatch: pytest.Mon
     sizes = export.export(work)
     assert sizes["measuring"] < measuring.LARGEST and set(sizes) == {
         *export.host_states(work),
+        "outline",
         "measuring",
     }
     found, named = measuring.read_networks()
-    for kept, trained in ((found, eyes), (named, names.network)):
+    outlined = measuring.read_segmenter()
+    for kept, trained in ((found, eyes), (named, names.network), (outlined, shapes)):
         state = kept.state_dict()
         for key, tensor in trained.state_dict().items():
             assert torch.equal(

@@ -119,7 +119,7 @@ def loss_of_batch(logits: Tensor, masks: Tensor) -> Tensor:
 def phase(folder: Path) -> Phase:
     """How the segmenter is trained, and where its state lies."""
     return Phase(
-        name="outline", folder=folder, steps=500, learning_rate=2e-3, seed=9, ema=0.98,
+        name="outline", folder=folder, steps=1600, learning_rate=2e-3, seed=9, ema=0.98,
         optimiser="muon",
     )  # fmt: skip
 

@@ -59,9 +59,7 @@ class Muon(torch.optim.Optimizer):
             for shape, parameters in alike.items():
                 self._update(parameters, shape, group["lr"], group["weight_decay"])
 
-    def _update(
-        self, parameters: list[Tensor], shape: torch.Size, lr: float, decay: float
-    ) -> None:
+    def _update(self, parameters: list[Tensor], shape: torch.Size, lr: float, decay: float) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
         buffers: list[Tensor] = []
         for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -43,9 +43,11 @@ class Verdict:
     blended: bool
     place_right: bool
     same_pose: bool | None  # one subject only, and only when it is named right
-    # One subject only: the independent eye's answer, and how far the silhouette is the reference's.
+    # One subject only: the independent eye's answer, and how far the silhouette is the reference's
+    # and, for scale, that of the next task of those that are judged together.
     eye_right: bool | None = None
     outline: float | None = None
+    other_outline: float | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ class Judge:
             if right and len(task.subjects) == 1:
                 pose = self.same_pose(cut(picture, found[0].box), task)
             alone = len(task.subjects) == 1
+            after = tasks[(number + 1) % len(tasks)]
+            outlines = self.outlines(whole[number], (task, after)) if alone else [None, None]
             out.append(
                 Verdict(
                     tuple(names),
@@ -121,7 +125,8 @@ class Judge:
                     place == task.scene.place,
                     pose,
                     self.seen_right(whole[number], found, task) if alone else None,
-                    self.outline(whole[number], task) if alone else None,
+                    outlines[0],
+                    outlines[1],
                 )
             )
         return out
@@ -133,11 +138,11 @@ class Judge:
         crop = cut(picture, found[0].box if found else (0.0, 0.0, 1.0, 1.0), eye.SIZE)
         return measures.top1(seeing(crop[None]), known) == [task.subjects[0]]
 
-    def outline(self, picture: Tensor, task: Task) -> float:
-        """Overlap, 0 to 1, of the silhouette in a picture (3,H,W) with that of the task's first
+    def outlines(self, picture: Tensor, tasks: Sequence[Task]) -> list[float]:
+        """Overlap, 0 to 1, of the silhouette in a picture (3,H,W) with that of each task's first
         reference in its best pose."""
         (drawn,) = silhouettes(self.segmenter, picture[None])
-        return best_overlap(drawn, torch.from_numpy(task.references[0][1]))
+        return [best_overlap(drawn, torch.from_numpy(task.references[0][1])) for task in tasks]
 
     def same_pose(self, crop: Tensor, task: Task) -> bool:
         """The subject stands as it does in the reference, by the same estimate of both."""

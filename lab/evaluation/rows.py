@@ -127,9 +127,10 @@ def counted(verdicts: Sequence[Verdict], subjects: int) -> Result:
         result["identity top-1"] = share([v.best_right for v in verdicts])
         seen = [v.eye_right for v in verdicts if v.eye_right is not None]
         result["ImageNet's eye, top-1"] = share(seen)
-        result["outline"] = measures.bootstrap(
-            [v.outline for v in verdicts if v.outline is not None]
-        )
+        own = [v.outline for v in verdicts if v.outline is not None]
+        others = [v.other_outline for v in verdicts if v.other_outline is not None]
+        result["outline"] = measures.bootstrap(own)
+        result["outline of another subject"] = measures.bootstrap(others)
         poses = [v.same_pose for v in verdicts if v.same_pose is not None]
         if poses:
             result["same pose as the reference"] = share(poses)

@@ -24,7 +24,7 @@ from ..world.emoji import Emoji
 from ..world.render import UInt8, pool_of, render_scene
 
 SIZE = 160  # larger pictures are shrunk before they are looked at
-SCENES = 1500  # rendered for training
+SCENES = 6000  # rendered for training
 BATCH = 8
 _FIRST_SEED = 400_000_000
 _WIDTHS = (12, 24, 48, 96, 128)  # at 160, 80, 40, 20 and 10 pixels a side
@@ -119,7 +119,7 @@ def loss_of_batch(logits: Tensor, masks: Tensor) -> Tensor:
 def phase(folder: Path) -> Phase:
     """How the segmenter is trained, and where its state lies."""
     return Phase(
-        name="outline", folder=folder, steps=1600, learning_rate=2e-3, seed=9, ema=0.98,
+        name="outline", folder=folder, steps=6000, learning_rate=2e-3, seed=9, ema=0.99,
         optimiser="muon",
     )  # fmt: skip
 

@@ -48,7 +48,7 @@ def write_data(emoji: list[Emoji], work: Path, kind: Kind, shards: int) -> Path:
 
 def _shared(work: Path, kind: Kind, steps: int, seed: int, name: str) -> dict[str, Any]:
     return {
-        "base": BaseSettings(path=str(work / "base"), model="mini", prediction="v_zero_snr"),
+        "base": BaseSettings(path=str(work / "base"), model="mini"),
         "data": DataSettings(
             paths=(str(work / kind),),
             resolution=PICTURE_SIZE,

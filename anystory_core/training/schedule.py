@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ..bases.sdxl.prediction import Prediction
 
+BETA_START, BETA_END = 0.00085, 0.012  # SDXL's
+
 
 def alphas_cumprod(
-    steps: int = 1000, start: float = 0.00085, end: float = 0.012, *, zero_snr: bool = False
+    steps: int = 1000, start: float = BETA_START, end: float = BETA_END, *, zero_snr: bool = False
 ) -> Tensor:
     """SDXL's noise schedule ("scaled linear"): alpha_t^2 of Eq. 1, float64 (steps,).
 

@@ -18,6 +18,7 @@ from anystory_core.mini.config import CONFIG
 from anystory_core.mini.weights import row_of_token
 from anystory_core.routing.words import Texts
 from anystory_core.training.hosts import unet as diffusers_unet
+from anystory_core.training.hosts.folder import folder_prediction
 from anystory_core.training.hosts.frozen import penultimate
 from anystory_core.training.schedule import Schedule
 from anystory_core.weights.checkpoint import load_model
@@ -25,7 +26,7 @@ from anystory_core.weights.model import AnyStoryModel
 
 from ..files.shipped import read_modules
 from ..networks import cache, vae
-from ..networks.base import PREDICTION, load_unet
+from ..networks.base import load_unet
 from ..networks.clip import load_clip
 from ..networks.text import END, tokenize
 from ..phase import autocast
@@ -100,7 +101,8 @@ def stack_of_work(work: Path) -> Stack:
     """From the phases' averaged weights."""
     clip, row_table = load_clip(work)
     unet, autoencoder = load_unet(work), vae.load_vae(work)
-    return make_stack(unet, autoencoder, clip.text, row_table, clip.vision, PREDICTION)
+    prediction = folder_prediction(work)
+    return make_stack(unet, autoencoder, clip.text, row_table, clip.vision, prediction)
 
 
 def stack_of_files(folder: Path) -> Stack:

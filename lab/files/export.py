@@ -12,12 +12,13 @@ from anystory_core.bases.sdxl.prediction import marks_of_file
 from anystory_core.mini.config import CONFIG
 from anystory_core.mini.weights import PARTS, pack_text, path
 from anystory_core.tensor_files import save_tensors
+from anystory_core.training.hosts.folder import folder_prediction
 from anystory_core.weights.checkpoint import load_model, save_model
 
 from ..measuring import finder, identity, outline
 from ..measuring import networks as measuring
 from ..networks import vae as vae_module
-from ..networks.base import PREDICTION, load_unet
+from ..networks.base import load_unet
 from ..networks.clip import load_clip, load_vocabulary
 from ..networks.vae import load_vae
 from ..stages import WHOLE_FILE
@@ -34,7 +35,7 @@ def host_states(work: Path) -> dict[str, dict[str, Tensor]]:
     names = ldm_to_diffusers(CONFIG)
     host_unet = {host: unet[name] for host, name in names.items()}
     return {
-        "unet": {**host_unet, **marks_of_file(PREDICTION)},
+        "unet": {**host_unet, **marks_of_file(folder_prediction(work))},
         "vae": vae_module.host_state(load_vae(work).state_dict()),
         "clip_text": pack_text(clip.text.state_dict(), load_vocabulary(work)),
         "clip_vision": clip.vision.state_dict(),

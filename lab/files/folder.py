@@ -9,19 +9,22 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from anystory_core.mini.config import TEXT
 from anystory_core.mini.weights import full_table, pack_text
+from anystory_core.training.hosts.folder import folder_prediction
 
-from ..networks.base import load_unet
+from ..networks.base import load_unet, write_prediction
 from ..networks.clip import load_clip, load_vocabulary
 from ..networks.vae import load_vae
 
 
 def write_base_folder(work: Path) -> Path:
     """``work/base`` with unet/, vae/, text_encoder/ (CLIP's whole table of tokens) and
-    image_encoder/, from the phases' averaged weights."""
+    image_encoder/, from the phases' averaged weights, and scheduler/, which says what the U-Net
+    predicts."""
     target = work / "base"
     clip, _ = load_clip(work)
     ids = load_vocabulary(work)
     load_unet(work).save_pretrained(target / "unet")
+    write_prediction(target, folder_prediction(work))
     load_vae(work).save_pretrained(target / "vae")
     clip.vision.save_pretrained(target / "image_encoder")
     text: Any = cast(Any, CLIPTextModel)(CLIPTextConfig(**TEXT))

@@ -72,9 +72,8 @@ def read_modules(folder: Path = FOLDER) -> Shipped:
 
 def restore(work: Path, folder: Path = FOLDER) -> None:
     """Write the phases' files from the shipped ones, so that training goes on from them: VAE and
-    CLIP count as done, the base begins a new schedule, and stage 2 finds stage 1's file. A base
-    that predicted the noise must learn v in the phase ``base`` before it is of use. ValueError when
-    ``work`` holds a base."""
+    CLIP count as done, the base begins a new schedule and predicts what it did, and stage 2 finds
+    stage 1's file. ValueError when ``work`` holds a base."""
     if (work / "base.state.pt").exists():
         raise ValueError(f"{work} holds a trained base already; choose an empty folder")
     shipped = read_modules(folder)
@@ -86,6 +85,7 @@ def restore(work: Path, folder: Path = FOLDER) -> None:
     _begin(vae.phase(work), shipped.vae, vae.phase(work).steps)
     _begin(vae.decoder_phase(work), shipped.vae.decoder, vae.decoder_phase(work).steps)
     _begin(clip.phase(work), whole, clip.phase(work).steps)
+    base.write_prediction(work, shipped.prediction)
     _begin(base.phase(work, 1), TaughtBase(shipped.unet, CONFIG), 0)
     anystory = load_model(folder / "anystory.safetensors", dtype=torch.float32)
     subject = {n: t for n, t in anystory.state_dict().items() if not n.startswith(_ROUTER)}

@@ -1,11 +1,12 @@
 """The base: a U-Net of SDXL's topology, trained from scratch on the world's scenes (Eq. 1).
 
-Latents and text states come from the cache; the noise schedule is SDXL's, shifted so that it ends
-in noise alone, and v is predicted. Timesteps are spread over a batch, and one caption in ten is
-dropped. More than half of a batch also reads references of its subjects (:mod:`.reading`),
-one part of it in places that are given and one where the hidden states themselves send them, and
-errors inside the subjects count more. The second part and most of what reads nothing is asked where
-the subjects are (:mod:`.telling`).
+Latents and text states come from the cache. A base that begins here predicts v on SDXL's noise
+schedule, shifted so that it ends in noise alone; one that was restored, what it did before
+(:func:`write_prediction`). Timesteps are spread over a batch, and one caption in ten is dropped.
+More than half of a batch also reads references of its subjects (:mod:`.reading`), one part of it in
+places that are given and one where the hidden states themselves send them, and errors inside the
+subjects count more. The second part and most of what reads nothing is asked where the subjects are
+(:mod:`.telling`).
 """
 
 from __future__ import annotations
@@ -17,25 +18,26 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from anystory_core.bases.sdxl.prediction import Prediction
+from anystory_core.bases.sdxl.prediction import Kind, Prediction
 from anystory_core.mini.config import CONFIG, PICTURE_SIZE
 from anystory_core.subject.preprocess import mask_box
+from anystory_core.training.hosts.folder import folder_prediction
 from anystory_core.training.hosts.sizes import diffusers_unet_config
 from anystory_core.training.hosts.unet import UNetInputs, attention_kernels, predict, time_ids
 from anystory_core.training.losses import error_weights
-from anystory_core.training.schedule import Schedule
+from anystory_core.training.schedule import BETA_END, BETA_START, Schedule
 
-from ..phase import Phase, accelerator, autocast, half_is_faster, shares
+from ..phase import Phase, accelerator, autocast, first_makes, half_is_faster, shares
 from .cache import Cached, encode_texts, numbers_of, read_shard_of, read_shards
 from .clip import load_clip
 from .reading import Reader
 from .row_sources import RowSources
 from .telling import TaughtBase
 
-PREDICTION = Prediction("v", zero_snr=True)
+PREDICTION = Prediction("v", zero_snr=True)  # of a base that begins untrained
 BATCH = 32
 _DROP = 0.1
 _PLAIN = 0.5  # share of captions that say only "an object"
@@ -63,22 +65,44 @@ def size_ids(batch: int) -> Tensor:
     return time_ids(PICTURE_SIZE, PICTURE_SIZE, batch, torch.device("cpu"))
 
 
-def spread_timesteps(batch: int, generator: torch.Generator) -> Tensor:
-    """(B,) int64 in [0,1000), one of each of B equal slices, in random order."""
+def write_prediction(folder: Path, prediction: Prediction) -> None:
+    """Keep beside a base what it predicts, and its noise schedule, as diffusers does:
+    ``folder/scheduler``."""
+    kind = "v_prediction" if prediction.kind == "v" else prediction.kind
+    scheduler: Any = cast(Any, DDIMScheduler)(
+        beta_start=BETA_START,
+        beta_end=BETA_END,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        timestep_spacing="linspace",  # as the evaluation draws
+        prediction_type=kind,
+        rescale_betas_zero_snr=prediction.zero_snr,
+    )
+    scheduler.save_pretrained(folder / "scheduler")
+
+
+def spread_timesteps(batch: int, kind: Kind, generator: torch.Generator) -> Tensor:
+    """(B,) int64 in [0,1000), one from each of B equal slices of u in [0,1], in random order: of
+    1000 u where v is predicted, of 1000 (1 - u^2) where the noise is.
+
+    Noisy ones more often then: what a subject looks like is decided there, where errors of the
+    noise are small."""
     offset = torch.rand(batch, generator=generator)
     u = (torch.arange(batch) + offset) / batch
-    t = (u * 1000).long().clamp_max(999)
+    share = u if kind == "v" else 1 - u.square()
+    t = (share * 1000).long().clamp_max(999)
     return t[torch.randperm(batch, generator=generator)]
 
 
-def picture_weights(snr: Tensor) -> Tensor:
-    """What an error of v counts at signal-to-noise ratios (B): min(SNR + 1, 5) / (SNR + 1).
+def level_weights(snr: Tensor, kind: Kind) -> Tensor:
+    """What an error counts at signal-to-noise ratios (B): min(SNR + 1, 5) / (SNR + 1) of v,
+    min(SNR, 5) / SNR of the noise (min-SNR, Hang et al. 2023).
 
     The error of the picture z_0 that v stands for is 1 / (SNR + 1) of v's own, so it counts once
-    where there is only noise and five times where there is little. Min-SNR's weights
-    (min(SNR, 5) / (SNR + 1), Hang et al. 2023) leave the noisiest steps nothing, and outlines are
-    decided there."""
-    return (snr + 1).clamp_max(_MOST_SNR) / (snr + 1)
+    where there is only noise and five times where there is little. Min-SNR's weights of v
+    (min(SNR, 5) / (SNR + 1)) leave the noisiest steps nothing, and outlines are decided there."""
+    counted = snr + 1 if kind == "v" else snr
+    return counted.clamp_max(_MOST_SNR) / counted
 
 
 @dataclass(frozen=True)
@@ -184,11 +208,17 @@ def load_unet(folder: Path) -> Any:
 def train_base(folder: Path, *, steps: int, batch: int = BATCH) -> None:
     """Train or resume on the shards of ``folder/cache``, where there is a CUDA device on that; more
     may be added meanwhile. ``batch``: scenes of a step, of all processes together.
-    FileNotFoundError when there is no shard."""
+    FileNotFoundError when there is no shard, ConfigError when the folder holds a base and does not
+    say what it predicts."""
     cache, device = folder / "cache", accelerator()
     shards = read_shards(cache, device)
     if not shards:
         raise FileNotFoundError(f"base: no shard in {cache}; run the phases world and cache first")
+    if not phase(folder, steps).state_file.exists():
+        said = folder / "scheduler" / "scheduler_config.json"
+        first_makes(said, lambda: write_prediction(folder, PREDICTION))
+    schedule = Schedule(folder_prediction(folder))
+    kind = schedule.prediction.kind
     torch.manual_seed(3)
     clip, row_table = load_clip(folder)
     # Channels-last is faster in float32 (0.87 against 1.0 s per step of 32 on one thread) and
@@ -202,7 +232,6 @@ def train_base(folder: Path, *, steps: int, batch: int = BATCH) -> None:
     unet.to(memory_format=layout)
     states, pooled = encode_texts(clip.text, row_table, [""])
     empty = torch.from_numpy(states[0]).to(device), torch.from_numpy(pooled[0]).to(device)
-    schedule = Schedule(PREDICTION)
     part, parts = shares()
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
@@ -211,7 +240,7 @@ def train_base(folder: Path, *, steps: int, batch: int = BATCH) -> None:
             shards.update({number: read_shard_of(cache, number, device) for number in fresh})
         count = batch // parts
         picked = pick(list(shards.values()), count, empty, np.random.default_rng((3, step, part)))
-        t = spread_timesteps(count, generator)
+        t = spread_timesteps(count, kind, generator)
         noise = torch.randn(picked.latents.shape, generator=generator).to(device)
         reading, placed = len(picked.references), len(picked.places)
         noisy = schedule.noisy(picked.latents, noise, t).contiguous(memory_format=layout)
@@ -226,7 +255,7 @@ def train_base(folder: Path, *, steps: int, batch: int = BATCH) -> None:
             asked = teller.loss(picked.told, picked.looks, picked.subjects[picked.told])
         target = schedule.target(picked.latents, noise, t)
         errors = picked.importance() * (predicted.float() - target).square()
-        weights = picture_weights(schedule.snr(t)).to(device)
+        weights = level_weights(schedule.snr(t), kind).to(device)
         return (weights * errors.mean((1, 2, 3))).mean() + _TELLING * asked
 
     phase(folder, steps).run(base, loss_of)

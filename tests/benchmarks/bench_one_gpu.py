@@ -41,7 +41,6 @@ RUN = """
 [base]
 path = "base"
 model = "mini"
-prediction = "epsilon"
 [data]
 paths = ["scenes"]
 resolution = 320

@@ -12,17 +12,20 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 pytest.importorskip("open_clip")
 
+from anystory_core.bases.sdxl.prediction import Kind, Prediction
+from anystory_core.errors import ConfigError
 from anystory_core.mini.config import CONFIG
+from anystory_core.training.hosts.folder import folder_prediction
 from anystory_core.training.schedule import Schedule
 from lab.networks import base
 from lab.networks.base import (
     PREDICTION,
     Picked,
     build_unet,
+    level_weights,
     pick,
-    picture_weights,
-    spread_timesteps,
     train_base,
+    write_prediction,
 )
 from lab.networks.cache import Cached
 from lab.networks.clip import Clip
@@ -137,47 +140,85 @@ def test_errors_count_as_those_of_the_picture() -> None:
     noisy, v = schedule.noisy(clean, noise, t), schedule.target(clean, noise, t)
     wrong = v + 0.1 * torch.randn(v.shape, generator=g, dtype=torch.float64)
     found, _ = schedule.parts(noisy, wrong, t)
-    of_v = (wrong - v).square().mean((1, 2, 3)) * picture_weights(schedule.snr(t))
+    of_v = (wrong - v).square().mean((1, 2, 3)) * level_weights(schedule.snr(t), "v")
     of_picture = (found - clean).square().mean((1, 2, 3))
     counts = of_v / of_picture
     assert counts[0] == pytest.approx(1) and 1 < counts[1] < counts[2] <= 5.001
     assert counts[3] == pytest.approx(5, rel=1e-3)
 
 
-def test_timesteps_are_spread_evenly() -> None:
-    t = spread_timesteps(20, torch.Generator().manual_seed(0))
-    assert sorted(int(x) // 50 for x in t) == list(range(20))
-    assert t.tolist() != sorted(t.tolist())
+def test_errors_of_the_noise_count_by_min_snr() -> None:
+    assert level_weights(torch.tensor([0.01, 5.0, 20.0]), "epsilon").tolist() == [1, 1, 0.25]
 
 
-def test_it_trains_and_goes_on_with_shards_that_were_added(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def encode(number: int) -> None:
-        for kind, tensor in vars(shard()).items():
-            np.save(tmp_path / "cache" / f"{number:05d}.{kind}.npy", tensor.numpy() / 30)
+def encode(folder: Path, number: int) -> None:
+    for kind, tensor in vars(shard()).items():
+        np.save(folder / "cache" / f"{number:05d}.{kind}.npy", tensor.numpy() / 30)
 
-    monkeypatch.setattr(base, "_LOOK_AGAIN", 1)
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A recipe's folder before the base, with one shard."""
     torch.manual_seed(0)
     state = Clip([320, 537]).state_dict()
     whole = {"weights": state, "average": state, "step": 1, "seconds": 0.0}
     torch.save(whole, tmp_path / "clip.state.pt")
     (tmp_path / "vocabulary.json").write_text("[320, 537]")
     (tmp_path / "cache").mkdir()
-    encode(0)
+    encode(tmp_path, 0)
+    return tmp_path
+
+
+@pytest.mark.parametrize("prediction", [None, Prediction(), Prediction("v")])
+def test_a_base_learns_what_its_folder_says(
+    work: Path, monkeypatch: pytest.MonkeyPatch, prediction: Prediction | None
+) -> None:
+    """A new one v; and noise levels, targets and weights are those of one kind."""
+    schedules: list[Schedule] = []
+    weighed = set[str]()
+
+    class Kept(Schedule):
+        def __init__(self, prediction: Prediction) -> None:
+            super().__init__(prediction)
+            schedules.append(self)
+
+    def weights(snr: Tensor, kind: Kind) -> Tensor:
+        weighed.add(kind)
+        return level_weights(snr, kind)
+
+    monkeypatch.setattr(base, "Schedule", Kept)
+    monkeypatch.setattr(base, "level_weights", weights)
+    if prediction is not None:
+        write_prediction(work, prediction)
+    wanted = prediction or PREDICTION
+    train_base(work, steps=1, batch=8)
+    assert [one.prediction for one in schedules] == [wanted] and weighed == {wanted.kind}
+    assert folder_prediction(work) == wanted
+
+
+def test_a_base_that_does_not_say_what_it_predicts_is_not_trained_on(work: Path) -> None:
+    (work / "base.state.pt").write_bytes(b"")
+    with pytest.raises(ConfigError, match="what its U-Net predicts"):
+        train_base(work, steps=1)
+
+
+def test_it_trains_and_goes_on_with_shards_that_were_added(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "_LOOK_AGAIN", 1)
     torch.manual_seed(3)
     start = TaughtBase(build_unet(), CONFIG).state_dict()
-    train_base(tmp_path, steps=1, batch=8)
-    first = torch.load(tmp_path / "base.state.pt", weights_only=True)
-    encode(1)
-    train_base(tmp_path, steps=2, batch=8)
-    second = torch.load(tmp_path / "base.state.pt", weights_only=True)
+    train_base(work, steps=1, batch=8)
+    first = torch.load(work / "base.state.pt", weights_only=True)
+    encode(work, 1)
+    train_base(work, steps=2, batch=8)
+    second = torch.load(work / "base.state.pt", weights_only=True)
     assert (first["step"], second["step"]) == (1, 2)
     for before, after in ((start, first["weights"]), (first["weights"], second["weights"])):
         still = [name for name in before if torch.equal(before[name], after[name])]
         assert not [name for name in still if name.startswith("teller")]
         assert len(still) < 0.2 * len(before)  # biases before norms may stay
-    assert len((tmp_path / "base.csv").read_text().splitlines()) == 3
+    assert len((work / "base.csv").read_text().splitlines()) == 3
 
 
 def test_without_cached_scenes_it_says_what_to_run(tmp_path: Path) -> None:

@@ -41,8 +41,14 @@ def test_whitening_changes_the_latents_scale_and_nothing_else() -> None:
     assert torch.allclose(before[..., 1:-1, 1:-1], after[..., 1:-1, 1:-1], atol=1e-5)
 
 
-def test_timesteps_cover_the_schedule_and_noisy_ones_more_closely() -> None:
-    t = spread_timesteps(16, torch.Generator().manual_seed(0))
+def test_timesteps_cover_the_schedule() -> None:
+    t = spread_timesteps(20, "v", torch.Generator().manual_seed(0))
+    assert sorted(int(x) // 50 for x in t) == list(range(20))
+    assert t.tolist() != sorted(t.tolist())
+
+
+def test_noisy_timesteps_lie_more_closely_where_the_noise_is_predicted() -> None:
+    t = spread_timesteps(16, "epsilon", torch.Generator().manual_seed(0))
     slices = ((1 - (t.float() + 0.5) / 1000).sqrt() * 16).long()
     assert sorted(slices.tolist()) == list(range(16))
     assert (t >= 750).sum() == 8  # u < 1/2

@@ -12,19 +12,23 @@ from safetensors.torch import save_file
 pytest.importorskip("diffusers")
 pytest.importorskip("open_clip")
 
+from anystory_core.bases.sdxl.prediction import Prediction
 from anystory_core.mini import weights
 from anystory_core.mini.config import CONFIG
+from anystory_core.training.hosts.frozen import load_frozen
 from anystory_core.training.initial import ROUTER_PARTS
 from anystory_core.weights.checkpoint import load_model, save_model
-from anystory_core.weights.model import PARTS, build_model
+from anystory_core.weights.model import PARTS, AnyStoryModel, build_model
+from lab.evaluation.stack import stack_of_work
 from lab.files import export, shipped
+from lab.files.folder import write_base_folder
 from lab.measuring import finder, identity, outline
 from lab.measuring import networks as measuring
 from lab.networks import base, clip, vae
 from lab.networks.telling import TaughtBase
 from lab.networks.text import END, START
 from lab.phase import Phase
-from lab.stages import SUBJECT_FILE
+from lab.stages import SUBJECT_FILE, stage1
 
 IDS = [320, 537, START, END]
 
@@ -43,18 +47,41 @@ def work(tmp_path: Path) -> Path:
     save(clip.phase(folder), clip.Clip(IDS))
     (folder / "vocabulary.json").write_text(json.dumps(IDS))
     save(base.phase(folder, 9), TaughtBase(base.build_unet(), CONFIG))
+    base.write_prediction(folder, base.PREDICTION)
     torch.save(vae.build_vae().state_dict(), folder / "vae.whitened.pt")
     return folder
 
 
-def test_shipped_files_come_back_as_modules_and_as_a_folder(work: Path, tmp_path: Path) -> None:
-    files = tmp_path / "files"
+def ship(work: Path, files: Path) -> AnyStoryModel:
+    """Write what export does, with an untrained AnyStory."""
     files.mkdir()
     for part, state in export.host_states(work).items():
         half = {n: t.half() if t.is_floating_point() else t for n, t in state.items()}
         save_file({n: t.contiguous() for n, t in half.items()}, files / f"{part}.safetensors")
     model = build_model(CONFIG)
     save_model(files / "anystory.safetensors", model, CONFIG, dtype=torch.float16)
+    return model
+
+
+@pytest.mark.parametrize("prediction", [Prediction(), Prediction("v", zero_snr=True)])
+def test_what_the_base_predicts_goes_along(
+    work: Path, tmp_path: Path, prediction: Prediction
+) -> None:
+    """From a folder to files, back to a folder, and to what the stages and the evaluation read."""
+    base.write_prediction(work, prediction)
+    files, again = tmp_path / "files", tmp_path / "again"
+    ship(work, files)
+    assert shipped.read_modules(files).prediction == prediction
+    shipped.restore(again, files)
+    assert stack_of_work(again).schedule.prediction == prediction
+    settings = stage1(again, 1).base
+    assert Path(settings.path) == write_base_folder(again)
+    assert load_frozen(settings).prediction == prediction
+
+
+def test_shipped_files_come_back_as_modules_and_as_a_folder(work: Path, tmp_path: Path) -> None:
+    files = tmp_path / "files"
+    model = ship(work, files)
     modules = shipped.read_modules(files)
     assert modules.ids == IDS and modules.prediction == base.PREDICTION
     again = tmp_path / "again"
@@ -116,7 +143,7 @@ def test_export_keeps_the_measuring_networks(work: Path, monkeypatch: pytest.Mon
     save(finder.phase(work), eyes)
     assert "measuring" not in export.export(work)
     names = identity._Trained(7)
-    names.network.trunk[0][1].running_mean.fill_(0.25)
+    names.state_dict()["network.trunk.0.1.running_mean"].fill_(0.25)
     save(identity.phase(work), names)
     sizes = export.export(work)
     assert sizes["measuring"] < measuring.LARGEST and set(sizes) == {

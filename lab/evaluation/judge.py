@@ -44,7 +44,7 @@ class Verdict:
     place_right: bool
     same_pose: bool | None  # one subject only, and only when it is named right
     # One subject only: the independent eye's answer, and how far the silhouette is the reference's
-    # and, for scale, that of the next task of those that are judged together.
+    # and, for scale, that of the next task of those that are judged together, if there is one.
     eye_right: bool | None = None
     outline: float | None = None
     other_outline: float | None = None
@@ -114,8 +114,11 @@ class Judge:
             if right and len(task.subjects) == 1:
                 pose = self.same_pose(cut(picture, found[0].box), task)
             alone = len(task.subjects) == 1
-            after = tasks[(number + 1) % len(tasks)]
-            outlines = self.outlines(whole[number], (task, after)) if alone else [None, None]
+            own = other = None
+            if alone:
+                after = [tasks[(number + 1) % len(tasks)]] * (len(tasks) > 1)
+                own, *others = self.outlines(whole[number], (task, *after))
+                other = others[0] if others else None
             out.append(
                 Verdict(
                     tuple(names),
@@ -125,8 +128,8 @@ class Judge:
                     place == task.scene.place,
                     pose,
                     self.seen_right(whole[number], found, task) if alone else None,
-                    outlines[0],
-                    outlines[1],
+                    own,
+                    other,
                 )
             )
         return out

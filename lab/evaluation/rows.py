@@ -127,10 +127,13 @@ def counted(verdicts: Sequence[Verdict], subjects: int) -> Result:
         result["identity top-1"] = share([v.best_right for v in verdicts])
         seen = [v.eye_right for v in verdicts if v.eye_right is not None]
         result["ImageNet's eye, top-1"] = share(seen)
-        own = [v.outline for v in verdicts if v.outline is not None]
-        others = [v.other_outline for v in verdicts if v.other_outline is not None]
-        result["outline"] = measures.bootstrap(own)
-        result["outline of another subject"] = measures.bootstrap(others)
+        pairs = [(v.outline, v.other_outline) for v in verdicts]
+        result["outline"] = measures.bootstrap([own for own, _ in pairs if own is not None])
+        both = [(own, other) for own, other in pairs if own is not None and other is not None]
+        if both:
+            result["outline of another subject"] = measures.bootstrap([other for _, other in both])
+            difference = measures.bootstrap([own - other for own, other in both])
+            result["outline, own less another's"] = difference
         poses = [v.same_pose for v in verdicts if v.same_pose is not None]
         if poses:
             result["same pose as the reference"] = share(poses)

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("diffusers")
 pytest.importorskip("open_clip")
 
-from lab.evaluation import measures, report
+from lab.evaluation import measures, report, rows
+from lab.evaluation.judge import Verdict
 from lab.measuring import finder
 
 
@@ -111,3 +113,15 @@ def test_boxes_come_back_from_their_own_targets() -> None:
         assert max(finder.box_overlap(box, one.box) for one in found) > 0.999
     assert finder.box_overlap((0, 0, 1, 1), (0.5, 0, 1.5, 1)) == pytest.approx(1 / 3)
     assert finder.box_overlap((0, 0, 0.4, 1), (0.5, 0, 1, 1)) == 0
+
+
+def test_outlines_are_also_told_by_what_they_are_ahead_of_another_subjects() -> None:
+    def verdict(own: float, other: float | None) -> Verdict:
+        return Verdict((), False, False, False, True, None, True, own, other)
+
+    figures = rows.counted([verdict(0.8, 0.5), verdict(0.6, 0.7)], 1)
+    assert figures["outline"].value == pytest.approx(0.7)
+    assert figures["outline of another subject"].value == pytest.approx(0.6)
+    assert figures["outline, own less another's"].value == pytest.approx(0.1)
+    alone = rows.counted([verdict(0.8, None)], 1)  # a batch of one task has no other
+    assert alone["outline"].value == 0.8 and "outline of another subject" not in alone

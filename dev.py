@@ -24,7 +24,8 @@ from devkit.host import running, signal_group
 
 # Placed by masks: the mini model draws both more often by them than by its router (docs/mini.md).
 DEMO = "two_subjects_masks"
-EXTRAS = ("train", "data", "ray", "test")  # of pyproject.toml, which tests and benchmarks need
+# Of pyproject.toml, which tests and benchmarks need.
+EXTRAS = ("train", "data", "lab", "ray", "test")
 
 
 def demo(out: Path, graph: str, seed: int | None) -> None:

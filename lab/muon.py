@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(given, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One step; parameters without a gradient stay as they are."""
         assert closure is None
         for group in self.param_groups:

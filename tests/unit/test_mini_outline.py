@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("open_clip")
 
+from lab.measuring.networks import LARGEST_OUTLINE, OUTLINE_FILE, read_segmenter
 from lab.measuring.outline import (
     SIZE,
     Segmenter,
     best_overlap,
     changed,
     loss_of_batch,
+    shrunk,
     silhouettes,
 )
+from lab.networks.vae import to_signed
+from lab.world.emoji import Emoji
+from lab.world.render import render_scene
+
+INPUTS = Path(__file__).resolve().parents[2] / "workflows" / "inputs"
 
 
 def places(side: int, turn: float, flip: float, size: float, x: float, y: float) -> Tensor:
@@ -83,3 +92,28 @@ def test_segmenter_answers_at_its_own_size_and_learns() -> None:
         optimiser.zero_grad()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_kept_segmenter_finds_held_out_subjects() -> None:
+    """docs/mini.md has the figure over all of them."""
+    assert OUTLINE_FILE.stat().st_size <= LARGEST_OUTLINE
+    network = read_segmenter()
+    pool = [
+        [Emoji(name, name, name, INPUTS / f"anystory_{name}.png")]
+        for name in ("t_rex", "mushroom", "parrot")
+    ]
+    for seed in range(6):
+        scene = render_scene(pool, seed, subjects=1)
+        (found,) = silhouettes(network, to_signed(torch.from_numpy(scene.picture.copy())[None]))
+        true = torch.from_numpy(shrunk(scene.instances[0].mask) >= 0.5)
+        assert (found & true).sum() > 0.9 * (found | true).sum(), f"scene {seed}"
+
+
+def test_a_mirror_image_has_the_mirrored_silhouette() -> None:
+    torch.manual_seed(0)
+    network = Segmenter().eval()
+    pictures = torch.rand(2, 3, 320, 320) * 2 - 1
+    found = silhouettes(network, pictures)
+    assert found.any() and not found.all()
+    mirrored = silhouettes(network, pictures.flip(-1)).flip(-1)
+    assert (found == mirrored).float().mean() > 0.999  # sums of equal terms, in another order

@@ -68,9 +68,10 @@ def test(arguments: list[str]) -> int:
     host = environment.prepare_host()
     interpreter = str(environment.prepare_python(host, EXTRAS))
     variables = {**os.environ, "ANYSTORY_PYTHON": interpreter, "COMFYUI_PATH": str(host)}
-    # Files of tests side by side: each worker has hosts and browsers of its own.
-    workers = min(4, os.cpu_count() or 1)
-    everything = ["-n", str(workers), "--dist", "loadfile", "tests"]
+    # Files of tests side by side: each worker has hosts and browsers of its own. In the order of
+    # collection, or a file of one long test would come last, and the other workers wait for it.
+    workers = str(min(4, os.cpu_count() or 1))
+    everything = ["-n", workers, "--dist", "loadfile", "--no-loadscope-reorder", "tests"]
     commands = [
         [interpreter, "-m", "ruff", "check", "."],
         [interpreter, "-m", "pyright", "--pythonpath", interpreter],

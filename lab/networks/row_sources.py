@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -50,74 +51,70 @@ class RowSources:
 
 
 @dataclass
-class GivenPlaces:
-    """Rows that have equally many subjects, each its own ``masks`` (B,N,H,W) in [0,1], as
-    :class:`~anystory_core.routing.sources.MaskRoutes` has them: the background is 1 - max."""
+class _Places(ABC):
+    """Routes by masks, which are the same at every block: made once for each grid."""
 
     masks: Tensor
     _maps: dict[Grid, Tensor] = field(default_factory=dict[Grid, Tensor], repr=False)
+
+    @property
+    @abstractmethod
+    def candidates(self) -> int:
+        """Subjects and the background."""
+
+    @abstractmethod
+    def _made(self, shares: Tensor) -> Tensor:
+        """Maps (B,C,Q) of what share of each token the masks cover, (B,...,Q)."""
+
+    @property
+    def pictures(self) -> int:
+        """As of a source that is the same for all pictures."""
+        return 1
+
+    def maps(self, site: Site, z: Tensor, grid: Grid, crops: Crops) -> SoftMaps:
+        """The same at every block."""
+        return self._on(grid)
+
+    def resize(self, soft: SoftMaps, grid: Grid, crops: Crops) -> SoftMaps:
+        """The masks themselves on that grid."""
+        return self._on(grid)
+
+    def _on(self, grid: Grid) -> SoftMaps:
+        if grid not in self._maps:
+            self._maps[grid] = self._made(area_mean(self.masks, grid).flatten(-2))
+        return SoftMaps(self._maps[grid], grid)
+
+
+@dataclass
+class GivenPlaces(_Places):
+    """Rows that have equally many subjects, each its own ``masks`` (B,N,H,W) in [0,1], as
+    :class:`~anystory_core.routing.sources.MaskRoutes` has them: the background is 1 - max."""
 
     @property
     def candidates(self) -> int:
         """N + 1."""
         return self.masks.shape[1] + 1
 
-    @property
-    def pictures(self) -> int:
-        """As of a source that is the same for all pictures."""
-        return 1
-
-    def maps(self, site: Site, z: Tensor, grid: Grid, crops: Crops) -> SoftMaps:
-        """The same at every block."""
-        return self._on(grid)
-
-    def _on(self, grid: Grid) -> SoftMaps:
-        if grid not in self._maps:
-            shares = area_mean(self.masks, grid).flatten(2)
-            background = 1 - shares.amax(dim=1, keepdim=True)
-            self._maps[grid] = torch.cat((shares, background), dim=1)
-        return SoftMaps(self._maps[grid], grid)
-
-    def resize(self, soft: SoftMaps, grid: Grid, crops: Crops) -> SoftMaps:
-        """The masks themselves on that grid."""
-        return self._on(grid)
+    def _made(self, shares: Tensor) -> Tensor:
+        return torch.cat((shares, 1 - shares.amax(dim=1, keepdim=True)), dim=1)
 
 
 @dataclass
-class OwnPlaces:
-    """Rows of a batch that have one subject each: row b's is candidate b, and goes where ``places``
+class OwnPlaces(_Places):
+    """Rows of a batch that have one subject each: row b's is candidate b, and goes where ``masks``
     (B,H,W) in [0,1] is at least a half."""
-
-    places: Tensor
-    _maps: dict[Grid, Tensor] = field(default_factory=dict[Grid, Tensor], repr=False)
 
     @property
     def candidates(self) -> int:
         """B + 1."""
-        return len(self.places) + 1
+        return len(self.masks) + 1
 
-    @property
-    def pictures(self) -> int:
-        """As of a source that is the same for all pictures."""
-        return 1
-
-    def maps(self, site: Site, z: Tensor, grid: Grid, crops: Crops) -> SoftMaps:
-        """The same at every block."""
-        return self._on(grid)
-
-    def _on(self, grid: Grid) -> SoftMaps:
-        if grid not in self._maps:
-            share = area_mean(self.places, grid).flatten(1)
-            rows = range(len(share))
-            maps = share.new_zeros(len(share), self.candidates, share.shape[1])
-            maps[rows, rows] = (share >= 0.5).to(share)
-            maps[:, -1] = (share < 0.5).to(share)
-            self._maps[grid] = maps
-        return SoftMaps(self._maps[grid], grid)
-
-    def resize(self, soft: SoftMaps, grid: Grid, crops: Crops) -> SoftMaps:
-        """The places themselves on that grid."""
-        return self._on(grid)
+    def _made(self, shares: Tensor) -> Tensor:
+        rows = range(len(shares))
+        maps = shares.new_zeros(len(shares), self.candidates, shares.shape[1])
+        maps[rows, rows] = (shares >= 0.5).to(shares)
+        maps[:, -1] = (shares < 0.5).to(shares)
+        return maps
 
 
 def _joined(parts: Sequence[SoftMaps]) -> SoftMaps:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -161,14 +161,15 @@ def timed(action: Callable[[], object]) -> tuple[float, float]:
 
 
 def run(name: str, count: int, arguments: list[object], workers: int) -> None:
+    whole = [*arguments, "--workers", workers]
+    line(name, count, *timed(lambda: call(whole)))
+
+
+def call(arguments: Sequence[object]) -> None:
+    """One command of anystory_core.data, to its end."""
     command = [sys.executable, "-m", "anystory_core.data", *map(str, arguments)]
-    command += ["--workers", str(workers)]
-
-    def call() -> None:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    line(name, count, *timed(call))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def line(name: str, count: int, wall: float, processor: float) -> None:

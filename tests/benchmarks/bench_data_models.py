@@ -1,20 +1,18 @@
-"""CPU seconds a sample of the data commands that run networks, with networks of real size.
+"""CPU seconds of the data commands that run networks, with networks of real size.
 
     python3 dev.py bench data-models [mask-rcnn mask2former qwen2-vl encode] [--count 4]
 
 Nobody's weights: a segmenter is told to find all that it can (100 instances a picture, more than
-pictures have), a captioner writes as many words as it may. Each command, its start and
-the loading of its network included, runs on COUNT scenes of 640x480; beside it the same networks on
-the same pictures without the command, once they are loaded, and a plain read of the files.
+pictures have), a captioner writes as many words as it may. Each command, its start and the loading
+of its network included, runs on COUNT scenes of 640x480; beside it the same networks on the same
+pictures without the command, once they are loaded, and a plain read of the files.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -31,7 +29,7 @@ import tiny
 import torch
 import torchvision
 import transformers
-from bench_data import SIZE, write_pictures
+from bench_data import SIZE, call, timed, write_pictures
 from PIL import Image
 from torchvision.transforms import functional
 
@@ -42,7 +40,6 @@ from anystory_core.data.segmenters import load_segmenter
 from anystory_core.training.hosts.frozen import load_frozen
 from anystory_core.training.settings import BaseSettings
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 CAPTION = "a photograph of a lion and a cheetah that look at a tower in the evening light"
 RESOLUTION = 1024
@@ -169,19 +166,6 @@ NETWORKS = {
 }
 
 
-def seconds(action: Callable[[], object]) -> float:
-    """Of this process's and its children's processors, whatever else runs."""
-    before = sum(os.times()[:4])
-    action()
-    return sum(os.times()[:4]) - before
-
-
-def run(arguments: Sequence[Any]) -> None:
-    command = [sys.executable, "-m", "anystory_core.data", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def write_scenes(folder: Path, files: Sequence[Path], *, with_masks: bool) -> None:
     """Shards of scenes, each with a caption of its own, and with masks unless they are wanted."""
     labels = shards.labels_png([], (SIZE[1], SIZE[0]))
@@ -202,12 +186,12 @@ def measure(name: str, folder: Path, count: int) -> None:
     scenes = folder / "scenes"
     write_scenes(scenes, files, with_masks=not name.startswith("mask"))
     arguments = command(scenes)
-    whole = seconds(lambda: run(arguments))
+    _, whole = timed(lambda: call(arguments))
     pictures = [Image.open(file).convert("RGB") for file in files]
     size = 8 if name in ("qwen2-vl", "encode") else 4  # what the commands take at once
     parts = [pictures[i : i + size] for i in range(0, len(pictures), size)]
-    networks = seconds(lambda: [alone(part) for part in parts])
-    read = seconds(lambda: [file.read_bytes() for file in files])
+    _, networks = timed(lambda: [alone(part) for part in parts])
+    _, read = timed(lambda: [file.read_bytes() for file in files])
     print(
         f"{name}, {count} samples: {whole:.1f} CPU s as a whole command, the networks alone "
         f"{networks:.1f} ({networks / count:.1f} a sample), a plain read {read:.2f}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -83,6 +84,17 @@ def way(pack: ModuleType, request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     if request.param == "masked, long rows":  # as on a GPU: plain rows apart
         monkeypatch.setattr(conditioner, "LEAST_SORTED", 1)
     return request.param
+
+
+@pytest.fixture
+def counters() -> Iterator[dict[str, Counter[str]]]:
+    """What Dynamo counts; every test compiles anew."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters
+    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -326,14 +327,11 @@ def test_several_pictures_of_one_subject(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("way", ["by region", "masked, long rows"], indirect=True)
-def test_torch_compile(scene: Scene, way: str) -> None:
+def test_torch_compile(scene: Scene, way: str, counters: dict[str, Counter[str]]) -> None:
     """The host's compile node around the U-Net, with the backend that needs no C++ compiler; where
     tokens are sorted by region the graph breaks, and the result is that of the plain call. The
     third way has tests of its own (test_compiled.py)."""
     compile_ = module("comfy_api.torch_helpers").set_torch_compile_wrapper
-    torch._dynamo.reset()  # or the last way's compilations are too many for another one
-    counters = torch._dynamo.utils.counters
-    counters.clear()
     compiled = scene.apply().clone()
     compile_(model=compiled, backend="eager")
     expected = scene.sample(scene.apply())

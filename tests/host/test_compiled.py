@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from scene import Scene, halves, module
 from torch import Tensor
-
-
-@pytest.fixture
-def counters() -> Iterator[dict[str, Counter[str]]]:
-    """What Dynamo counts; every test compiles anew."""
-    from torch._dynamo.utils import counters
-
-    torch._dynamo.reset()
-    counters.clear()
-    yield counters
-    torch._dynamo.reset()
 
 
 def compiled(model: Any) -> Any:

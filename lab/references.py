@@ -112,7 +112,6 @@ def measure(
     from .measuring.eye import Eye
     from .measuring.identity import gallery
     from .world.emoji import download
-    from .world.render import render_scene
 
     download(work / "sources")
     subjects = tasks.held_out_subjects(work / "sources")
@@ -120,9 +119,7 @@ def measure(
     branch = stack.load_anystory(weights / "anystory.safetensors")
     models = converted(networks.unet, branch)
     judging, eye = judge.Judge.load(subjects), Eye()
-    pool = [[s] for s in subjects]
-    grounds = [render_scene(pool, 940_000_000 + i, subjects=0).picture for i in range(40)]
-    known = gallery(eye, subjects, grounds, _RENDERS, 950_000_000)
+    known = gallery(eye, subjects, judging.grounds, _RENDERS, 950_000_000)
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"references_{routes}_{steps}.json"
     table: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}

@@ -67,10 +67,11 @@ class Judge:
     def gallery(self) -> Tensor:
         """Unit vectors (subjects,128) of real renders. Made when a picture is first judged, for it
         takes a minute and rows of routing need none."""
-        return gallery(self.identity, self.subjects, self._grounds, _RENDERS, 950_000_000)
+        return gallery(self.identity, self.subjects, self.grounds, _RENDERS, 950_000_000)
 
     @cached_property
-    def _grounds(self) -> list[UInt8]:
+    def grounds(self) -> list[UInt8]:
+        """Scenes of no subject, over which real renders are laid."""
         pool = [[s] for s in self.subjects]
         return [render_scene(pool, 940_000_000 + i, subjects=0).picture for i in range(40)]
 
@@ -83,7 +84,7 @@ class Judge:
     def _eye(self) -> tuple[eye.Eye, Tensor]:
         """The eye, and what it knows of the subjects: (subjects,1280)."""
         seeing = eye.Eye()
-        return seeing, eye.known(seeing, self.subjects, self._grounds, 960_000_000, _ROOM)
+        return seeing, eye.known(seeing, self.subjects, self.grounds, 960_000_000, _ROOM)
 
     @torch.no_grad()
     def embed(self, picture: Tensor, found: Sequence[Found]) -> Tensor:
@@ -111,9 +112,9 @@ class Judge:
                 names = measures.top1(seen, self.gallery)
                 mixed = measures.blended(seen, self.gallery[list(task.subjects)])
             right = bool(names) and names[0] == task.subjects[0]
-            if right and len(task.subjects) == 1:
-                pose = self.same_pose(cut(picture, found[0].box), task)
             alone = len(task.subjects) == 1
+            if right and alone:
+                pose = self.same_pose(cut(picture, found[0].box), task)
             own = other = None
             if alone:
                 after = [tasks[(number + 1) % len(tasks)]] * (len(tasks) > 1)

@@ -22,9 +22,9 @@ _REFERENCE_OFFSET = 50_000_000
 
 @dataclass(frozen=True)
 class Task:
-    """One sample of a row. ``subjects`` are numbers in the list that the
-    task was made for, of held-out subjects or of training ones; the scene gives captions,
-    the place, a layout and, for routing, the picture itself."""
+    """One sample of a row. ``subjects`` are numbers in the list that the task was made for, of
+    held-out subjects or of training ones; the scene gives captions, the place, a layout and, for
+    routing, the picture itself."""
 
     number: int
     scene: Scene

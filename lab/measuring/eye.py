@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from ..world.emoji import Emoji
 from ..world.render import UInt8, solid_box, transformed
+from .identity import mean_vectors
 
 SIZE = 128  # side of the crops that it sees: what a found place has of a picture, about
 RENDERS = 6  # real ones by which a subject is known
@@ -60,10 +61,8 @@ def known(
     eye: Eye, subjects: Sequence[Emoji], grounds: Sequence[UInt8], seed: int, room: float
 ) -> Tensor:
     """Mean features of each subject's real renders, as unit vectors (len(subjects),1280)."""
-    rows: list[Tensor] = []
-    for number, subject in enumerate(subjects):
-        rng = random.Random(seed + number)
-        crops = [render_crop(subject, rng.choice(grounds), rng, room) for _ in range(RENDERS)]
-        pixels = torch.from_numpy(np.stack(crops)).movedim(-1, 1).float() / 127.5 - 1
-        rows.append(eye(pixels).mean(dim=0))
-    return functional.normalize(torch.stack(rows), dim=-1)
+
+    def crop(subject: Emoji, rng: random.Random) -> UInt8:
+        return render_crop(subject, rng.choice(grounds), rng, room)
+
+    return mean_vectors(eye, subjects, crop, RENDERS, seed)

@@ -27,6 +27,7 @@ from ..phase import Phase, autocast, first_makes, shares
 from ..world.backgrounds import PLACES
 from ..world.emoji import Emoji
 from ..world.render import UInt8, pool_of, render_scene
+from .identity import soften
 
 SIZE = 128  # larger pictures are shrunk before they are looked at
 STRIDE = 8
@@ -149,16 +150,19 @@ def _changed(pixels: Tensor, labels: Tensor, generator: torch.Generator) -> tupl
         turned = torch.stack((1 - right, top, 1 - left, bottom), -1)
         boxes = turned * there - (1 - there)
         labels = torch.cat((labels[:, :1], boxes.flatten(1)), dim=1)
-    count = len(pixels) // 2
-    side = int(torch.randint(40, 120, (), generator=generator))
-    low = functional.interpolate(pixels[:count], size=(side, side), mode="area")
-    soft = functional.interpolate(low, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
-    noise = functional.interpolate(
-        torch.randn(count, 3, 32, 32, generator=generator), size=(SIZE, SIZE), mode="bilinear"
-    )
-    pixels = torch.cat((soft + 0.08 * noise, pixels[count:]))
+    return changed(pixels, generator, (40, 120)), labels
+
+
+def changed(pixels: Tensor, generator: torch.Generator, sides: tuple[int, int]) -> Tensor:
+    """A batch (B,3,s,s) in [-1,1] relit; half of it softer (:func:`~.identity.soften`) and noisier,
+    as generated pictures are."""
+    count, size = len(pixels) // 2, pixels.shape[-1]
+    soft = soften(pixels, generator, sides)
+    rough = torch.randn(count, 3, size // 4, size // 4, generator=generator)
+    noise = functional.interpolate(rough, size=(size, size), mode="bilinear")
+    noisy = torch.cat((soft[:count] + 0.08 * noise, soft[count:]))
     gain = 1 + 0.3 * (torch.rand(len(pixels), 1, 1, 1, generator=generator) - 0.5)
-    return (pixels * gain).clamp(-1, 1), labels
+    return (noisy * gain).clamp(-1, 1)
 
 
 def phase(folder: Path) -> Phase:

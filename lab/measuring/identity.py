@@ -96,10 +96,11 @@ def place_cut(cut: UInt8, picture: UInt8, rng: random.Random) -> UInt8:
     return (piece[..., :3] * alpha + ground * (1 - alpha)).astype(np.uint8)
 
 
-def soften(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of the batch at a lower resolution and back, as generated pictures are softer."""
+def soften(pixels: Tensor, generator: torch.Generator, sides: tuple[int, int] = (24, 60)) -> Tensor:
+    """Half of the batch at a lower resolution (a side from the first to below the second of
+    ``sides``) and back, as generated pictures are softer."""
     count = pixels.shape[0] // 2
-    side = int(torch.randint(24, 60, (1,), generator=generator))
+    side = int(torch.randint(*sides, (1,), generator=generator))
     low = functional.interpolate(pixels[:count], size=(side, side), mode="area")
     back = functional.interpolate(low, size=pixels.shape[-2:], mode="bilinear", align_corners=False)
     return torch.cat((back, pixels[count:]))
@@ -162,13 +163,25 @@ def gallery(
 ) -> Tensor:
     """Mean unit vectors (len(emoji),D) of ``network``'s, (P,D) of crops (P,3,64,64), over real
     renders."""
+
+    def crop(item: Emoji, rng: random.Random) -> UInt8:
+        return place_cut(render_cut(item, rng), grounds[rng.randrange(len(grounds))], rng)
+
+    return mean_vectors(network, emoji, crop, renders, seed)
+
+
+def mean_vectors(
+    network: Callable[[Tensor], Tensor],
+    emoji: Sequence[Emoji],
+    crop: Callable[[Emoji, random.Random], UInt8],
+    renders: int,
+    seed: int,
+) -> Tensor:
+    """Unit vectors (len(emoji),D): the mean of ``network``'s over so many crops (s,s,3) of each."""
     rows: list[Tensor] = []
-    for i, item in enumerate(emoji):
-        rng = random.Random(seed + i)
-        crops = [
-            place_cut(render_cut(item, rng), grounds[rng.randrange(len(grounds))], rng)
-            for _ in range(renders)
-        ]
+    for number, item in enumerate(emoji):
+        rng = random.Random(seed + number)
+        crops = [crop(item, rng) for _ in range(renders)]
         pixels = torch.from_numpy(np.stack(crops)).movedim(-1, 1).float() / 127.5 - 1
         rows.append(network(pixels).mean(dim=0))
     return functional.normalize(torch.stack(rows), dim=-1)

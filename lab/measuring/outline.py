@@ -24,11 +24,13 @@ from torch.nn import functional
 from ..phase import Phase, autocast, first_makes, shares
 from ..world.emoji import Emoji
 from ..world.render import UInt8, pool_of, render_scene
+from .finder import changed
 
 SIZE = 160  # larger pictures are shrunk before they are looked at
 SCENES = 6000  # rendered for training
 BATCH = 16
 _FIRST_SEED = 400_000_000
+SIDES = (60, 160)  # to which half of a batch is shrunk and back
 _FOLD = 2  # pixels a side of such a place
 _WIDTHS = (24, 48, 96, 128)  # at 80, 40, 20 and 10 places a side
 # Of a pose: subjects and references are turned by up to 25 degrees each.
@@ -112,19 +114,6 @@ def _load_scenes(emoji: Sequence[Emoji], folder: Path) -> tuple[UInt8, UInt8]:
     return np.load(pictures_file, mmap_mode="r"), np.load(masks_file)
 
 
-def changed(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """A batch (B,3,160,160) relit; half of it softer and noisier, as generated pictures are."""
-    count = len(pixels) // 2
-    side = int(torch.randint(60, 160, (), generator=generator))
-    low = functional.interpolate(pixels[:count], size=(side, side), mode="area")
-    soft = functional.interpolate(low, size=(SIZE, SIZE), mode="bilinear")
-    rough = torch.randn(count, 3, SIZE // 4, SIZE // 4, generator=generator)
-    noise = functional.interpolate(rough, size=(SIZE, SIZE), mode="bilinear")
-    pixels = torch.cat((soft + 0.08 * noise, pixels[count:]))
-    gain = 1 + 0.3 * (torch.rand(len(pixels), 1, 1, 1, generator=generator) - 0.5)
-    return (pixels * gain).clamp(-1, 1)
-
-
 def loss_of_batch(logits: Tensor, masks: Tensor) -> Tensor:
     """Cross-entropy of logits (B,H,W) for masks (B,H,W) of 0 and 1, and what the soft masks lack of
     the true ones, 1 - 2 |A B| / (|A| + |B|), of the batch as a whole."""
@@ -155,7 +144,7 @@ def train_outline(emoji: Sequence[Emoji], folder: Path) -> None:
         wanted = torch.from_numpy(masks[chosen]).float()
         if rng.random() < 0.5:
             pixels, wanted = pixels.flip(-1), wanted.flip(-1)
-        pixels = changed(pixels, generator).contiguous(memory_format=torch.channels_last)
+        pixels = changed(pixels, generator, SIDES).contiguous(memory_format=torch.channels_last)
         with autocast():
             logits = network(pixels)
         return loss_of_batch(logits, wanted)

@@ -10,12 +10,13 @@ from torch import Tensor
 
 pytest.importorskip("open_clip")
 
+from lab.measuring.finder import changed
 from lab.measuring.networks import LARGEST_OUTLINE, OUTLINE_FILE, read_segmenter
 from lab.measuring.outline import (
+    SIDES,
     SIZE,
     Segmenter,
     best_overlap,
-    changed,
     loss_of_batch,
     shrunk,
     silhouettes,
@@ -86,7 +87,7 @@ def test_segmenter_answers_at_its_own_size_and_learns() -> None:
     losses: list[float] = []
     for step in range(16):
         generator = torch.Generator().manual_seed(step)
-        loss = loss_of_batch(network(changed(pixels, generator)), masks)
+        loss = loss_of_batch(network(changed(pixels, generator, SIDES)), masks)
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()

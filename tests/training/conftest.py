@@ -1,4 +1,5 @@
-"""One tiny base and data set for all training tests, and one run of each stage."""
+"""A tiny base and data set for all training tests, and one run of each stage on a base that has
+learned to draw."""
 
 from __future__ import annotations
 
@@ -17,6 +18,8 @@ from anystory_core.training.batches import Batch
 from anystory_core.training.config import load_config
 from anystory_core.training.loop import Trainer
 from anystory_core.training.noise import make_noised
+from anystory_core.weights.checkpoint import save_model
+from anystory_core.weights.model import PARTS, build_model
 
 SUBJECT_STEPS, ROUTER_STEPS = 100, 80
 
@@ -32,11 +35,29 @@ class World:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Of random networks: for all that does not ask what is learned."""
     folder = tmp_path_factory.mktemp("world")
-    tiny.write_base(folder / "base", train_steps=300)
+    tiny.write_base(folder / "base")
     shards.write_shards(tiny.pairs(64), folder / "pairs", per_shard=40)
     shards.write_folder(tiny.scenes(64), folder / "scenes")
     return World(folder / "base", folder / "pairs", folder / "scenes")
+
+
+@pytest.fixture(scope="session")
+def taught(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The same data, and a base that draws shapes. It costs a minute: for one file of tests."""
+    base = tmp_path_factory.mktemp("taught") / "base"
+    tiny.write_base(base, train_steps=300, vae_width=64)
+    return World(base, world.pairs, world.scenes)
+
+
+@pytest.fixture(scope="session")
+def subject_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What stage 1 exports, of random weights."""
+    file = tmp_path_factory.mktemp("file") / "anystory_subject.safetensors"
+    parts = [part for part in PARTS if part not in ("routing_encoder", "routers")]
+    save_model(file, build_model(tiny.config(), parts), tiny.config())
+    return file
 
 
 @dataclass
@@ -69,10 +90,10 @@ def finish(path: Path, timestep: int) -> Done:
 
 
 @pytest.fixture(scope="session")
-def subject_run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Done:
+def subject_run(taught: World, tmp_path_factory: pytest.TempPathFactory) -> Done:
     folder = tmp_path_factory.mktemp("subject")
     path = tiny.run_toml(
-        folder, world.base, world.pairs, "subject", steps=SUBJECT_STEPS,
+        folder, taught.base, taught.pairs, "subject", steps=SUBJECT_STEPS,
         optimiser={"learning_rate": 2e-3},
         run={"batch": 8, "sheet_every": SUBJECT_STEPS, "sheet_steps": 2},
     )  # fmt: skip
@@ -80,10 +101,10 @@ def subject_run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 
 @pytest.fixture(scope="session")
-def router_run(world: World, subject_run: Done, tmp_path_factory: pytest.TempPathFactory) -> Done:
+def router_run(taught: World, subject_run: Done, tmp_path_factory: pytest.TempPathFactory) -> Done:
     folder = tmp_path_factory.mktemp("router")
     path = tiny.run_toml(
-        folder, world.base, world.scenes, "router", steps=ROUTER_STEPS,
+        folder, taught.base, taught.scenes, "router", steps=ROUTER_STEPS,
         router={"subject_file": str(subject_run.file), "tokens": "sum", "mean_weight": 1.0},
         run={"sheet_every": ROUTER_STEPS, "sheet_steps": 2},
     )  # fmt: skip

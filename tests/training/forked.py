@@ -16,10 +16,14 @@ import time
 import traceback
 from pathlib import Path
 
+import kornia  # noqa: F401
+import open_clip  # noqa: F401
 import torch
 import torch.testing
+import wandb  # noqa: F401  # accelerate looks what there is
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderTiny, UNet2DConditionModel  # noqa: F401
+from torch.utils import tensorboard  # noqa: F401
 from transformers import CLIPTextModel, CLIPVisionModelWithProjection  # noqa: F401
 
 from anystory_core.training import loop, watch  # noqa: F401
@@ -85,8 +89,8 @@ def work(job: dict[str, object]) -> list[list[int]]:
     found: list[list[int]] = []
     for _ in range(int(str(job.get("kills", 0)))):
         children = start(path)
-        # Anywhere in a step: after one to three more lines and a moment.
-        enough = lines(path) + rng.randint(1, 3)
+        # Anywhere in a step: after one or two more lines and a moment.
+        enough = lines(path) + rng.randint(1, 2)
         until = time.monotonic() + PATIENCE
         while lines(path) < enough and time.monotonic() < until:
             time.sleep(0.005)

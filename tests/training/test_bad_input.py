@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anystory_core.bases.sdxl.prediction import Prediction
+from anystory_core.data.__main__ import main as data_main
 from anystory_core.errors import AnyStoryError, ConfigError
 from anystory_core.training import initial
 from anystory_core.training.__main__ import main
@@ -126,20 +127,20 @@ def test_the_papers_configurations_are_valid(name: str) -> None:
     assert config.optimiser.learning_rate == 1e-4 and config.run.batch * 8 == 64
 
 
-def test_files_to_go_on_from(subject_run: Any, world: Any, tmp_path: Path) -> None:
+def test_files_to_go_on_from(subject_file: Path, world: Any, tmp_path: Path) -> None:
     """A file without the parts, or of other sizes, is refused by the name of the field."""
     model = build_model(tiny.config(), ("subject_encoder", "clip_projections"))
     with pytest.raises(ConfigError, match=r"router\.start_file: .* lacks \['routers'"):
         initial.copy_parts(
-            build_model(tiny.config(), ("routers",)), str(subject_run.file), "router.start_file"
+            build_model(tiny.config(), ("routers",)), str(subject_file), "router.start_file"
         )
     deeper = replace(tiny.config().subject_qformer, layers=5)
     larger = replace(tiny.config(), subject_qformer=deeper)
     with pytest.raises(ConfigError, match="this run's: subject_qformer.layers = 1, not 5$"):
         initial.copy_parts(
-            build_model(larger, ("subject_encoder",)), str(subject_run.file), "subject.start_file"
+            build_model(larger, ("subject_encoder",)), str(subject_file), "subject.start_file"
         )
-    initial.copy_parts(model, str(subject_run.file), "subject.start_file")
+    initial.copy_parts(model, str(subject_file), "subject.start_file")
 
 
 def test_stage_2_refuses_a_file_that_does_not_fit(world: Any, tmp_path: Path) -> None:
@@ -277,22 +278,26 @@ def test_text_encoders_of_either_transformers(world: Any, tmp_path: Path) -> Non
     assert torch.equal(again[0], states) and torch.equal(again[1], pooled)
 
 
-def test_the_command_says_one_line(world: Any, tmp_path: Path) -> None:
+def test_the_commands_say_one_line(
+    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tiny.run_toml(
         tmp_path, world.base, world.scenes, "router", steps=1, router={"subject_file": "no"}
     )
-    for arguments, words in (
-        (["training", str(path)], "error: no: cannot be opened (No such file or directory)"),
-        (["training", str(tmp_path / "absent.toml")], "cannot be opened"),
-        (["data", "check", str(tmp_path / "nothing")], "neither a folder"),
+    absent = str(tmp_path / "absent.toml")
+    for command, arguments, words in (
+        (main, [str(path)], "error: no: cannot be opened (No such file or directory)"),
+        (main, [absent], "cannot be opened"),
+        (data_main, ["check", str(tmp_path / "nothing")], "neither a folder"),
     ):
-        module, *rest = arguments
-        done = subprocess.run(
-            [sys.executable, "-m", f"anystory_core.{module}", *rest],
-            cwd=ROOT, capture_output=True, text=True,
-        )  # fmt: skip
-        (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
-        assert done.returncode == 1 and words in line
+        assert command(arguments) == 1
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        assert words in line
+    done = subprocess.run(
+        [sys.executable, "-m", "anystory_core.training", absent],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.startswith("error: ")
 
 
 def test_an_unwritable_folder(world: Any, tmp_path: Path) -> None:

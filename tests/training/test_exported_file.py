@@ -16,6 +16,8 @@ from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.data import shards
 from anystory_core.training.config import load_config
 from anystory_core.training.loop import Trainer
+from anystory_core.weights.checkpoint import save_model
+from anystory_core.weights.model import PARTS, build_model
 from devkit import environment
 from devkit.client import Client
 from devkit.host import running
@@ -47,7 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_the_bundled_graph_runs_on_it(trained: Path, router_run: Any, tmp_path: Path) -> None:
+def test_the_bundled_graph_runs_on_it(trained: Path, tmp_path: Path) -> None:
     """A file of the mini model's sizes draws a picture; one of toy sizes is read and described."""
     prompt = json.loads((ROOT / "workflows" / "api" / "two_subjects.json").read_text())
     for node in prompt.values():
@@ -64,7 +66,7 @@ def test_the_bundled_graph_runs_on_it(trained: Path, router_run: Any, tmp_path: 
     models = tmp_path / "models" / "anystory"
     models.mkdir(parents=True)
     (models / "trained.safetensors").write_bytes(trained.read_bytes())
-    (models / "toy.safetensors").write_bytes(router_run.file.read_bytes())
+    save_model(models / "toy.safetensors", build_model(tiny.config(), PARTS), tiny.config())
     with running(environment.prepare_host(), environment.python(), tmp_path) as host:
         client = Client(host.url)
         for node in prompt.values():

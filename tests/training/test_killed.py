@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
-STEPS, KILLS = 36, 10
+STEPS, KILLS = 30, 10  # each start does one or two steps, and a third at most
 
 
 def forked(folder: Path, jobs: list[dict[str, Any]]) -> list[list[list[int]]]:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from gradients import save_gradients
 from safetensors.torch import load_file, save_file
 
 from anystory_core.data import shards
@@ -52,7 +53,7 @@ def toml(folder: Path, world: Any) -> Path:
 def test_killed_and_resumed_to_the_last_bit(world: Any, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "anystory_core.training"]
     whole = toml(tmp_path / "whole", world)
-    subprocess.run([*command, str(whole)], env=environment(), check=True, capture_output=True)
+    Trainer(load_config(whole)).run()
 
     killed = toml(tmp_path / "killed", world)
     process = subprocess.Popen(
@@ -78,36 +79,39 @@ def test_killed_and_resumed_to_the_last_bit(world: Any, tmp_path: Path) -> None:
     assert sorted(kept) == [f"step-{n:08d}" for n in (STEPS - 2, STEPS - 1, STEPS)]
 
 
-@pytest.mark.parametrize("stage", ["subject", "router"])
 def test_two_processes_give_the_gradients_of_one(
-    stage: str, world: Any, subject_run: Any, tmp_path: Path
+    world: Any, subject_file: Path, tmp_path: Path
 ) -> None:
-    found: dict[int, dict[str, torch.Tensor]] = {}
-    data = world.pairs
-    if stage == "router":  # one of four samples holds no subject, so one process has fewer
-        data = tmp_path / "scenes"
-        shards.write_folder(tiny.scenes(4, shapes=(1, 2, 0, 1)), data)
-    for count in (1, 2):
-        extra = {"router": {"subject_file": str(subject_run.file)}} if stage == "router" else {}
-        path = tiny.run_toml(
-            tmp_path / f"{count}", world.base, data, stage, steps=1,
-            run={"batch": 4 // count}, **extra,
-        )  # fmt: skip
-        out = tmp_path / f"{count}.pt"
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count),
-            "--standalone", str(HERE / "gradients.py"), str(path), str(out),
-        ]  # fmt: skip
-        variables = {**environment(), "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(
-            command, env=variables, capture_output=True, text=True, timeout=PATIENCE
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        found[count] = torch.load(out, weights_only=True)
-    assert found[1].keys() == found[2].keys() and found[1]
-    for name, gradient in found[1].items():
-        # The mean of two halves against the mean of the whole: float32 rounding.
-        assert torch.allclose(gradient, found[2][name], atol=1e-5, rtol=1e-4), name
+    """Of both stages. One of four scenes holds no subject, so one process has fewer."""
+    scenes = tmp_path / "scenes"
+    shards.write_folder(tiny.scenes(4, shapes=(1, 2, 0, 1)), scenes)
+    stages: dict[str, Any] = {
+        "subject": (world.pairs, {}),
+        "router": (scenes, {"router": {"subject_file": str(subject_file)}}),
+    }
+    files: dict[tuple[str, int], list[Path]] = {}
+    for stage, (data, tables) in stages.items():
+        for count in (1, 2):
+            folder = tmp_path / f"{stage}{count}"
+            path = tiny.run_toml(
+                folder, world.base, data, stage, steps=1, run={"batch": 4 // count}, **tables
+            )
+            files[stage, count] = [path, folder / "gradients.pt"]
+    for stage in stages:
+        save_gradients(*files[stage, 1])
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
+        str(HERE / "gradients.py"), *(str(x) for stage in stages for x in files[stage, 2]),
+    ]  # fmt: skip
+    variables = {**environment(), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for stage in stages:
+        one, two = (torch.load(files[stage, count][1], weights_only=True) for count in (1, 2))
+        assert one.keys() == two.keys() and one
+        for name, gradient in one.items():
+            # The mean of two halves against the mean of the whole: float32 rounding.
+            assert torch.allclose(gradient, two[name], atol=1e-5, rtol=1e-4), name
 
 
 def test_two_processes_run_to_the_end(world: Any, tmp_path: Path) -> None:

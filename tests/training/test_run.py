@@ -152,7 +152,7 @@ def test_checkpoints_are_exported(world: Any, tmp_path: Path) -> None:
             export_checkpoint(*arguments)
 
 
-def test_validation_is_the_same_each_time(world: Any, subject_run: Any, tmp_path: Path) -> None:
+def test_validation_is_the_same_each_time(world: Any, subject_file: Path, tmp_path: Path) -> None:
     """Of stage 2 on scenes of its own: figures of each piece of the timesteps, and none of it
     changes what is learned."""
     losses = []
@@ -160,7 +160,7 @@ def test_validation_is_the_same_each_time(world: Any, subject_run: Any, tmp_path
         folder = tmp_path / str(every)
         path = tiny.run_toml(
             folder, world.base, world.scenes, "router", steps=2, run={"batch": 2, "log_every": 1},
-            router={"subject_file": str(subject_run.file)},
+            router={"subject_file": str(subject_file)},
             validation={"every": every, "paths": [str(world.scenes)], "samples": 3, "levels": 2},
         )  # fmt: skip
         run = Trainer(load_config(path))
@@ -176,7 +176,9 @@ def test_validation_is_the_same_each_time(world: Any, subject_run: Any, tmp_path
     names = {"error", "inside", "outside", "routing_iou"}
     assert found.keys() == {f"{n}{p}" for n in names for p in ("", " 0-499", " 500-999")}
     assert found["error"] == pytest.approx((found["error 0-499"] + found["error 500-999"]) / 2)
-    assert found["inside"] > found["error"] > found["outside"]  # ground of one colour is easy
+    # Of a mean over each picture, the shape and its ground are parts.
+    assert min(found["inside"], found["outside"]) < found["error"]
+    assert max(found["inside"], found["outside"]) > found["error"]
     last = [line for line in lines(tmp_path / "1") if "validation/error" in line][-1]
     for name, value in found.items():
         assert last[f"validation/{name}"] == pytest.approx(value, rel=1e-5)

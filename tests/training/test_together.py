@@ -16,6 +16,8 @@ import pytest
 import tiny
 import torch
 
+from anystory_core.training.config import load_config
+from anystory_core.training.loop import Trainer
 from anystory_core.training.ranks import Ranks
 from anystory_core.training.watch import Watch
 
@@ -156,9 +158,7 @@ def test_two_machines_without_a_shared_folder(world: Any, tmp_path: Path) -> Non
         tmp_path / "one", world.base, world.pairs, "subject", steps=3,
         run={"batch": 4, "log_every": 1},
     )  # fmt: skip
-    command = [sys.executable, "-m", "anystory_core.training", str(alone)]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, env=variables, check=True, capture_output=True, timeout=PATIENCE)
+    Trainer(load_config(alone)).run()
     text = (tmp_path / "one" / "losses.jsonl").read_text()
     one = {line["step"]: line["loss"] for line in map(json.loads, text.splitlines())}
     assert two.keys() == one.keys() == {1, 2, 3}

@@ -116,14 +116,22 @@ def scenes(
     return out
 
 
-def write_base(folder: Path, *, train_steps: int = 0, model: AnyStoryConfig | None = None) -> None:
+def write_base(
+    folder: Path,
+    *,
+    train_steps: int = 0,
+    vae_width: int = 8,
+    model: AnyStoryConfig | None = None,
+) -> None:
     """A base folder in the layout of :mod:`anystory_core.training.hosts.frozen`, and its
-    config.json; at toy widths, or at those of ``model``."""
+    config.json; at toy widths, or at those of ``model``. A random VAE of 64 channels tells more
+    colours apart than one of 8, and takes more time than all the rest of a step."""
     torch.manual_seed(0)
     model = model or config()
     clip, width = model.clip, model.unet.context_dim
     unet = UNet2DConditionModel(**diffusers_unet_config(model.unet))
-    vae = AutoencoderTiny()
+    widths = (vae_width,) * 4
+    vae = AutoencoderTiny(encoder_block_out_channels=widths, decoder_block_out_channels=widths)
     text = CLIPTextModel(
         CLIPTextConfig(
             hidden_size=width,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from calls import HALVING, ODD, SITES, Grids, World, maps_of
 from torch import Tensor
 
-from anystory_core.injection.call import Recording
+from anystory_core.injection.call import LEAST_SORTED, Recording, by_region
 from anystory_core.injection.keys import Candidates
 from anystory_core.injection.prepare import SiteConditions
 from anystory_core.injection.rows import Rows
@@ -159,6 +160,33 @@ def test_the_first_block_has_no_references_and_a_missing_route_none() -> None:
     assert call.self_attention(1, q, k, v, world.grids[SITES[0].stride]) is None
     q, k, v, *_ = world.hidden[2]
     assert call.self_attention(2, q, k, v, world.grids[SITES[1].stride]) is None
+
+
+@pytest.mark.usefixtures("way")
+def test_self_attention_without_references_stays_the_hosts() -> None:
+    """Bit for bit: no subject has any, or each is at strength 0 in this step."""
+    world = World(2, rows=1, seed=3)
+    none = [dataclasses.replace(c, reference=Candidates([None] * 3)) for c in world.conditions]
+    for run, factors in (
+        (world.run(conditions=tuple(none)), (1.0, 1.0)),
+        (world.run(), (0.0, 0.0)),
+    ):
+        call = world.call(run, Rows((0,)), factors=factors)
+        q, k, v, z, *_ = world.hidden[1]
+        call.begin_cross_attention(1, z, world.grids[SITES[0].stride])
+        q, k, v, *_ = world.hidden[2]
+        assert call.self_attention(2, q, k, v, world.grids[SITES[1].stride]) is None
+
+
+def test_which_rows_are_sorted_by_region() -> None:
+    """Long ones on a processor, outside of training."""
+
+    def rows(tokens: int, device: str = "cpu") -> Tensor:
+        return torch.zeros(1, tokens, 2, device=device)
+
+    assert by_region(rows(LEAST_SORTED)) and not by_region(rows(LEAST_SORTED - 1))
+    assert not by_region(rows(LEAST_SORTED, "meta"))
+    assert not by_region(rows(LEAST_SORTED).requires_grad_())
 
 
 def test_idle() -> None:

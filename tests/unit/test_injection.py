@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anystory_core.injection import equations as injection
-from anystory_core.injection.keys import Candidates, KeyValue, Regions
+from anystory_core.injection.keys import Candidates, KeyValue, Regions, bias_table, strength_table
 
 HEADS, WIDTH = 2, 8
 TOLERANCE = 1e-10  # float64 sums in another order
@@ -249,6 +249,40 @@ def test_sorting_is_undone_exactly() -> None:
         assert sum(sizes) == 17
         assert [p.shape[1] for p in pieces] == [int((route[row] == i).sum()) for i in range(5)]
         assert torch.equal(regions.unsort(pieces, row), x[row])
+
+
+def test_a_bias_of_zero_takes_no_mask() -> None:
+    """Kernels are quicker without one, and a reference at its full strength needs none."""
+    case = Case(1, 1, 6, 2, False)
+    seen: list[bool] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        seen.append(mask is not None)
+        return ATTEND(q, k, v, mask=mask)
+
+    regions = Regions.of(torch.tensor([[0, 0, 1, 1, 2, 2]]), 3)
+    references = [KeyValue(case.normal(1, 4), case.normal(1, 4)) for _ in range(2)]
+    case.references = [*references, None]
+    for biases, masked in (([0.0, 0.0, 0.0], [False] * 3), ([0.0, 0.7, 0.7], [False, True, False])):
+        seen.clear()
+        injection.reference_by_region(case.q, case.own, case.references, biases, regions, attend)
+        assert seen == masked
+
+
+def test_tables_of_regions_are_made_once() -> None:
+    like = torch.zeros(1)
+    assert bias_table((3, 4), (0.0, 0.5), like) is bias_table((3, 4), (0.0, 0.5), like)
+    assert bias_table((3, 4), (0.0, 0.5), like) is not bias_table((3, 4), (0.0, 0.4), like)
+    assert strength_table((1.0, 0.5), like) is strength_table((1.0, 0.5), like)
+
+
+def test_dense_keeps_the_number_type() -> None:
+    """Weights of a router are wider than the attention that they weigh."""
+    case = Case(2, 1, 5, 2, False)
+    conditions = [None if c is None else c.to(case.q.bfloat16()) for c in case.conditions]
+    weights = torch.rand(1, 3, 5, generator=torch.Generator().manual_seed(0))
+    out = injection.clip_dense(case.q.bfloat16(), conditions, case.eta, weights, ATTEND)
+    assert out.dtype == torch.bfloat16
 
 
 def test_dense_passes_gradients_to_the_weights() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from anystory_core.config import REFERENCES
 from anystory_core.errors import RoutingError
+from anystory_core.injection.keys import Candidates
 from anystory_core.injection.matched import (
     MatchedReferences,
     Picture,
@@ -35,7 +36,7 @@ from anystory_core.subject.subject import Subject
 from anystory_core.weights.model import AnyStoryModel, build_model
 
 SIDE = 8  # of a toy picture's latent
-TEXT, POOLED = 6, 5
+TEXT, POOLED = 7, 5
 
 
 def pictures(owners: tuple[int, ...], *, masked: bool, text: bool = True) -> tuple[Picture, ...]:
@@ -88,6 +89,7 @@ class ToyUNet:
             assert reading.self_attention(site.index, k, k, v, grid) is None
             reading.begin_cross_attention(site.index, rows, grid)
             assert reading.cross_attention(site.index, k, v) is v
+        raise AssertionError("the pass went on after its last block")
 
 
 GRIDS = {2: (8, 8), 4: (4, 4)}
@@ -221,6 +223,25 @@ def test_blocks_that_do_not_show_their_keys_are_named() -> None:
         RoutingError, match=r"matched noise': .* of .* block 2 first .* choose other"
     ):
         matched.read(1.0, lambda given, reading: None, at_once=1)
+    last = SITES[-1].index
+
+    def some(given: ReferenceInputs, reading: ReferencePass) -> None:
+        x = torch.zeros(1, 4, 8)
+        for index in range(1, last - 1):
+            reading.self_attention(index, x, x, x, (2, 2))
+
+    with pytest.raises(RoutingError, match=rf" 2 of {last - 1} blocks .* block {last - 1} first"):
+        matched.read(1.0, some, at_once=1)
+
+
+def test_blocks_that_are_not_read_keep_their_references() -> None:
+    run = World(2, rows=1, seed=3).run()
+    new = Candidates([None, None, None])
+    given = run.with_references({2: new})
+    assert given.conditions[1].reference is new
+    for index in range(len(SITES)):
+        assert index == 1 or given.conditions[index] == run.conditions[index]
+    assert given.conditions[2].reference is run.conditions[2].reference
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +281,9 @@ def prepared(model: AnyStoryModel, subject: Subject) -> Prepare:
 
 
 @pytest.mark.parametrize("which", REFERENCES)
-def test_what_a_run_reads(prepared: Prepare, subject: Subject, which: Any) -> None:
+def test_what_a_run_reads(
+    prepared: Prepare, model: AnyStoryModel, subject: Subject, which: Any
+) -> None:
     """Pictures with their label's text, masks where asked for; nothing for the other kinds, and
     nothing is projected for these."""
     run = prepared(references=which, matched_start=0.1, matched_end=0.8)
@@ -271,6 +294,9 @@ def test_what_a_run_reads(prepared: Prepare, subject: Subject, which: Any) -> No
     assert run.matched is not None
     assert (run.matched.start, run.matched.end) == (0.1, 0.8)
     assert [p.owner for p in run.matched.pictures] == [0, 0]
+    assert (run.matched.sites, run.matched.subjects) == (model.sites, 1)
+    assert run.matched.text_width == CONFIG.unet.context_dim
+    assert run.matched.pooled_width == CONFIG.unet.pooled_dim
     for view, picture in enumerate(run.matched.pictures):
         assert subject.latents is not None and subject.inside is not None
         assert torch.equal(picture.latent, subject.latents[view])
@@ -286,11 +312,17 @@ def test_nothing_is_read_for_references_that_are_off(prepared: Prepare) -> None:
     assert prepared(references="matched noise", reference_strength=0.0).matched is None
 
 
-def test_older_subjects_are_named(prepared: Prepare, subject: Subject) -> None:
-    old = dataclasses.replace(subject, latents=None, inside=None)
+@pytest.mark.parametrize("lost", [("latents", "inside"), ("latents",), ("inside",)])
+def test_older_subjects_are_named(
+    lost: tuple[str, ...], prepared: Prepare, subject: Subject
+) -> None:
+    old = dataclasses.replace(subject, **dict.fromkeys(lost))
     with pytest.raises(RoutingError, match=r"subject 1 \('fox'\) .* encode it again"):
         prepared(given=old, references="masked, matched noise")
+    # One that does not act is not asked, and does not end the list.
     assert pictures_of([old], [False], masked=True) == ()
+    there = pictures_of([old, subject], [False, True], masked=True)
+    assert [picture.owner for picture in there] == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,9 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             assert process.poll() is None and time.monotonic() < deadline
         yield f"127.0.0.1:{port}"
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        # A Ray that is asked to end waits half a minute for its raylet.
+        for each in (*psutil.Process(process.pid).children(recursive=True), process):
+            each.kill()
         process.communicate(timeout=60)
 
 

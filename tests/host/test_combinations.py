@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -324,18 +323,3 @@ def test_several_pictures_of_one_subject(scene: Scene) -> None:
     assert differs(out, one) and differs(out, scene.sample(scene.mini.model))
     count = len(first.tokens)
     torch.testing.assert_close(many.tokens[:count], first.tokens, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("way", ["by region", "masked, long rows"], indirect=True)
-def test_torch_compile(scene: Scene, way: str, counters: dict[str, Counter[str]]) -> None:
-    """The host's compile node around the U-Net, with the backend that needs no C++ compiler; where
-    tokens are sorted by region the graph breaks, and the result is that of the plain call. The
-    third way has tests of its own (test_compiled.py)."""
-    compile_ = module("comfy_api.torch_helpers").set_torch_compile_wrapper
-    compiled = scene.apply().clone()
-    compile_(model=compiled, backend="eager")
-    expected = scene.sample(scene.apply())
-    out = scene.sample(compiled)
-    scale = expected.abs().max()
-    torch.testing.assert_close(out / scale, expected / scale, **ROWS)
-    assert counters["stats"]["unique_graphs"] > 0

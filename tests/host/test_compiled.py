@@ -18,20 +18,23 @@ def compiled(model: Any) -> Any:
     return out
 
 
-@pytest.mark.parametrize("mode", ["learned", "text within masks"])
+@pytest.mark.parametrize(
+    ("mode", "way"),
+    [("learned", "masked, long rows"), ("text within masks", "masked")],
+    indirect=["way"],
+)
 def test_one_graph(
-    scene: Scene, counters: dict[str, Counter[str]], mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    scene: Scene, counters: dict[str, Counter[str]], mode: str, way: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """The U-Net is one graph, the third step needs no other, and the picture is what it is
     without."""
     routing = scene.route(mode=mode, masks=halves(), clip=scene.mini.clip)
     model, maps = scene.apply_with_maps(routing=routing)
-    # What the host has on a GPU, and the only way of ours that can be compiled.
+    # What the host has on a GPU, where tokens are not sorted by region.
     backends = module("comfy.ldm.modules.attention")
     for name in ("optimized_attention", "optimized_attention_masked"):
         monkeypatch.setattr(backends, name, backends.attention_pytorch)
-    call = module("anystory_pack.anystory_core.injection.call")
-    monkeypatch.setattr(call, "by_region", lambda _: False)
     wanted = scene.sample(model, steps=3)
     ids = _ids(maps, wanted)
     graphs: list[int] = []

@@ -179,7 +179,7 @@ def test_self_attention_without_references_stays_the_hosts() -> None:
 
 
 def test_which_rows_are_sorted_by_region() -> None:
-    """Long ones on a processor, outside of training."""
+    """Long ones on a processor, outside of training and of compiled models."""
 
     def rows(tokens: int, device: str = "cpu") -> Tensor:
         return torch.zeros(1, tokens, 2, device=device)
@@ -187,6 +187,12 @@ def test_which_rows_are_sorted_by_region() -> None:
     assert by_region(rows(LEAST_SORTED)) and not by_region(rows(LEAST_SORTED - 1))
     assert not by_region(rows(LEAST_SORTED, "meta"))
     assert not by_region(rows(LEAST_SORTED).requires_grad_())
+
+    def asked(q: Tensor) -> Tensor:
+        return q + 1 if by_region(q) else q
+
+    compiled = torch.compile(asked, backend="eager", fullgraph=True)
+    assert asked(rows(LEAST_SORTED)).any() and not compiled(rows(LEAST_SORTED)).any()
 
 
 def test_idle() -> None:

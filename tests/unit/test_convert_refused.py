@@ -77,7 +77,7 @@ def other_base(state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
                 k: v * float("nan") if k.endswith("middle_block.0.in_layers.2.bias") else v
                 for k, v in s.items()
             },
-            ["middle_block.0.in_layers.2.bias", "not finite"],
+            ["middle_block.0.in_layers.2.bias", "not finite; base.safetensors is damaged"],
         ),
         (
             lambda s: {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ def test_number_type_is_the_sources(
     assert {tensor.dtype for tensor in tensors.values()} == {expected}
 
 
-def alphas(value: float) -> Change:
+def alphas(value: Any) -> Change:
     def edit(content: flux_release.File) -> None:
         for name, _, _ in flux_release.modules(TINY, text=False):
             content["ref"][f"transformer.{name}.alpha"] = torch.tensor(value)
@@ -261,7 +262,9 @@ def test_a_missing_tensor_is_named(files: tuple[Path, Path], group: str, name: s
     change(files, drop(group, name))
     with pytest.raises(CheckpointError, match="missing") as error:
         convert(files)
-    assert name in str(error.value) and not (files[0].parent / "out.safetensors").exists()
+    said = str(error.value)
+    assert said.startswith(f"{files[0].name}: ") and f"tensors of {group!r}" in said
+    assert name in said and not (files[0].parent / "out.safetensors").exists()
 
 
 def put(group: str, name: str, value: Any) -> Change:
@@ -278,6 +281,12 @@ def put(group: str, name: str, value: Any) -> Change:
         (put("redux", "gate_proj.bias", torch.tensor([torch.nan])), "not finite"),
         (put("redux", "gate_proj.bias", torch.ones(1, dtype=torch.int64)), "plain floats"),
         (put("redux", "gate_proj.bias", "one"), "expected a tensor"),
+        (put("router", "router_embedder.gate_proj.bias", torch.ones(1, 1)), "1 axes"),
+        (put("router", f"transformer.single_{PROCESSOR}.to_q_routing_map_lora_A.weight",
+             torch.ones(3)),
+         "2 axes"),
+        (alphas(math.nan), r"alpha is nan, expected one finite number"),
+        (alphas([1.0, 2.0]), r"alpha has shape \(2,\), expected one finite number"),
         (lambda c: c.pop("router"), r"\['router'\] missing"),
         (lambda c: c.update(ref=[1]), r"\['ref'\] missing"),
         (lambda c: c["ref"].clear(), "another file"),
@@ -285,8 +294,9 @@ def put(group: str, name: str, value: Any) -> Change:
 )  # fmt: skip
 def test_another_file_is_refused(files: tuple[Path, Path], edit: Any, said: str) -> None:
     change(files, edit)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=said) as error:
         convert(files)
+    assert files[0].name in str(error.value)
     assert not (files[0].parent / "out.safetensors").exists()
 
 

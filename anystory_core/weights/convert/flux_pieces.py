@@ -28,8 +28,9 @@ REDUX = ("redux_up.weight", "redux_up.bias", "redux_down.weight", "redux_down.bi
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of the file to be."""
+    """One tensor of the file to be, and the file that it comes from."""
 
+    origin: str
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
 
@@ -37,16 +38,16 @@ class Piece:
 Pieces = dict[str, Piece]
 
 
-def _taken(tensor: Tensor) -> Piece:
+def _taken(release: Release, tensor: Tensor) -> Piece:
     """A tensor as it is."""
-    return Piece(tuple(tensor.shape), lambda: tensor)
+    return Piece(release.name, tuple(tensor.shape), lambda: tensor)
 
 
 @dataclass(frozen=True)
 class Adapter:
     """The low-rank branches of one stream in the authors' file: A and B by diffusers' module."""
 
-    name: str
+    origin: str  # the file's name
     tensors: Mapping[str, Tensor]
     sources: Sources
     rank: int
@@ -92,7 +93,7 @@ class Adapter:
         used |= {key for pair in keys.values() for key in pair}
         unknown = [name for name in tensors if name not in used]
         rank = max(ranks.values())
-        return cls(group, tensors, sources, rank, bias, scales), unknown
+        return cls(release.name, tensors, sources, rank, bias, scales), unknown
 
     def size(self, module: str) -> tuple[int, int]:
         """Inputs and outputs of a module's branch."""
@@ -119,7 +120,8 @@ class Adapter:
             return torch.cat([pad(a, (0, 0, 0, self.rank - a.shape[0])) for a in rows])
 
         # Slices of different inputs do not fit together: a shape that no layer has.
-        return Piece((self.rank * len(rows), max(inputs) if len(inputs) == 1 else -1), make)
+        width = max(inputs) if len(inputs) == 1 else -1
+        return Piece(self.origin, (self.rank * len(rows), width), make)
 
     def _up(self, module: str) -> Piece:
         key = f"transformer.{module}.lora_B.weight"
@@ -128,11 +130,11 @@ class Adapter:
             b = self._scaled(module, key)
             return torch.nn.functional.pad(b, (0, self.rank - b.shape[1]))
 
-        return Piece((self.tensors[key].shape[0], self.rank), make)
+        return Piece(self.origin, (self.tensors[key].shape[0], self.rank), make)
 
     def _bias(self, module: str) -> Piece:
         key = f"transformer.{module}.lora_B.bias"
-        return Piece(tuple(self.tensors[key].shape), lambda: self._scaled(module, key))
+        return Piece(self.origin, tuple(self.tensors[key].shape), lambda: self._scaled(module, key))
 
     def _scaled(self, module: str, key: str) -> Tensor:
         scale = self.scales[module]
@@ -152,7 +154,7 @@ def map_pieces(release: Release, depths: FluxTransformerConfig) -> tuple[Pieces,
             known[f"{branch}.up.0.bias"] = f"{start}B.bias"
     _require(release, "router", tensors, list(known.values()))
     _check_axes(release.name, {key: tensors[key].shape for key in known.values()})
-    return {name: _taken(tensors[key]) for name, key in known.items()}, set(known.values())
+    return {name: _taken(release, tensors[key]) for name, key in known.items()}, set(known.values())
 
 
 def embedder_pieces(
@@ -177,12 +179,12 @@ def embedder_pieces(
     _require(release, group, tensors, [prefix + key for key in known.values()])
     _check_axes(release.name, {key: tensors[prefix + key].shape for key in known.values()})
     _check_axes(base.name, {key: base.shapes[key] for key in REDUX})
-    made = {name: _taken(tensors[prefix + key]) for name, key in known.items()}
+    made = {name: _taken(release, tensors[prefix + key]) for name, key in known.items()}
     for key in REDUX:
         if prefix + key in tensors:
-            made[key] = _taken(tensors[prefix + key])
+            made[key] = _taken(release, tensors[prefix + key])
         else:
-            made[key] = Piece(base.shapes[key], lambda key=key: base.get(key))
+            made[key] = Piece(base.name, base.shapes[key], lambda key=key: base.get(key))
     read = {prefix + key for key in (*known.values(), *REDUX)}
     unknown = [name for name in tensors if name not in read]
     return made, [name for name in unknown if group == "redux" or name.startswith(prefix)]
@@ -198,7 +200,7 @@ def _scales(
     if any(key in tensors for key in alphas):
         _require(release, group, tensors, alphas)
         return {
-            module: _number(release, key, tensors[key]) / max(1, rank)
+            module: _number(release, key, tensors[key]) / rank
             for (module, rank), key in zip(ranks.items(), alphas, strict=True)
         }
     if len(set(ranks.values())) > 1 and mixed == "ask":
@@ -209,7 +211,7 @@ def _scales(
             f"1. Choose mixed_ranks (--mixed-ranks) first (the authors') or one. {REPORT}"
         )
     if mixed == "first":
-        return {module: first / max(1, rank) for module, rank in ranks.items()}
+        return {module: first / rank for module, rank in ranks.items()}
     return dict.fromkeys(ranks, 1.0)
 
 
@@ -234,8 +236,10 @@ def _check_axes(name: str, shapes: Mapping[str, Sequence[int]]) -> None:
 
 def _number(release: Release, key: str, tensor: Tensor) -> float:
     """An alpha: one finite number."""
-    if tensor.numel() != 1 or not math.isfinite(float(tensor)):
-        raise CheckpointError(
-            f"{release.name}: {key} has shape {tuple(tensor.shape)}, expected one number. {REPORT}"
-        )
-    return float(tensor)
+    if tensor.numel() != 1:
+        found = f"has shape {tuple(tensor.shape)}"
+    elif not math.isfinite(float(tensor)):
+        found = f"is {float(tensor)}"
+    else:
+        return float(tensor)
+    raise CheckpointError(f"{release.name}: {key} {found}, expected one finite number. {REPORT}")

@@ -30,6 +30,11 @@ class Piece:
     shape: tuple[int, ...]
     extra_inputs: int = 0
 
+    @property
+    def origin(self) -> str:
+        """The file that it comes from."""
+        return self.source.name
+
     def make(self) -> Tensor:
         tensors = [self.source.get(key) for key in self.keys]
         tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)

@@ -34,8 +34,10 @@ class Converted:
 
 
 class Makes(Protocol):
-    """A tensor of the file to be, which is made when it is written."""
+    """A tensor of the file to be, which is made when it is written from the file ``origin``."""
 
+    @property
+    def origin(self) -> str: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
     def make(self) -> Tensor: ...
@@ -117,6 +119,8 @@ def make_target(
                 meter.add(tensor.numel() * dtype.itemsize)
             return tensor
 
-        write_streaming(out, shapes, make, dtype=dtype, metadata=metadata)
+        write_streaming(
+            out, shapes, make, dtype=dtype, metadata=metadata, origin=lambda n: pieces[n].origin
+        )
     parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
     return Converted(out, out.stat().st_size, parameters, tuple(parts), tuple(notes), kept)

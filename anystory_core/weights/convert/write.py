@@ -32,8 +32,10 @@ def write_streaming(
     *,
     dtype: torch.dtype,
     metadata: Mapping[str, str],
+    origin: Callable[[str], str] = lambda name: "the source file",
 ) -> int:
     """Write ``make(name)`` for each name of ``shapes``, in order; returns the file's size.
+    ``origin(name)``: what messages call the file that the tensor comes from.
 
     Tensors are stored as ``dtype`` (float32, float16 or bfloat16). At no time is more than one of
     them held. The file appears whole under its name or not at all. CheckpointError: the disk is
@@ -48,7 +50,7 @@ def write_streaming(
         with atomic_file(path) as temporary, open(temporary, "wb") as file:
             file.write(header)
             for name, shape in shapes.items():
-                file.write(_bytes(name, make(name), shape, dtype))
+                file.write(_bytes(name, make(name), shape, dtype, origin))
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise CheckpointError(
@@ -118,7 +120,13 @@ def _check_space(path: Path, size: int) -> None:
         )
 
 
-def _bytes(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> memoryview:
+def _bytes(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    origin: Callable[[str], str],
+) -> memoryview:
     """A tensor's bytes in the file's dtype, refusing values that the dtype cannot hold."""
     if tuple(tensor.shape) != shape:
         raise CheckpointError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}")
@@ -128,7 +136,7 @@ def _bytes(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
             f"has values beyond {torch.finfo(dtype).max:g}, the largest of {NAMES[dtype]}; choose "
             "bf16"
             if bool(tensor.float().isfinite().all())
-            else "has values that are not finite; the source file is damaged"
+            else f"has values that are not finite; {origin(name)} is damaged, get it again"
         )
         raise CheckpointError(f"{name}: {reason}")
     return stored.reshape(-1).view(torch.uint8).numpy().data

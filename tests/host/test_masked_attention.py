@@ -33,6 +33,38 @@ def test_a_processor_computes_it_by_pytorch(scene: Scene, monkeypatch: pytest.Mo
     assert equal(scene.sample(model, steps=1), wanted)
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_host_is_asked_where_it_is_quick(
+    dtype: torch.dtype, native: bool, pack: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a processor in bfloat16 alone, where it has instructions for that."""
+    patcher = module("anystory_pack.nodes.host.sdxl.patcher")
+    monkeypatch.setattr(patcher, "MULTIPLIES_BFLOAT16", native)
+    asked: list[int] = []
+    backends = module("comfy.ldm.modules.attention")
+    for name in ("optimized_attention", "optimized_attention_masked"):
+        plain = getattr(backends, name)
+
+        def count(*args: Any, plain: Any = plain, **options: Any) -> Any:
+            asked.append(1)
+            return plain(*args, **options)
+
+        monkeypatch.setattr(backends, name, count)
+    make = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, n, 16, generator=make).to(dtype) for n in (6, 9))
+    mask = torch.zeros(1, 6, 9, dtype=dtype)
+    mask[:, :3, 5:] = -torch.inf
+    attend = patcher.RoutedAttention({})
+    for given in (None, mask):
+        wide = None if given is None else given.float()
+        wanted = backends.attention_pytorch(q.float(), k.float(), k.float(), 2, wide)
+        found = attend(q, k, k, 2, given)
+        # Weights and sums of half precision, of 8 or more bits.
+        assert torch.allclose(found.float(), wanted, atol=1e-5 if dtype == torch.float32 else 3e-2)
+    assert len(asked) == (2 if native and dtype == torch.bfloat16 else 0)
+
+
 @pytest.mark.usefixtures("gpu")
 def test_sage_attention_gets_no_masks(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes a mask and ignores it; then every token would read all subjects."""

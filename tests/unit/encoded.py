@@ -16,7 +16,7 @@ CONFIG = AnyStoryConfig(
     name="test",
     unet=UNetConfig(
         model_channels=32, channel_mult=(1, 1), transformer_depth=(0, 1), middle_depth=1,
-        num_res_blocks=1, head_dim=16, context_dim=8, adm_channels=8,
+        num_res_blocks=1, head_dim=16, context_dim=8, adm_channels=1536 + 5,
     ),
     clip=ClipVisionConfig(width=8, layers=1, heads=1, intermediate=8, image_size=28),
     subject_qformer=QFormerConfig(queries=2, width=8, layers=1, heads=1, head_dim=8, output_dim=8),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from anystory_core.bases.sdxl.config import AnyStoryConfig
-from anystory_core.subject.background import PLAIN_SHARE, cut_background
+from anystory_core.subject.background import PLAIN_SHARE, _open_runs, cut_background
 from anystory_core.subject.preprocess import cut_out, prepare_views, views_of
 
 from .drawn import SUBJECTS, Canvas, busy, drawn, overlap, snowman, spread, white_sleeves
@@ -118,6 +118,42 @@ def test_a_busy_a_blank_and_a_tiny_picture_are_left_alone() -> None:
     assert cut_background(busy()) is None
     assert cut_background(torch.full((40, 50, 3), 0.7)) is None
     assert cut_background(torch.ones(1, 1, 3)) is None
+
+
+@pytest.mark.parametrize(
+    ("side", "starts"),
+    [
+        ("b20 s2 b30 s2 b46", [0, 54]),  # a shirt between two outlines
+        ("b20 s10 b30 s10 b30", [0, 30, 70]),  # a gap between legs
+        ("b20 s2 b30 s10 b38", [0, 62]),  # one of the two is an outline
+        ("b20 s10 b30 s2 b38", [0, 62]),
+        ("b20 s3 b30 s3 b44", [0, 56]),  # 3 % of the side is thin yet
+        ("b20 s4 b30 s4 b42", [0, 24, 58]),
+        ("s5 b30 s10 b50 s5", [5, 45]),  # what lies at a corner has one neighbour
+        ("s5 b30 s2 b58 s5", []),
+        ("s5 b95", [5]),
+        ("b95 s5", [0]),
+        ("b5 s2 b6 s3 b4", [0, 16]),  # on a short side two pixels are thin
+        ("b5 s3 b4 s3 b5", [0, 8, 15]),
+        ("b10", [0]),
+        ("s10", []),
+    ],
+)
+def test_where_a_side_is_open(side: str, starts: list[int]) -> None:
+    """Runs of background (b) and of the subject (s) along a side."""
+    runs = [(run[0] == "b", int(run[1:])) for run in side.split()]
+    alike = np.concatenate([np.full(length, value) for value, length in runs])
+    assert list(_open_runs(alike)) == starts
+
+
+def test_thin_parts_that_lie_aslant_are_kept() -> None:
+    """On a ground whose channels differ."""
+    picture = torch.tensor([0.2, 0.5, 0.9]).expand(100, 100, 3).clone()
+    picture[30:70, 30:70] = 0
+    tail = torch.arange(12)
+    picture[70 + tail, 70 + tail] = 0
+    found = guessed(picture)
+    assert torch.equal(found, (picture.sum(dim=-1) == 0).float())
 
 
 def test_dust_is_no_subject() -> None:

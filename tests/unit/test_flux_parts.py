@@ -135,3 +135,18 @@ def test_pictures_as_the_authors_make_them() -> None:
         assert (made[0][:, ~torch.from_numpy(inside)] == 0).all()
     assert views.inside.shape == (1, config.vision.grid**2)
     assert views.keep.shape == (1, config.reference_grid**2) and views.keep.all()
+
+
+def test_a_mask_of_the_outside() -> None:
+    """Turned over on request, or where it owns the border; the note says which."""
+    config = scene.CONFIG
+    picture = torch.rand(1, 50, 50, 3, generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros(1, 50, 50)
+    mask[:, 10:40, 10:40] = 1
+    wanted = prepare_flux_views(picture, mask, config)
+    outside = 1 - mask
+    for changes in ({"invert_mask": True}, {"mask_shows": "background"}, {"mask_shows": "auto"}):
+        found = prepare_flux_views(picture, outside, config, **changes)
+        assert torch.equal(found.vision, wanted.vision), changes
+    assert not torch.equal(prepare_flux_views(picture, outside, config).vision, wanted.vision)
+    assert any("border" in note for note in found.notes)

@@ -15,7 +15,7 @@ from routes import halves, record_of
 from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.pictures import lettering
 from anystory_core.pictures.figure import figure, overlay
-from anystory_core.subject.label import clean_label
+from anystory_core.subject.label import clean_label, is_joiner
 
 FAMILY = "\U0001f469\u200d\U0001f469\u200d\U0001f467"  # three people, joined
 FOXES = "\u0631\u0648\u0628\u0627\u0647\u200c\u0647\u0627"  # Persian, with a zero-width non-joiner
@@ -168,3 +168,17 @@ def test_a_long_label_is_cut_between_signs(sign: str) -> None:
     label = clean_label(sign * 70)
     assert label == sign * (len(label) // len(sign)) and 55 <= len(label) <= 60
     assert clean_label(label) == label
+
+
+def test_the_sixtieth_letter_is_the_last() -> None:
+    letters = "a" * 59
+    assert clean_label(letters + "bc") == letters + "b"
+    for sign in ("e\u0301", SNOWMAN, FAMILY):  # goes as a whole where it does not fit as a whole
+        assert clean_label(letters + sign + "c") == letters
+    assert clean_label("X ray") == "X ray"
+
+
+def test_signs_without_a_picture() -> None:
+    for first, last in ((0x200C, 0x200D), (0xFE00, 0xFE0F), (0xE0020, 0xE007F)):
+        assert is_joiner(chr(first)) and is_joiner(chr(last))
+        assert not is_joiner(chr(first - 1)) and not is_joiner(chr(last + 1))

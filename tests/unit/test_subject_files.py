@@ -62,6 +62,25 @@ def test_round_trip(model: AnyStoryModel, subject: Subject, tmp_path: Path) -> N
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (96, 96)
 
 
+def test_what_the_label_says_is_kept(model: AnyStoryModel, tmp_path: Path) -> None:
+    """References at the noise of the step are read with it."""
+    make = torch.Generator().manual_seed(2)
+    label = torch.randn(1, 3, CONFIG.unet.context_dim, generator=make)
+    pooled = torch.randn(CONFIG.unet.pooled_dim, generator=make)
+    states = dataclasses.replace(small_states(CONFIG), label=label, pooled=pooled)
+    subject = encode_subject(model, small_views(CONFIG), states, label="fox")
+    path = subject_path(tmp_path, "fox")
+    save_subject(path, subject, overwrite=False)
+    loaded = load_subject(path, model)
+    assert loaded.text is not None and torch.equal(loaded.text, label[0])
+    assert loaded.pooled is not None and torch.equal(loaded.pooled, pooled)
+    for part in ("text", "pooled"):
+        wide = dataclasses.replace(subject, **{part: torch.zeros(3, 99)})
+        save_subject(path, wide, overwrite=True)
+        with pytest.raises(SubjectError, match=part):
+            load_subject(path, model)
+
+
 def test_nothing_is_replaced_unless_asked(
     model: AnyStoryModel, subject: Subject, tmp_path: Path
 ) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import dataclasses
 
-from anystory_core.errors import SubjectError
+import pytest
+import torch
+
+from anystory_core.errors import ModelMismatchError, SubjectError
 from anystory_core.subject.encoder import encode_subject
-from anystory_core.subject.subject import SubjectOptions
+from anystory_core.subject.flux import FluxSubject
+from anystory_core.subject.subject import Subject, SubjectOptions, subjects_of
 
 from .encoded import CONFIG, small_model, small_states, small_views
 
@@ -55,11 +59,30 @@ def test_a_function_on_every_tensor_that_the_unet_uses() -> None:
     subject = encode_subject(
         small_model(CONFIG), small_views(CONFIG), small_states(CONFIG), label="x"
     )
+    optional = ("states", "phrase", "latents", "text", "pooled")
+    subject = dataclasses.replace(subject, **{name: torch.ones(2) for name in optional})
     twice = subject.map(lambda x: 2 * x)
-    for name in ("tokens", "routing", "background_tokens", "background_routing"):
+    for name in ("tokens", "routing", "background_tokens", "background_routing", *optional):
         assert getattr(twice, name).equal(2 * getattr(subject, name)), name
     pairs = zip(twice.features, subject.features, strict=True)
     assert all(a.equal(2 * b) for a, b in pairs)
     assert twice.cutout is subject.cutout
     none = subject.with_options(SubjectOptions())
     assert none.map(lambda x: x).tokens is subject.tokens
+
+
+def test_subjects_of_other_weights_are_named() -> None:
+    subject = encode_subject(
+        small_model(CONFIG), small_views(CONFIG), small_states(CONFIG), label="fox"
+    )
+    assert subjects_of(Subject, [subject], "weights-a") == [subject]
+    unsaved = dataclasses.replace(subject, fingerprint="")
+    for given, fingerprint, words in (
+        (subject, "weights-b", r"'fox' .* \(weights-a\) than those in use \(weights-b\); encode"),
+        (subject, "", r"\(weights-a\) than those in use \(unsaved\)"),
+        (unsaved, "weights-b", r"\(unsaved\) than those in use \(weights-b\)"),
+    ):
+        with pytest.raises(ModelMismatchError, match=words):
+            subjects_of(Subject, [given], fingerprint)
+    with pytest.raises(ModelMismatchError, match="'fox' was encoded for sdxl, .* are for flux"):
+        subjects_of(FluxSubject, [subject], "weights-a")

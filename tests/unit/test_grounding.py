@@ -248,7 +248,9 @@ def test_a_label_is_missing(model) -> None:
     check_phrases("masks", [subject(model, tokens=torch.zeros(1, 48))])  # weights without
 
 
-@pytest.mark.parametrize("box", [(-0.1, 0, 1, 1), (0, 0, 1.1, 1), (0.6, 0, 0.4, 1), (0, 1, 1, 0.5)])
+@pytest.mark.parametrize(
+    "box", [(-0.1, 0, 1, 1), (0, 0, 1.1, 1), (0.6, 0, 0.4, 1), (0, 1, 1, 0.5), (0, 0, 1, 1.1)]
+)
 def test_boxes_outside_are_refused(box) -> None:
     with pytest.raises(RoutingError, match="reaches out of the picture"):
         Box(*box)

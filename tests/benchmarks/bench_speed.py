@@ -1,7 +1,8 @@
 """Full-size speed and memory: `python3 dev.py bench speed [PART ...]`.
 
-SDXL's sizes with random weights in bfloat16 on one thread of the CPU. Every figure is a ratio to
-the unpatched model, measured in the same process in turn with it; operations and bytes are counted.
+SDXL's sizes with random weights in bfloat16 on one thread of the CPU, or with ``--float32`` in what
+the host takes there unless it is told else (twice the memory). Every figure is a ratio to the
+unpatched model, measured in the same process in turn with it; operations and bytes are counted.
 Prints the table and writes it as JSON.
 """
 
@@ -69,6 +70,9 @@ def main() -> None:
     parser.add_argument(
         "--pytorch-attention", action="store_true", help="of the plain model, too: as on a GPU"
     )
+    parser.add_argument(
+        "--float32", action="store_true", help="of steps and projections; needs 18 GB"
+    )
     given = parser.parse_args()
     unknown = set(given.parts) - set(PARTS)
     if unknown:
@@ -78,7 +82,8 @@ def main() -> None:
 
     @functools.cache
     def bench(filled: bool = True) -> setting.Bench:  # 7 GB of numbers for the parts that take time
-        return setting.Bench.full_size(4, filled=filled)
+        dtype = torch.float32 if given.float32 else setting.DTYPE
+        return setting.Bench.full_size(4, dtype, filled=filled)
 
     measures: dict[str, Callable[[], Any]] = {
         "operations": lambda: {

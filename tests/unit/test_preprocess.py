@@ -15,6 +15,7 @@ from anystory_core.errors import SubjectError
 from anystory_core.subject.preprocess import (
     CLIP_MEAN,
     CLIP_STD,
+    _resize,
     cut_out,
     latent_mask,
     prepare_views,
@@ -58,6 +59,27 @@ def test_inside_is_the_picture_normalised() -> None:
     wanted = (0.75 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
     assert torch.allclose(centre, wanted, atol=1e-5)
     assert torch.allclose(views.vae[0, :, VAE // 2, VAE // 2], torch.full((3,), 0.5), atol=1e-5)
+    assert torch.all(views.cutout[0, VAE // 2, VAE // 2] == 191)  # 0.75 of 255, to the nearest
+
+
+def test_a_ramp_stays_one() -> None:
+    """Centres of pixels lie on centres, whatever the size."""
+    ramp = (torch.arange(64) + 0.5) / 64
+    for size in (16, 24, 200):
+        made = _resize(ramp.expand(1, 3, 64, 64).clone(), size)[0, 0, size // 2]
+        wanted = (torch.arange(size) + 0.5) / size
+        inner = slice(size // 8, -(size // 8))  # the edges have no neighbours
+        assert torch.allclose(made[inner], wanted[inner], atol=1e-4), size
+
+
+def test_a_mask_of_the_outside() -> None:
+    """Turned over on request, or where it owns the border."""
+    wanted = prepare_views(picture(), box(), CONFIG)
+    for changes in ({"invert_mask": True}, {"mask_shows": "background"}, {"mask_shows": "auto"}):
+        found = prepare_views(picture(), 1 - box(), CONFIG, **changes)
+        assert torch.equal(found.vae, wanted.vae), changes
+    assert any("border" in note for note in found.notes)
+    assert not torch.equal(prepare_views(picture(), 1 - box(), CONFIG).vae, wanted.vae)
 
 
 @pytest.mark.parametrize(("top", "left", "side"), [(10, 20, 16), (0, 0, 40), (24, 44, 16)])

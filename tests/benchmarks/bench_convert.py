@@ -103,7 +103,9 @@ def write_random(path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dt
                 groups[group] = made
         torch.save(groups, path)
         return path.stat().st_size
-    return write_streaming(path, shapes, tensor, dtype=dtype, metadata={"made": "random"})
+    return write_streaming(
+        path, shapes, tensor, dtype=dtype, metadata={"made": "random"}, origin=str
+    )
 
 
 def watch(process: subprocess.Popen[str]) -> dict[str, float]:

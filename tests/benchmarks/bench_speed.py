@@ -1,7 +1,7 @@
 """Full-size speed and memory: `python3 dev.py bench speed [PART ...]`.
 
-SDXL's sizes with random weights in bfloat16 on one thread of the CPU, or with ``--float32`` in what
-the host takes there unless it is told else (twice the memory). Every figure is a ratio to the
+SDXL's sizes with random weights in bfloat16 on one thread of the CPU, steps and projections with
+``--float32`` in what the host takes there unless it is told else. Every figure is a ratio to the
 unpatched model, measured in the same process in turn with it; operations and bytes are counted.
 Prints the table and writes it as JSON.
 """
@@ -29,10 +29,11 @@ PARTS = (
     "profile", "times512", "times1024", "compiled",
 )  # fmt: skip
 USUAL = PARTS[:-2]  # the last two take long, or the attention of the host for themselves
+OF_FULL_SIZE = ("projections", "profile", "times512", "times1024")  # in a number type of choice
 JSON = Path(__file__).resolve().parents[2] / ".dev" / "bench-speed.json"
 
 
-def machine() -> dict[str, Any]:
+def machine(dtype: torch.dtype) -> dict[str, Any]:
     """What the figures belong to."""
     names = [
         line.partition(":")[2].strip()
@@ -45,6 +46,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "numbers": str(dtype).removeprefix("torch."),
     }
 
 
@@ -71,18 +73,21 @@ def main() -> None:
         "--pytorch-attention", action="store_true", help="of the plain model, too: as on a GPU"
     )
     parser.add_argument(
-        "--float32", action="store_true", help="of steps and projections; needs 18 GB"
+        "--float32", action="store_true", help=f"of {', '.join(OF_FULL_SIZE)}; needs 20 GB"
     )
     given = parser.parse_args()
     unknown = set(given.parts) - set(PARTS)
     if unknown:
         parser.error(f"unknown parts {sorted(unknown)}, expected some of {list(PARTS)}")
+    names = given.parts or USUAL
+    if given.float32 and (others := set(names) - set(OF_FULL_SIZE)):
+        parser.error(f"--float32: name parts of {', '.join(OF_FULL_SIZE)}; not {sorted(others)}")
+    dtype = torch.float32 if given.float32 else setting.DTYPE
     torch.set_grad_enabled(False)
     setting.start_host(*(["use_pytorch_cross_attention"] if given.pytorch_attention else []))
 
     @functools.cache
     def bench(filled: bool = True) -> setting.Bench:  # 7 GB of numbers for the parts that take time
-        dtype = torch.float32 if given.float32 else setting.DTYPE
         return setting.Bench.full_size(4, dtype, filled=filled)
 
     measures: dict[str, Callable[[], Any]] = {
@@ -107,9 +112,9 @@ def main() -> None:
         ),
         "compiled": lambda: compiled.measure(given.repetitions),
     }  # fmt: skip
-    figures: dict[str, Any] = {"machine": machine()}
+    figures: dict[str, Any] = {"machine": machine(dtype)}
     show(figures)
-    for name in given.parts or USUAL:
+    for name in names:
         figures[name] = measures[name]()
         show({name: figures[name]})
         sys.stdout.flush()

@@ -79,9 +79,16 @@ def wait(children: list[int]) -> list[int]:
     return [codes[child] for child in children]
 
 
-def lines(path: str) -> int:
+def lines(path: str) -> list[str]:
+    """Of the curve so far, whole ones."""
     file = Path(path).parent / "losses.jsonl"
-    return len(file.read_text().splitlines()) if file.exists() else 0
+    return [x for x in file.read_text().splitlines(True) if x[-1] == "\n"] if file.exists() else []
+
+
+def ended(children: list[int]) -> bool:
+    """Whether one of them has; it is left to :func:`wait`."""
+    state = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    return any(os.waitid(os.P_PID, child, state) for child in children)
 
 
 def work(job: dict[str, object]) -> list[list[int]]:
@@ -89,12 +96,13 @@ def work(job: dict[str, object]) -> list[list[int]]:
     found: list[list[int]] = []
     for _ in range(int(str(job.get("kills", 0)))):
         children = start(path)
-        # Anywhere in a step: after one or two more lines and a moment.
-        enough = lines(path) + rng.randint(1, 2)
+        # Anywhere in a step, or in the checkpoint after it: one or two more lines and a moment.
+        enough = len(lines(path)) + rng.randint(1, 2)
         until = time.monotonic() + PATIENCE
-        while lines(path) < enough and time.monotonic() < until:
+        while len(lines(path)) < enough and time.monotonic() < until and not ended(children):
             time.sleep(0.005)
-        time.sleep(rng.random() * 0.3)
+        if done := lines(path):
+            time.sleep(rng.random() * 1.5 * float(json.loads(done[-1])["seconds"]))
         os.kill(rng.choice(children), signal.SIGKILL)
         found.append(wait(children))
     found.append(wait(start(path)))

@@ -109,9 +109,13 @@ def test_two_processes_give_the_gradients_of_one(
     for stage in stages:
         one, two = (torch.load(files[stage, count][1], weights_only=True) for count in (1, 2))
         assert one.keys() == two.keys() and one
+        idle = {name for name, gradient in one.items() if not bool(gradient.any())}
+        assert idle <= {"reference_net.label_emb.0.0.weight"}  # multiplies the zero label
         for name, gradient in one.items():
-            # The mean of two halves against the mean of the whole: float32 rounding.
-            assert torch.allclose(gradient, two[name], atol=1e-5, rtol=1e-4), name
+            # The mean of two halves against the mean of the whole: 8e-6 of a tensor's largest
+            # measured. Biases that a norm takes off again have rounding alone, some 1e-11.
+            bound = 5e-5 * float(gradient.abs().max()) + 1e-9
+            assert float((gradient - two[name]).abs().max()) < bound, name
 
 
 def test_two_processes_run_to_the_end(world: Any, tmp_path: Path) -> None:

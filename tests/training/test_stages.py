@@ -86,10 +86,10 @@ def another_precision() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("another_precision")
-def test_a_sheet_in_half_precision(world: Any, subject_run: Any, tmp_path: Path) -> None:
+def test_a_sheet_in_half_precision(world: Any, subject_file: Path, tmp_path: Path) -> None:
     """Stage 2 keeps its frozen parts in the base's precision, and draws with them."""
     run = trainer(
-        world, tmp_path, "router", subject_run.file, precision="bf16", sheet_every=1, sheet_steps=1
+        world, tmp_path, "router", subject_file, precision="bf16", sheet_every=1, sheet_steps=1
     )
     model = run.stage.model
     assert model.reference_net.input_blocks[0][0].weight.dtype == torch.bfloat16
@@ -136,9 +136,9 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor | None]:
 
 @pytest.mark.parametrize("stage", ["subject", "router"])
 def test_gradients_reach_the_stage_and_nothing_else(
-    stage: str, world: Any, subject_run: Any, tmp_path: Path
+    stage: str, world: Any, subject_file: Path, tmp_path: Path
 ) -> None:
-    file = subject_run.file if stage == "router" else None
+    file = subject_file if stage == "router" else None
     plain = gradients(trainer(world, tmp_path / "plain", stage, file))
     own = ("encoder.routing.", "routers.")
     no_input = "reference_net.label_emb.0.0.weight"  # multiplies the zero label
@@ -168,11 +168,11 @@ def test_a_branch_can_be_switched_off(off: str, world: Any, tmp_path: Path) -> N
     assert set(kept) == set(reference if off == "clip" else clip)
 
 
-def test_a_router_without_refinement(world: Any, subject_run: Any, tmp_path: Path) -> None:
+def test_a_router_without_refinement(world: Any, subject_file: Path, tmp_path: Path) -> None:
     """It is joined with stage 1's file, which says nothing of routers."""
     path = tiny.run_toml(
         tmp_path, world.base, world.scenes, "router", steps=1,
-        router={"subject_file": str(subject_run.file), "refine": False},
+        router={"subject_file": str(subject_file), "refine": False},
     )  # fmt: skip
     joined = load_model(Trainer(load_config(path)).run())
     assert joined.routers is not None and joined.reference_net is not None
@@ -236,10 +236,10 @@ def test_a_router_without_refinement_goes_on_from_one_with_it(
 
 
 def test_stage_2_encodes_the_references_that_are_there(
-    world: Any, subject_run: Any, tmp_path: Path
+    world: Any, subject_file: Path, tmp_path: Path
 ) -> None:
     """Scenes hold one and two shapes in turn, and a batch has two places for each."""
-    run = trainer(world, tmp_path, "router", subject_run.file)
+    run = trainer(world, tmp_path, "router", subject_file)
     batch = Batch.join([run.dataset[i] for i in range(4)])
     there = int(batch.present.sum())
     assert 4 <= there < 8

@@ -264,7 +264,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path) -> None:
         return value
 
     path = tmp_path / "big.safetensors"
-    convert_write.write_streaming(path, shapes, tensor, dtype=torch.float16, metadata={"a": "b"})
+    convert_write.write_streaming(
+        path, shapes, tensor, dtype=torch.float16, metadata={"a": "b"}, origin=str
+    )
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert grown < 128, f"peak grew by {grown:.0f} MiB"
     loaded = load_file(path)
@@ -280,7 +282,7 @@ def test_streamed_bytes_equal_the_librarys(tmp_path) -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
         convert_write.write_streaming(
-            ours, shapes, tensors.__getitem__, dtype=dtype, metadata={"k": "v"}
+            ours, shapes, tensors.__getitem__, dtype=dtype, metadata={"k": "v"}, origin=str
         )
         save_file({k: v.to(dtype) for k, v in tensors.items()}, theirs)
         a, b = load_file(ours), load_file(theirs)
@@ -293,6 +295,7 @@ def test_streamed_bytes_equal_the_librarys(tmp_path) -> None:
             lambda name: tensors["a"],
             dtype=torch.float32,
             metadata={},
+            origin=str,
         )
 
 

@@ -93,6 +93,19 @@ def test_wrong_checkpoints_are_named(tmp_path, unet, adapter, change, words) -> 
     refuse(tmp_path, checkpoint, save(tmp_path / "plus.safetensors", adapter), *words)
 
 
+def test_of_a_folder_the_file_is_named(tmp_path, adapter) -> None:
+    """One of a diffusers folder's is damaged, which needs not be fetched whole again."""
+    folder = tmp_path / "unet"
+    diffusers_unet(CONFIG).save_pretrained(folder, max_shard_size="1MB")
+    key = "mid_block.resnets.0.conv2.bias"
+    index = json.loads(next(folder.glob("*.index.json")).read_text())
+    damaged = folder / index["weight_map"][key]
+    tensors = load_file(damaged)
+    save_file({**tensors, key: tensors[key] * torch.nan}, damaged)
+    ip = save(tmp_path / "plus.safetensors", adapter)
+    refuse(tmp_path, folder, ip, f"not finite; {damaged.name} is damaged")
+
+
 @pytest.mark.parametrize("mark", ["scale_weight", "weight_scale", "comfy_quant", "header"])
 @pytest.mark.parametrize("which", ["base", "plus"])
 def test_scaled_weights_are_named(tmp_path, unet, adapter, mark, which) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from flux_scene import CONFIG
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anystory_core.bases.flux.config import FluxConfig, ReduxConfig, SiglipConfig
@@ -278,7 +278,8 @@ def put(group: str, name: str, value: Any) -> Change:
         (put("ref", "transformer.x_embedder.lora_A.weight", torch.ones(5, 16)), "columns"),
         (put("ref", "transformer.x_embedder.lora_A.weight", torch.ones(4)), "2 axes"),
         (put("redux", "gate_proj.weight", torch.ones(1, 21)), "redux.subject.gate.weight"),
-        (put("redux", "gate_proj.bias", torch.tensor([torch.nan])), "not finite"),
+        (put("redux", "gate_proj.bias", torch.tensor([torch.nan])),
+         r"not finite; anystory\S* is damaged"),
         (put("redux", "gate_proj.bias", torch.ones(1, dtype=torch.int64)), "plain floats"),
         (put("redux", "gate_proj.bias", "one"), "expected a tensor"),
         (put("router", "router_embedder.gate_proj.bias", torch.ones(1, 1)), "1 axes"),
@@ -311,6 +312,15 @@ def test_another_redux_is_refused(files: tuple[Path, Path], tensors: Any, said: 
     save_file(tensors, files[1])
     with pytest.raises(CheckpointError, match=said):
         convert(files)
+
+
+def test_a_redux_that_is_not_finite_is_named(files: tuple[Path, Path]) -> None:
+    tensors = load_file(files[1])
+    tensors["redux_up.weight"][0, 0] = torch.nan
+    save_file(tensors, files[1])
+    with pytest.raises(CheckpointError, match=f"not finite; {files[1].name} is damaged"):
+        convert(files)
+    assert not (files[0].parent / "out.safetensors").exists()
 
 
 class Trap:

@@ -32,8 +32,8 @@ class Piece:
 
     @property
     def origin(self) -> str:
-        """The file that it comes from."""
-        return self.source.name
+        """The file that its first rows come from."""
+        return self.source.owner[self.keys[0]].name
 
     def make(self) -> Tensor:
         tensors = [self.source.get(key) for key in self.keys]

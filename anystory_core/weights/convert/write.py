@@ -32,7 +32,7 @@ def write_streaming(
     *,
     dtype: torch.dtype,
     metadata: Mapping[str, str],
-    origin: Callable[[str], str] = lambda name: "the source file",
+    origin: Callable[[str], str],
 ) -> int:
     """Write ``make(name)`` for each name of ``shapes``, in order; returns the file's size.
     ``origin(name)``: what messages call the file that the tensor comes from.

@@ -61,8 +61,9 @@ class RoutedAttention:
     not, so that a row whose own keys score much less (18 in half precision) is 0 / 0.
 
     They go to PyTorch's own attention then. So do all calls on a CPU, whose memory it does not
-    fill either: the sub-quadratic way takes up to three times as long in float32 and thirty times
-    in half precision, but half as long in bfloat16 on a CPU that multiplies it."""
+    fill either, but those in bfloat16 without a mask where the CPU multiplies it: the sub-quadratic
+    way takes half as long for these, otherwise up to three times as long in float32 and thirty
+    times in half precision."""
 
     options: Options
     precision: Any = None

@@ -208,7 +208,7 @@ class Trainer:
             sheet = draw_sheet(self.saver.stage, batch, self.encodings)
         path = self.folder / "sheets" / f"step-{self.step:08d}.png"
         self.ranks.on_main(lambda: save_sheet(sheet, path))
-        self.curves.add_pictures(self.step, "sheet", torch.from_numpy(np.array(sheet))[None])
+        self.curves.add_pictures(self.step, "sheet", torch.as_tensor(np.array(sheet))[None])
 
     def _make_dataset(self, samples: Samples) -> SampleDataset:
         run, data, pools = self.config.run, self.config.data, self.pools

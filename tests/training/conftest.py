@@ -94,7 +94,7 @@ def subject_run(taught: World, tmp_path_factory: pytest.TempPathFactory) -> Done
     folder = tmp_path_factory.mktemp("subject")
     path = tiny.run_toml(
         folder, taught.base, taught.pairs, "subject", steps=SUBJECT_STEPS,
-        optimiser={"learning_rate": 2e-3},
+        optimiser={"learning_rate": 2e-3}, data={"cache": str(folder / "cache")},
         run={"batch": 8, "sheet_every": SUBJECT_STEPS, "sheet_steps": 2},
     )  # fmt: skip
     return finish(path, 400)
@@ -106,6 +106,7 @@ def router_run(taught: World, subject_run: Done, tmp_path_factory: pytest.TempPa
     path = tiny.run_toml(
         folder, taught.base, taught.scenes, "router", steps=ROUTER_STEPS,
         router={"subject_file": str(subject_run.file), "tokens": "sum", "mean_weight": 1.0},
+        data={"cache": str(folder / "cache")},
         run={"sheet_every": ROUTER_STEPS, "sheet_steps": 2},
     )  # fmt: skip
     return finish(path, 500)

@@ -1,6 +1,7 @@
 """Two processes that train together, started many times: libraries are imported once, and each
 start forks. Run with JOBS, a JSON file: a list of {"run": TOML, "kills": N, "seed": S}; a job with
-kills is ended by SIGKILL so often at random, one of its processes at a time, before it may finish.
+kills is ended by SIGKILL so often at random, one of its processes at a time, before it may finish;
+one with "begin", a checkpoint of a job before it, goes on from that.
 
 Prints a JSON list: of each job, the exit codes of each start."""
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -93,6 +95,9 @@ def ended(children: list[int]) -> bool:
 
 def work(job: dict[str, object]) -> list[list[int]]:
     path, rng = str(job["run"]), random.Random(int(str(job.get("seed", 0))))
+    if "begin" in job:
+        begin = Path(str(job["begin"]))
+        shutil.copytree(begin, Path(path).parent / "checkpoints" / begin.name)
     found: list[list[int]] = []
     for _ in range(int(str(job.get("kills", 0)))):
         children = start(path)

@@ -4,7 +4,6 @@ processes."""
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,10 @@ def toml(folder: Path, world: Any, **run: Any) -> Path:
 
 def test_the_same_run_in_parts(world: Any, tmp_path: Path) -> None:
     whole, parts, late = (tmp_path / name for name in ("whole", "parts", "late"))
-    jobs = [toml(whole, world), toml(parts, world, shard=True)]
-    ended = forked(tmp_path, [{"run": str(path)} for path in jobs])
-    assert ended == [[[0, 0]]] * len(jobs)
+    paths = [toml(whole, world), toml(parts, world, shard=True), toml(late, world, shard=True)]
+    jobs = [{"run": str(path)} for path in paths]
+    jobs[-1]["begin"] = str(whole / "checkpoints" / "step-00000001")
+    assert forked(tmp_path, jobs) == [[[0, 0]]] * len(jobs)
     assert [step for step, _ in losses(parts)] == list(range(1, STEPS + 1))
     for (_, one), (_, two) in zip(losses(whole), losses(parts), strict=True):
         assert two == pytest.approx(one, rel=1e-6)
@@ -57,10 +57,6 @@ def test_the_same_run_in_parts(world: Any, tmp_path: Path) -> None:
     exported = [load_file(export_checkpoint(f, 2, None)) for f in (whole, parts)]
     assert exported[0].keys() == exported[1].keys()
     # A run of whole weights goes on in parts.
-    path = toml(late, world, shard=True)
-    first = "step-00000001"
-    shutil.copytree(whole / "checkpoints" / first, late / "checkpoints" / first)
-    assert forked(tmp_path, [{"run": str(path)}]) == [[[0, 0]]]
     wanted = dict(losses(whole))
     assert [step for step, _ in losses(late)] == [2, 3]
     for step, loss in losses(late):

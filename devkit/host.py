@@ -84,7 +84,7 @@ class Host:
                 self.process.wait()
 
 
-def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+def signal_group(process: subprocess.Popen[bytes] | subprocess.Popen[str], number: int) -> None:
     """Signal a process that leads a group, and all of that group, where there are groups."""
     with contextlib.suppress(ProcessLookupError):
         if hasattr(os, "killpg"):

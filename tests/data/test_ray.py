@@ -17,6 +17,7 @@ import pytest
 import slow_items
 
 from anystory_core.data.index import Index
+from devkit.host import signal_group
 
 
 @pytest.fixture
@@ -50,8 +51,7 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             for each in psutil.Process(process.pid).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     each.kill()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        signal_group(process, signal.SIGKILL)
         process.communicate(timeout=60)
 
 

@@ -19,17 +19,18 @@ def compiled(model: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("mode", "least_sorted"), [("learned", 1), ("text within masks", 256)], ids=["long", "short"]
+    ("mode", "long"), [("learned", True), ("text within masks", False)], ids=["long", "short"]
 )
 def test_one_graph(
-    scene: Scene, counters: dict[str, Counter[str]], mode: str, least_sorted: int,
+    scene: Scene, counters: dict[str, Counter[str]], mode: str, long: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The U-Net is one graph, the third step needs no other, and the picture is what it is
     without: on rows that count as long, as all but a few of a real picture do, which a processor
     would sort by region were they not compiled, and on short ones."""
-    call = module("anystory_pack.anystory_core.injection.call")
-    monkeypatch.setattr(call, "LEAST_SORTED", least_sorted)
+    if long:
+        call = module("anystory_pack.anystory_core.injection.call")
+        monkeypatch.setattr(call, "LEAST_SORTED", 1)
     routing = scene.route(mode=mode, masks=halves(), clip=scene.mini.clip)
     model, maps = scene.apply_with_maps(routing=routing)
     # What the host has on a GPU, where tokens are not sorted by region.

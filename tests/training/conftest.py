@@ -18,8 +18,6 @@ from anystory_core.training.batches import Batch
 from anystory_core.training.config import load_config
 from anystory_core.training.loop import Trainer
 from anystory_core.training.noise import make_noised
-from anystory_core.weights.checkpoint import save_model
-from anystory_core.weights.model import PARTS, build_model
 
 SUBJECT_STEPS, ROUTER_STEPS = 100, 80
 
@@ -55,8 +53,7 @@ def taught(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
 def subject_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What stage 1 exports, of random weights."""
     file = tmp_path_factory.mktemp("file") / "anystory_subject.safetensors"
-    parts = [part for part in PARTS if part not in ("routing_encoder", "routers")]
-    save_model(file, build_model(tiny.config(), parts), tiny.config())
+    tiny.write_weights(file, parts=tiny.SUBJECT_PARTS)
     return file
 
 

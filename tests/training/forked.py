@@ -102,11 +102,13 @@ def work(job: dict[str, object]) -> list[list[int]]:
     for _ in range(int(str(job.get("kills", 0)))):
         children = start(path)
         # Anywhere in a step, or in the checkpoint after it: one or two more lines and a moment.
-        enough = len(lines(path)) + rng.randint(1, 2)
+        done = lines(path)
+        enough = len(done) + rng.randint(1, 2)
         until = time.monotonic() + PATIENCE
-        while len(lines(path)) < enough and time.monotonic() < until and not ended(children):
+        while len(done) < enough and time.monotonic() < until and not ended(children):
             time.sleep(0.005)
-        if done := lines(path):
+            done = lines(path)
+        if done:
             time.sleep(rng.random() * 1.5 * float(json.loads(done[-1])["seconds"]))
         os.kill(rng.choice(children), signal.SIGKILL)
         found.append(wait(children))

@@ -155,7 +155,7 @@ def test_stage_2_refuses_a_file_that_does_not_fit(world: Any, tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"router\.subject_file: its ReferenceNet reads text"):
         Trainer(load_config(path)).run()
     other = replace(own, reference=replace(own.reference, size=2 * own.reference.size))
-    save_model(file, build_model(other, ("reference_net", "reference_projections")), other)
+    tiny.write_weights(file, parts=("reference_net", "reference_projections"), model=other)
     with pytest.raises(
         ConfigError, match=r"router\.subject_file: made for .* reference\.size = 128, not 64\."
     ):

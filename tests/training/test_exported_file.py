@@ -16,8 +16,6 @@ from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.data import shards
 from anystory_core.training.config import load_config
 from anystory_core.training.loop import Trainer
-from anystory_core.weights.checkpoint import save_model
-from anystory_core.weights.model import PARTS, build_model
 from devkit import environment
 from devkit.client import Client
 from devkit.host import running
@@ -66,7 +64,7 @@ def test_the_bundled_graph_runs_on_it(trained: Path, tmp_path: Path) -> None:
     models = tmp_path / "models" / "anystory"
     models.mkdir(parents=True)
     (models / "trained.safetensors").write_bytes(trained.read_bytes())
-    save_model(models / "toy.safetensors", build_model(tiny.config(), PARTS), tiny.config())
+    tiny.write_weights(models / "toy.safetensors")
     with running(environment.prepare_host(), environment.python(), tmp_path) as host:
         client = Client(host.url)
         for node in prompt.values():

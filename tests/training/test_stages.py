@@ -20,8 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from anystory_core.training.batches import Batch
 from anystory_core.training.config import load_config
 from anystory_core.training.loop import Trainer
-from anystory_core.weights.checkpoint import load_model, save_model
-from anystory_core.weights.model import PARTS, build_model
+from anystory_core.weights.checkpoint import load_model
+from anystory_core.weights.model import PARTS
 
 # `world`, `subject_run` and `router_run` come from conftest.py.
 
@@ -29,7 +29,7 @@ from anystory_core.weights.model import PARTS, build_model
 def test_the_subject_stage_learns(subject_run: Any) -> None:
     assert subject_run.after["loss"] < 0.8 * subject_run.before["loss"]
     parts = load_model(subject_run.file).parts
-    assert parts == tuple(p for p in PARTS if p not in ("routing_encoder", "routers"))
+    assert parts == tiny.SUBJECT_PARTS
 
 
 def test_the_router_stage_learns(router_run: Any) -> None:
@@ -203,11 +203,7 @@ def test_training_goes_on_from_public_sizes(world: Any, tmp_path: Path) -> None:
     own = tiny.config()
     fewer = replace(own, subject_qformer=replace(own.subject_qformer, queries=2))
     file = tmp_path / "public.safetensors"
-    save_model(
-        file,
-        build_model(fewer, [p for p in PARTS if p not in ("routing_encoder", "routers")]),
-        fewer,
-    )
+    tiny.write_weights(file, parts=tiny.SUBJECT_PARTS, model=fewer)
     path = tiny.run_toml(
         tmp_path / "run", world.base, world.pairs, "subject", steps=1,
         subject={"start_file": str(file)},

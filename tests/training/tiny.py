@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,13 @@ from anystory_core.data import shards
 from anystory_core.training.hosts.frozen import text_encoder
 from anystory_core.training.hosts.sizes import diffusers_unet_config
 from anystory_core.training.hosts.unet import time_ids
+from anystory_core.training.initial import ROUTER_PARTS
 from anystory_core.training.schedule import alphas_cumprod
+from anystory_core.weights.checkpoint import save_model
+from anystory_core.weights.model import PARTS, build_model
 
 SIZE = 64
+SUBJECT_PARTS = tuple(part for part in PARTS if part not in ROUTER_PARTS)  # of stage 1's file
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 200, 60),
@@ -166,6 +171,14 @@ def write_base(
         module.save_pretrained(folder / name)
     (folder / "config.json").write_text(model.to_json())
     write_scheduler(folder, prediction_type="epsilon")
+
+
+def write_weights(
+    file: Path, *, parts: Sequence[str] = tuple(PARTS), model: AnyStoryConfig | None = None
+) -> None:
+    """A file of untrained weights; at toy widths, or at those of ``model``."""
+    model = model or config()
+    save_model(file, build_model(model, parts), model)
 
 
 def write_scheduler(folder: Path, **settings: Any) -> None:

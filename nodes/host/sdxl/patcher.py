@@ -62,8 +62,8 @@ class RoutedAttention:
 
     They go to PyTorch's own attention then. So do all calls on a CPU, whose memory it does not
     fill either, but those in bfloat16 without a mask where the CPU multiplies it: the sub-quadratic
-    way takes half as long for these, otherwise up to three times as long in float32 and thirty
-    times in half precision."""
+    way takes half as long for these, otherwise up to five times as long in float32 and thirty times
+    in half precision."""
 
     options: Options
     precision: Any = None

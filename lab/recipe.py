@@ -42,7 +42,7 @@ from .networks.vae import load_vae, train_decoder, train_vae
 from .phase import accelerator, run_shared, shares
 from .stages import LEARNING_RATE, SUBJECT_FILE, stage1, stage2, write_data
 from .world import emoji
-from .world.scenes import write_shard
+from .world.scenes import SIZE, folder_of, write_shard
 
 PHASES = (
     "world",
@@ -73,6 +73,7 @@ class Options:
 
     work: Path
     shards: int
+    picture_size: int
     base_steps: int
     base_batch: int
     sample_shards: int
@@ -99,7 +100,8 @@ def run_phase(name: str, options: Options) -> None:
     """Run or resume one phase."""
     work = options.work
     if name == "world":
-        task = partial(render_scenes, options.training_emoji(), work, options.shards)
+        size = options.picture_size
+        task = partial(render_scenes, options.training_emoji(), work, options.shards, size)
         run_shared(task, options.processes)
     elif name == "vae":
         run_shared(partial(train_vae, options.training_emoji(), work), options.processes)
@@ -108,9 +110,10 @@ def run_phase(name: str, options: Options) -> None:
     elif name == "decoder":
         run_shared(partial(train_decoder, options.training_emoji(), work), options.processes)
     elif name == "cache":
-        run_shared(partial(cache_scenes, work), options.processes)
+        run_shared(partial(cache_scenes, work, options.picture_size), options.processes)
     elif name == "base":
-        task = partial(train_base, work, steps=options.base_steps, batch=options.base_batch)
+        steps, batch, size = options.base_steps, options.base_batch, options.picture_size
+        task = partial(train_base, work, steps=steps, batch=batch, size=size)
         run_shared(task, 1 if accelerator().type == "cuda" else options.processes)
     elif name == "folder":
         write_base_folder(work)
@@ -156,23 +159,25 @@ def train_stage(work: Path, stage: int, steps: int, **settings: Any) -> None:
         Trainer(config).run()
 
 
-def render_scenes(subjects: list[emoji.Emoji], work: Path, shards: int) -> None:
-    """Render what is missing of so many shards, this process's share of them."""
+def render_scenes(subjects: list[emoji.Emoji], work: Path, shards: int, size: int) -> None:
+    """Render what is missing of so many shards of a size, this process's share of them."""
     part, parts = shares()
     for number in range(part, shards, parts):
-        write_shard(subjects, work / "scenes", number)
+        write_shard(subjects, folder_of(work, "scenes", size), number, size)
 
 
-def cache_scenes(work: Path) -> None:
-    """Encode the rendered shards that are not encoded yet, this process's share of them."""
+def cache_scenes(work: Path, size: int) -> None:
+    """Encode the rendered shards of a size that are not encoded yet, this process's share of
+    them."""
+    scenes, cache = folder_of(work, "scenes", size), folder_of(work, "cache", size)
     vae, (clip, row_table) = load_vae(work), load_clip(work)
     vae.to(accelerator())
     clip.to(accelerator())
     part, parts = shares()
-    for number in missing(work / "scenes", work / "cache"):
+    for number in missing(scenes, cache):
         if number % parts != part:
             continue
-        cache_shard(work / "scenes", work / "cache", number, vae, clip, row_table)
+        cache_shard(scenes, cache, number, vae, clip, row_table)
         print(f"cache: shard {number}", flush=True)
 
 
@@ -183,6 +188,12 @@ def main() -> None:
     choices = (*PHASES, *ABLATIONS, "restore")
     parser.add_argument("--phase", nargs="+", choices=choices, help="only these, in this order")
     parser.add_argument("--shards", type=int, default=24, help="shards of 500 scenes to render")
+    parser.add_argument(
+        "--picture-size",
+        type=int,
+        default=SIZE,
+        help="of world, cache and base; default %(default)s",
+    )
     parser.add_argument("--base-steps", type=int, default=60_000, help="length of the base phase")
     parser.add_argument("--base-batch", type=int, default=BATCH, help="scenes of a step of it")
     parser.add_argument("--processes", type=int, default=2, help="training processes of one thread")

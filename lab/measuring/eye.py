@@ -47,7 +47,7 @@ class Eye:
 def render_crop(emoji: Emoji, ground: UInt8, rng: random.Random, room: float) -> UInt8:
     """(128,128,3): the subject turned, flipped and relit over a part of a picture, in the middle of
     a square whose side is ``room`` times the longer side of its box."""
-    sprite, _, _ = transformed(emoji, rng, SIZE)
+    sprite, _ = transformed(emoji, rng, SIZE)
     sprite = sprite.crop(solid_box(sprite))
     side = round(max(sprite.size) * room)
     y, x = (rng.randrange(max(1, length - side)) for length in ground.shape[:2])

@@ -65,7 +65,7 @@ class _Trained(nn.Module):
 
 def render_cut(emoji: Emoji, rng: random.Random) -> UInt8:
     """RGBA (80,80,4): the subject turned, flipped, relit, of varied sharpness, its box centred."""
-    sprite, _, _ = transformed(emoji, rng, round(rng.uniform(60, 180)))
+    sprite, _ = transformed(emoji, rng, round(rng.uniform(60, 180)))
     sprite = sprite.crop(solid_box(sprite))
     side = max(sprite.size)
     canvas = Image.new("RGBA", (side, side))

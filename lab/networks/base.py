@@ -31,6 +31,7 @@ from anystory_core.training.losses import error_weights
 from anystory_core.training.schedule import BETA_END, BETA_START, Schedule
 
 from ..phase import Phase, accelerator, autocast, first_makes, half_is_faster, shares
+from ..world.scenes import folder_of
 from .cache import Cached, encode_texts, numbers_of, read_shard_of, read_shards
 from .clip import load_clip
 from .reading import Reader
@@ -43,7 +44,7 @@ _DROP = 0.1
 _PLAIN = 0.5  # share of captions that say only "an object"
 # Shares of a batch: reading in given places; reading, of two subjects or more, where the answers
 # about them send each; reading nothing. The last two are asked.
-_PLACED, _SENT, _TOLD = 0.25, 0.375, 0.25
+_PLACED, _SENT, _TOLD = 0.5, 0.25, 0.15
 _TELLING = 0.3  # what being asked counts
 _EVERYWHERE = 0.5  # of one subject: share of scenes all of which may read, as in stage 1
 # Share of the rest that reads inside the subject's outline; the others read in a box around it.
@@ -205,12 +206,12 @@ def load_unet(folder: Path) -> Any:
     return base.unet.requires_grad_(False)
 
 
-def train_base(folder: Path, *, steps: int, batch: int = BATCH) -> None:
-    """Train or resume on the shards of ``folder/cache``, where there is a CUDA device on that; more
-    may be added meanwhile. ``batch``: scenes of a step, of all processes together.
+def train_base(folder: Path, *, steps: int, batch: int = BATCH, size: int = PICTURE_SIZE) -> None:
+    """Train or resume on the cached shards of pictures of ``size``, where there is a CUDA device on
+    that; more may be added meanwhile. ``batch``: scenes of a step, of all processes together.
     FileNotFoundError when there is no shard, ConfigError when the folder holds a base and does not
     say what it predicts."""
-    cache, device = folder / "cache", accelerator()
+    cache, device = folder_of(folder, "cache", size), accelerator()
     shards = read_shards(cache, device)
     if not shards:
         raise FileNotFoundError(f"base: no shard in {cache}; run the phases world and cache first")

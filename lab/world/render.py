@@ -26,6 +26,21 @@ MOST_SUBJECTS = 3
 # Side of a subject relative to the picture, by the number of subjects in it.
 _SCALES = {1: (0.5, 0.85), 2: (0.42, 0.56), 3: (0.34, 0.44)}
 _MOST_HIDDEN = 0.35  # a subject that others cover more than this is placed anew
+_MOST_TILT = 25.0  # degrees, either way
+_NEAR = 6.0  # how much of it lies between two pictures of a subject in one pose
+
+
+@dataclass(frozen=True)
+class Pose:
+    """How a subject is shown: turned counter-clockwise by ``angle`` degrees after it was mirrored,
+    if it was ``flipped``."""
+
+    angle: float
+    flipped: bool
+
+    def near(self, rng: random.Random) -> Pose:
+        """The same but for a few degrees."""
+        return Pose(self.angle + rng.uniform(-_NEAR, _NEAR), self.flipped)
 
 
 @dataclass(frozen=True)
@@ -34,8 +49,7 @@ class Instance:
 
     emoji: Emoji
     mask: Bool
-    angle: float  # degrees, counter-clockwise
-    flipped: bool
+    pose: Pose
 
 
 @dataclass(frozen=True)
@@ -50,22 +64,23 @@ class Scene:
 
 
 def transformed(
-    emoji: Emoji, rng: random.Random, side: int, tilt: float = 25.0
-) -> tuple[Image.Image, float, bool]:
-    """A subject turned, flipped and relit: (RGBA of about ``side``, angle, flipped)."""
+    emoji: Emoji, rng: random.Random, side: int, pose: Pose | None = None
+) -> tuple[Image.Image, Pose]:
+    """A subject in ``pose``, or in any, and relit: (RGBA of about ``side``, pose)."""
+    if pose is None:
+        flipped = rng.random() < 0.5
+        pose = Pose(rng.uniform(-_MOST_TILT, _MOST_TILT), flipped)
     sprite = emoji.sprite()
-    flipped = rng.random() < 0.5
-    if flipped:
+    if pose.flipped:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    angle = rng.uniform(-tilt, tilt)
     sprite = sprite.resize((side, side), Image.Resampling.LANCZOS)
-    sprite = sprite.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+    sprite = sprite.rotate(pose.angle, Image.Resampling.BICUBIC, expand=True)
     alpha = sprite.getchannel("A")
     colour = ImageEnhance.Brightness(sprite.convert("RGB")).enhance(rng.uniform(0.82, 1.15))
     colour = ImageEnhance.Contrast(colour).enhance(rng.uniform(0.88, 1.12))
     colour = ImageEnhance.Color(colour).enhance(rng.uniform(0.85, 1.15))
     colour.putalpha(alpha)
-    return colour, angle, flipped
+    return colour, pose
 
 
 def solid_box(sprite: Image.Image) -> tuple[int, int, int, int] | None:
@@ -74,17 +89,23 @@ def solid_box(sprite: Image.Image) -> tuple[int, int, int, int] | None:
 
 
 def render_scene(
-    pool: Sequence[Sequence[Emoji]], seed: int, *, subjects: int | None = None, size: int = SIZE
+    pool: Sequence[Sequence[Emoji]],
+    seed: int,
+    *,
+    subjects: int | None = None,
+    size: int = SIZE,
+    spread: float = 1.0,
 ) -> Scene:
     """A scene with 0-3 subjects of different families, or as many as ``subjects`` says.
 
-    ``pool`` holds one list of variants per family, so that families are equally likely."""
+    ``pool`` holds one list of variants per family, so that families are equally likely. ``spread``,
+    in [0,1]: how far from the middle of its part of the picture a subject may be."""
     rng = random.Random(seed)
     count = rng.choices((0, 1, 2, 3), (0.06, 0.44, 0.32, 0.18))[0] if subjects is None else subjects
     chosen = [rng.choice(family) for family in rng.sample(list(pool), count)]
     place = rng.choice(list(PLACES))
     canvas = draw_place(place, rng, size).convert("RGBA")
-    slots = _slots(count, rng)
+    slots = _slots(count, rng, spread)
     order = list(range(count))
     rng.shuffle(order)
     picture, masks, poses = _compose(canvas, chosen, slots, order, rng, size, 0)
@@ -93,17 +114,20 @@ def render_scene(
             break
         picture, masks, poses = _compose(canvas, chosen, slots, order, rng, size, attempt)
     instances = tuple(
-        Instance(emoji, visible, *pose)
+        Instance(emoji, visible, pose)
         for emoji, (visible, _), pose in zip(chosen, masks, poses, strict=True)
     )
     caption, plain = captions([i.emoji.name for i in instances], [s[0] for s in slots], place, rng)
     return Scene(picture, instances, place, caption, plain)
 
 
-def _slots(count: int, rng: random.Random) -> list[tuple[float, float]]:
+def _slots(count: int, rng: random.Random, spread: float) -> list[tuple[float, float]]:
     """Centres (x,y) in [0,1], spread over the width, in random order."""
     centres = [
-        ((i + 0.5) / count + rng.uniform(-0.25, 0.25) / count, rng.uniform(0.38, 0.72))
+        (
+            (i + 0.5 + spread * rng.uniform(-0.25, 0.25)) / count,
+            0.55 + spread * rng.uniform(-0.17, 0.17),
+        )
         for i in range(count)
     ]
     rng.shuffle(centres)
@@ -118,15 +142,15 @@ def _compose(
     rng: random.Random,
     size: int,
     attempt: int,
-) -> tuple[UInt8, list[tuple[Bool, int]], list[tuple[float, bool]]]:
+) -> tuple[UInt8, list[tuple[Bool, int]], list[Pose]]:
     """Paste all subjects back to front: (picture, [(visible mask, whole area)], poses)."""
     picture = canvas.copy()
     alphas: dict[int, UInt8] = {}
-    poses: dict[int, tuple[float, bool]] = {}
+    poses: dict[int, Pose] = {}
     for index in order:
         low, high = _SCALES[len(chosen)]
         side = round(size * rng.uniform(low, high) * 0.96**attempt)
-        sprite, angle, flipped = transformed(chosen[index], rng, side)
+        sprite, pose = transformed(chosen[index], rng, side)
         x = round(slots[index][0] * size - sprite.width / 2)
         y = round(slots[index][1] * size - sprite.height / 2)
         x = min(max(x, -sprite.width // 10), size - sprite.width * 9 // 10)
@@ -135,7 +159,7 @@ def _compose(
         layer.paste(sprite, (x, y))
         picture = Image.alpha_composite(picture, layer)
         alphas[index] = np.asarray(layer.getchannel("A"))
-        poses[index] = (angle, flipped)
+        poses[index] = pose
     covered = np.zeros((size, size), bool)
     visible: dict[int, tuple[Bool, int]] = {}
     for index in reversed(order):
@@ -152,17 +176,23 @@ def _visible_enough(masks: Sequence[tuple[Bool, int]]) -> bool:
 
 
 def render_reference(
-    emoji: Emoji, seed: int, *, size: int = SIZE, plain: bool | None = None
+    emoji: Emoji,
+    seed: int,
+    *,
+    size: int = SIZE,
+    plain: bool | None = None,
+    pose: Pose | None = None,
 ) -> tuple[UInt8, Bool]:
-    """A reference of a subject: its picture under a transformation and light of its own, on white
-    or in some place."""
+    """A reference of a subject: its picture near ``pose``, or in one of its own, in a light of its
+    own, on white or in some place."""
     rng = random.Random(seed)
     white = rng.random() < 0.5 if plain is None else plain
     if white:
         canvas = Image.new("RGBA", (size, size), (255, 255, 255, 255))
     else:
         canvas = draw_place(rng.choice(list(PLACES)), rng, size).convert("RGBA")
-    sprite, _, _ = transformed(emoji, rng, round(size * rng.uniform(0.55, 0.8)))
+    side = round(size * rng.uniform(0.55, 0.8))
+    sprite, _ = transformed(emoji, rng, side, pose and pose.near(rng))
     x = (size - sprite.width) // 2 + rng.randint(-size // 16, size // 16)
     y = (size - sprite.height) // 2 + rng.randint(-size // 16, size // 16)
     layer = Image.new("RGBA", (size, size))

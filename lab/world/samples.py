@@ -1,9 +1,9 @@
 """The world as training data of :mod:`anystory_core.training` (schema: its ``data`` module).
 
-``pairs``: one subject in a place, and a reference of it under another transformation and light, on
-white or in another place (RGBA, alpha = mask), with where it is in the target. ``scenes``: one to
-three subjects with their visible masks. Half of the captions say "an object" for every name. Shards
-are uncompressed tar files.
+``pairs``: one subject in a place, and a reference of it in about the same pose and another light,
+on white or in another place (RGBA, alpha = mask), with where it is in the target. ``scenes``: one
+to three subjects with their visible masks. Half of the captions say "an object" for every name.
+Shards are uncompressed tar files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Kind = Literal["pairs", "scenes"]
 def pair_files(scene: Scene, seed: int, caption: str) -> Files:
     """Files of a pair sample from a scene with one subject."""
     (instance,) = scene.instances
-    picture, mask = render_reference(instance.emoji, seed)
+    picture, mask = render_reference(instance.emoji, seed, pose=instance.pose)
     alpha = (mask * np.uint8(255))[..., None]
     return shards.pair_files(
         reference=np.concatenate((picture, alpha), axis=-1),

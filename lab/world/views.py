@@ -28,7 +28,7 @@ _GROUND = tuple(round(255 * c) for c in CLIP_MEAN)
 
 def render_view(emoji: Emoji, rng: random.Random) -> UInt8:
     """(224,224,3) uint8."""
-    sprite, _, _ = transformed(emoji, rng, round(rng.uniform(70, 180)))
+    sprite, _ = transformed(emoji, rng, round(rng.uniform(70, 180)))
     sprite = sprite.crop(solid_box(sprite))
     side = round(max(sprite.size) * BOX_SCALE)
     canvas = Image.new("RGBA", (side, side), (*_GROUND, 255))

@@ -159,5 +159,5 @@ def test_poses_of_real_renders_are_read(subjects: list[Emoji]) -> None:
         edges = tuple(float(e) / PICTURE_SIZE for e in (left, top, right, bottom))
         picture = torch.from_numpy(one.scene.picture.copy()).movedim(-1, 0).float() / 127.5 - 1
         angle, flipped = pose_of(cut(picture, edges), instance.emoji)  # pyright: ignore
-        assert flipped == instance.flipped
-        assert abs(angle - instance.angle) <= 6
+        assert flipped == instance.pose.flipped
+        assert abs(angle - instance.pose.angle) <= 6

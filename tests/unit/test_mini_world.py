@@ -77,6 +77,49 @@ def test_reference_mask_matches_white_ground(subjects: list[Emoji]) -> None:
         assert np.array_equal(picture, again)
 
 
+@pytest.fixture(scope="module")
+def flag(tmp_path_factory: pytest.TempPathFactory) -> Emoji:
+    """A pole with a pennant on its right: no turn or mirroring of it looks like another one."""
+    picture = Image.new("RGBA", (256, 256))
+    pen = ImageDraw.Draw(picture)
+    pen.rectangle((20, 10, 110, 246), fill=(200, 40, 40, 255))
+    pen.polygon(((110, 10), (240, 70), (110, 130)), fill=(200, 40, 40, 255))
+    file = tmp_path_factory.mktemp("flag") / "flag.png"
+    picture.save(file)
+    return Emoji("flag", "flag", "flag", file)
+
+
+def _filled(mask: np.ndarray) -> np.ndarray:
+    """A mask cut to its box and stretched to 64x64."""
+    picture = Image.fromarray(mask)
+    return np.asarray(picture.crop(picture.getbbox()).resize((64, 64)))
+
+
+def test_training_references_stand_as_in_their_scene(flag: Emoji) -> None:
+    """Overlap of the two silhouettes, each filling its square: turned by up to 6 degrees against
+    each other they share most of it, mirrored ones do not."""
+    for seed in range(12):
+        scene = render_scene([[flag]], seed, subjects=1, spread=0.0)
+        (instance,) = scene.instances
+        _, mask = render_reference(flag, seed + 100, pose=instance.pose)
+        own, other = _filled(instance.mask), _filled(mask)
+        mirrored = _filled(other[:, ::-1])
+        overlap = (own & other).sum() / (own | other).sum()
+        assert overlap > 0.7 > (own & mirrored).sum() / (own | mirrored).sum()
+
+
+def test_composed_scenes_have_their_subject_in_the_middle(subjects: list[Emoji]) -> None:
+    """Without spread the middle of a disc lies at half of the width and 0.55 of the height, with it
+    up to a quarter and 0.17 away."""
+    offsets: dict[float, list[float]] = {0.0: [], 1.0: []}
+    for spread, found in offsets.items():
+        for seed in range(10):
+            scene = render_scene(pool_of(subjects), seed, subjects=1, spread=spread)
+            y, x = np.nonzero(scene.instances[0].mask)
+            found.append(max(abs(x.mean() / SIZE - 0.5), abs(y.mean() / SIZE - 0.55)))
+    assert max(offsets[0.0]) < 0.02 < 0.1 < max(offsets[1.0]) < 0.27
+
+
 def test_scene_never_shows_one_family_twice(tmp_path: Path, subjects: list[Emoji]) -> None:
     doubled = subjects + [Emoji(f"{e.code}b", e.name, e.family, e.file) for e in subjects]
     pool = pool_of(doubled)
@@ -146,15 +189,18 @@ def test_samples_are_what_the_trainer_reads(
     assert place.shape == (SIZE, SIZE) and set(np.unique(place)) == {0, 255}
 
 
-def test_a_shard_holds_a_reference_of_each_subject(subjects: list[Emoji]) -> None:
+@pytest.mark.parametrize(("side", "reference"), [(SIZE, 192), (160, 128)])
+def test_a_shard_holds_a_reference_of_each_subject(
+    subjects: list[Emoji], side: int, reference: int
+) -> None:
     """Regions are the visible parts of distinct subjects, on the latent's grid; empty behind the
     last."""
     scenes = pytest.importorskip("lab.world.scenes")
-    scene = render_scene(pool_of(subjects), 3, subjects=2)
+    scene = render_scene(pool_of(subjects), 3, subjects=2, size=side)
     cutouts, regions = scenes.cut_references(scene, 7)
-    assert cutouts.shape[0] == regions.shape[0] == 3
+    assert cutouts.shape == (3, reference, reference, 3) and regions.shape[0] == 3
     assert not cutouts[2].any() and not regions[2].any()
-    shares = [i.mask.reshape(SIZE // 8, 8, SIZE // 8, 8).mean(axis=(1, 3)) for i in scene.instances]
+    shares = [i.mask.reshape(side // 8, 8, side // 8, 8).mean(axis=(1, 3)) for i in scene.instances]
     errors = [[np.abs(regions[k] / 255 - s).max() for s in shares] for k in (0, 1)]
     found = [int(np.argmin(row)) for row in errors]
     assert sorted(found) == [0, 1]  # each of them once

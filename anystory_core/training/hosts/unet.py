@@ -24,18 +24,27 @@ from ...routing.grids import Grid
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None
 ) -> Tensor:
-    """(B,Q,D), (B,K,D), (B,K,D) -> (B,Q,D) through torch's scaled dot product attention; on a CPU
-    what needs gradients and no mask goes without it, since its plain kernel spends as long on
-    looking for rows that are masked out as on the products."""
+    """(B,Q,D), (B,K,D), (B,K,D) -> (B,Q,D) through torch's scaled dot product attention. ``mask``
+    (1 or B,Q,K): bool, where a key is seen, or what is added to its logits; a query that sees no
+    key gets zeros. On a CPU what needs gradients goes without torch's own: its plain kernel spends
+    as long on looking for such queries as on the products, and widens half precision."""
     q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
+    mask = None if mask is None else mask[:, None]
+    if not (q.requires_grad and q.device.type == "cpu"):
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return out.transpose(1, 2).flatten(2)
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
+    blind = None
     if mask is not None:
-        mask = mask[:, None]
-    elif q.requires_grad and q.device.type == "cpu":
-        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
-        with torch.autocast("cpu", enabled=False):  # it would widen them
-            weights = scores.softmax(dim=-1)
-        return torch.matmul(weights, v).transpose(1, 2).flatten(2)
-    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if mask.dtype == torch.bool:
+            mask = scores.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        blind = mask.amax(dim=-1, keepdim=True) == -torch.inf
+        scores = scores + mask.masked_fill(blind, 0.0)  # a softmax of nothing but -inf is NaN
+    with torch.autocast("cpu", enabled=False):  # it would widen them
+        weights = scores.softmax(dim=-1)
+    out = torch.matmul(weights, v)
+    if blind is not None:
+        out = out.masked_fill(blind, 0.0)
     return out.transpose(1, 2).flatten(2)
 
 

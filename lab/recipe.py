@@ -4,9 +4,11 @@ Phases, in order: ``world`` (render scenes), ``vae``, ``decoder``, ``clip``, ``c
 scenes), ``base`` (the U-Net), ``folder`` (all that as the trainer reads it), ``stage1`` and
 ``stage2`` (:mod:`anystory_core.training`), ``identity``, ``finder`` and ``outline`` (the networks
 that :mod:`.evaluate` measures with), ``export`` (files that ship). Only when asked for by name:
-``no_clip``, ``no_reference`` and ``no_refinement``, the stages of its ablations; and ``restore``,
-which begins a folder from the shipped weights, so that ``base`` (after ``world`` and ``cache``),
-then ``folder`` and the stages (``--start-file``) go on from them.
+``no_clip``, ``no_reference`` and ``no_refinement``, the stages of its ablations; ``restore``, which
+begins a folder from the shipped weights, so that ``base`` (after ``world`` and ``cache``), then
+``folder`` and the stages (``--start-file``) go on from them; ``carry``, which writes the base as it
+is to ``DIR/base.safetensors``, for ``restore --base-file`` on another machine; and ``start``, which
+writes ``DIR/start.safetensors``, where stage 1 begins when the base has gone on.
 
 Each resumes where it stopped when the same command is given again and has its own seed. Those that
 train write their curve to ``DIR/NAME.csv``, the stages to ``DIR/NAME/losses.jsonl``. More
@@ -28,6 +30,7 @@ import torch
 from anystory_core.training.loop import Trainer
 from anystory_core.training.watch import together
 
+from .files.carried import write_base, write_start
 from .files.export import export
 from .files.folder import write_base_folder
 from .files.shipped import restore
@@ -80,6 +83,7 @@ class Options:
     stage1_steps: int
     stage2_steps: int
     processes: int
+    base_file: Path | None
     start_file: str
     learning_rate: float
 
@@ -124,7 +128,11 @@ def run_phase(name: str, options: Options) -> None:
     elif name == "outline":
         run_shared(partial(train_outline, options.training_emoji(), work), options.processes)
     elif name == "restore":
-        restore(work)
+        restore(work, base_file=options.base_file)
+    elif name == "carry":
+        write_base(work)
+    elif name == "start":
+        write_start(work)
     elif name in ABLATIONS:
         stage, without = ABLATIONS[name]
         steps = options.stage1_steps if stage == 1 else options.stage2_steps
@@ -185,7 +193,7 @@ def main() -> None:
     """Run one phase, or all of them in order."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for sources and states")
-    choices = (*PHASES, *ABLATIONS, "restore")
+    choices = (*PHASES, *ABLATIONS, "restore", "carry", "start")
     parser.add_argument("--phase", nargs="+", choices=choices, help="only these, in this order")
     parser.add_argument("--shards", type=int, default=24, help="shards of 500 scenes to render")
     parser.add_argument(
@@ -200,6 +208,7 @@ def main() -> None:
     parser.add_argument("--sample-shards", type=int, default=20, help="500 samples of each stage")
     parser.add_argument("--stage1-steps", type=int, default=20_000)
     parser.add_argument("--stage2-steps", type=int, default=8_000)
+    parser.add_argument("--base-file", type=Path, help="what carry wrote, for restore")
     parser.add_argument("--start-file", default="", help="AnyStory weights a stage goes on from")
     parser.add_argument(
         "--learning-rate", type=float, default=LEARNING_RATE, help="of a stage; default %(default)s"

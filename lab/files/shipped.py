@@ -26,6 +26,7 @@ from ..networks.telling import TaughtBase
 from ..networks.text import build_text
 from ..phase import Phase
 from ..stages import SUBJECT_FILE
+from .carried import read_base
 
 _ROUTER = tuple(PARTS[part] for part in ROUTER_PARTS)
 
@@ -70,10 +71,11 @@ def read_modules(folder: Path = FOLDER) -> Shipped:
     return Shipped(unet, autoencoder, text, vision, ids, prediction)
 
 
-def restore(work: Path, folder: Path = FOLDER) -> None:
+def restore(work: Path, folder: Path = FOLDER, base_file: Path | None = None) -> None:
     """Write the phases' files from the shipped ones, so that training goes on from them: VAE and
     CLIP count as done, the base begins a new schedule and predicts what it did, and stage 2 finds
-    stage 1's file. ValueError when ``work`` holds a base."""
+    stage 1's file. With ``base_file`` (:func:`~.carried.write_base`) the base goes on from that.
+    ValueError when ``work`` holds a base."""
     if (work / "base.state.pt").exists():
         raise ValueError(f"{work} holds a trained base already; choose an empty folder")
     shipped = read_modules(folder)
@@ -85,8 +87,11 @@ def restore(work: Path, folder: Path = FOLDER) -> None:
     _begin(vae.phase(work), shipped.vae, vae.phase(work).steps)
     _begin(vae.decoder_phase(work), shipped.vae.decoder, vae.decoder_phase(work).steps)
     _begin(clip.phase(work), whole, clip.phase(work).steps)
-    base.write_prediction(work, shipped.prediction)
-    _begin(base.phase(work, 1), TaughtBase(shipped.unet, CONFIG), 0)
+    taught, prediction = TaughtBase(shipped.unet, CONFIG), shipped.prediction
+    if base_file is not None:
+        taught, prediction = read_base(base_file)
+    base.write_prediction(work, prediction)
+    _begin(base.phase(work, 1), taught, 0)
     anystory = load_model(folder / "anystory.safetensors", dtype=torch.float32)
     subject = {n: t for n, t in anystory.state_dict().items() if not n.startswith(_ROUTER)}
     save_model(work / SUBJECT_FILE, subject, anystory.config)

@@ -20,7 +20,7 @@ from anystory_core.training.initial import ROUTER_PARTS
 from anystory_core.weights.checkpoint import load_model, save_model
 from anystory_core.weights.model import PARTS, AnyStoryModel, build_model
 from lab.evaluation.stack import stack_of_work
-from lab.files import export, shipped
+from lab.files import carried, export, shipped
 from lab.files.folder import write_base_folder
 from lab.measuring import finder, identity, outline
 from lab.measuring import networks as measuring
@@ -113,6 +113,32 @@ def test_shipped_files_come_back_as_modules_and_as_a_folder(work: Path, tmp_path
         assert step == (phase.steps if done else 0), phase.name
     with pytest.raises(ValueError, match="holds a trained base already"):
         shipped.restore(again, files)
+
+
+def test_a_base_goes_on_elsewhere(work: Path, tmp_path: Path) -> None:
+    """Its weights, its heads and what it predicts, in place of the shipped ones; and stage 1 then
+    begins with a reference branch made from it and the shipped CLIP branch."""
+    files, again = tmp_path / "files", tmp_path / "again"
+    base.write_prediction(work, Prediction())
+    model = ship(work, files)
+    torch.manual_seed(1)
+    further = TaughtBase(base.build_unet(), CONFIG)
+    save(base.phase(work, 9), further)
+    base.write_prediction(work, base.PREDICTION)
+    shipped.restore(again, files, carried.write_base(work))
+    assert stack_of_work(again).schedule.prediction == base.PREDICTION
+    found = base.phase(again, 9).final()
+    for name, tensor in further.state_dict().items():
+        assert torch.equal(found[name], tensor.half().float()), name
+    begun = load_model(carried.write_start(again))
+    assert begun.parts == tuple(part for part in PARTS if part not in ROUTER_PARTS)
+    unet = base.load_unet(again).state_dict()
+    assert begun.reference_net is not None and begun.projections.clip is not None
+    own = begun.reference_net.state_dict()["middle_block.0.in_layers.2.weight"]
+    assert torch.equal(own, unet["mid_block.resnets.0.conv1.weight"])
+    wanted = model.state_dict()
+    kept = {n: t for n, t in begun.state_dict().items() if n.startswith(PARTS["clip_projections"])}
+    assert kept and all(torch.equal(t, wanted[n].half().float()) for n, t in kept.items())
 
 
 def test_a_restored_phase_trains_on(work: Path) -> None:

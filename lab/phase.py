@@ -14,6 +14,7 @@ import csv
 import functools
 import math
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -76,6 +77,9 @@ def run_shared(task: Callable[[], None], processes: int) -> None:
 
 
 def _share(number: int, task: Callable[[], None], processes: int, meet: str) -> None:
+    # With SIGINT torch tells a process that its parent was killed. What a script starts in the
+    # background ignores it, and would train on beside the run that resumes.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=meet, rank=number, world_size=processes)
     try:

@@ -74,13 +74,13 @@ def scene_of(batch: Picked, row: int) -> int:
 def test_shares_of_a_batch(batches: list[Picked]) -> None:
     for batch in batches:
         assert len(batch.latents) == len(batch.states) == len(batch.pooled) == 16
-        assert len(batch.places) == 4 and len(batch.references) == 10
-        assert len(batch.subjects) == 14 and batch.told == slice(4, 14)
-        assert len(batch.looks) == 10
+        assert len(batch.places) == 8 and len(batch.references) == 12
+        assert len(batch.subjects) == 14 and batch.told == slice(8, 14)
+        assert len(batch.looks) == 6
         counts = batch.present.sum(dim=1)
         assert counts.min() >= 1
-        assert counts[4:10].min() >= 2  # who is sent reads two at least
-    counts = torch.cat([batch.present.sum(dim=1)[:4] for batch in batches])
+        assert counts[8:12].min() >= 2  # who is sent reads two at least
+    counts = torch.cat([batch.present.sum(dim=1)[:8] for batch in batches])
     assert set(counts.tolist()) == {1, 2, 3}
 
 
@@ -92,22 +92,22 @@ def test_rows_belong_together(batches: list[Picked]) -> None:
             scene = scene_of(batch, row)
             count = (scene - 1) % (MOST + 1)
             assert batch.present[row].tolist() == [i < count for i in range(MOST)]
-            if row < 10:
+            if row < 12:
                 found = batch.references[row, :, 0, 0, 0]
                 assert torch.allclose(found, scene + each, atol=0.02)  # float16 at 24
-            if row >= 4:
-                found = batch.looks[row - 4, :, 0]
+            if row >= 8:
+                found = batch.looks[row - 8, :, 0]
                 assert torch.allclose(found, scene + each, atol=0.02)
 
 
 def test_places_hold_their_subject_and_none_that_is_absent(batches: list[Picked]) -> None:
     everywhere = 0
     for batch in batches:
-        places, subjects = batch.places, batch.subjects[:4]
+        places, subjects = batch.places, batch.subjects[:8]
         assert (places >= subjects).all()
-        assert not places[~batch.present[:4]].any()
+        assert not places[~batch.present[:8]].any()
         full = places.flatten(2).amin(dim=2) == 1
-        alone = batch.present[:4].sum(dim=1) == 1
+        alone = batch.present[:8].sum(dim=1) == 1
         assert not full[~alone].any()
         everywhere += int(full.sum())
     assert everywhere > 5
@@ -120,10 +120,10 @@ def test_errors_count_more_inside_what_is_read(batches: list[Picked]) -> None:
     for batch in batches:
         weights = batch.importance()[:, 0]
         union = batch.subjects.amax(dim=1)
-        for row in range(10):
+        for row in range(12):
             least = inside(weights[row], union[row]).min()
             assert least > 2 * weights[row][union[row] == 0].max()
-        assert torch.equal(weights[10:], torch.ones_like(weights[10:]))
+        assert torch.equal(weights[12:], torch.ones_like(weights[12:]))
 
 
 def test_some_captions_are_dropped(batches: list[Picked]) -> None:

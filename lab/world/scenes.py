@@ -33,6 +33,7 @@ SHARD = 500
 FIRST_SEED = 50_000_000
 _REFERENCE_OFFSET = 350_000_000
 _NEXT_SUBJECT = 20_000_000
+_LAYOUT_OFFSET = 700_000_000
 _SHARES = (0.04, 0.56, 0.28, 0.12)  # of scenes with 0 to 3 subjects
 # Two thirds of the scenes are composed: where a subject may be anywhere, what is drawn under much
 # noise is the mean of its places.
@@ -72,7 +73,7 @@ def reference_size(size: int) -> int:
 
 def training_scene(pool: Sequence[Sequence[Emoji]], seed: int, size: int) -> Scene:
     """A scene that is mostly of one subject, and mostly composed."""
-    rng = random.Random(-seed)
+    rng = random.Random(seed + _LAYOUT_OFFSET)  # of -seed it would be the scene's own numbers
     (subjects,) = rng.choices(range(4), _SHARES)
     return render_scene(pool, seed, subjects=subjects, size=size, spread=rng.choice(_SPREADS))
 

@@ -27,7 +27,7 @@ def dense_attention(
     """(B,Q,D), (B,K,D), (B,K,D) -> (B,Q,D) through torch's scaled dot product attention. ``mask``
     (1 or B,Q,K): bool, where a key is seen, or what is added to its logits; a query that sees no
     key gets zeros. On a CPU what needs gradients goes without torch's own: its plain kernel spends
-    as long on looking for such queries as on the products, and widens half precision."""
+    as long on looking for such queries as on the products."""
     q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
     mask = None if mask is None else mask[:, None]
     if not (q.requires_grad and q.device.type == "cpu"):

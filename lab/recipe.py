@@ -27,13 +27,15 @@ from typing import Any
 
 import torch
 
+from anystory_core.mini.config import PICTURE_SIZE
 from anystory_core.training.loop import Trainer
 from anystory_core.training.watch import together
 
-from .files.carried import write_base, write_start
+from .files.carried import write_base
 from .files.export import export
 from .files.folder import write_base_folder
 from .files.shipped import restore
+from .files.start import write_start
 from .measuring.finder import train_finder
 from .measuring.identity import train_identity
 from .measuring.outline import train_outline
@@ -45,7 +47,7 @@ from .networks.vae import load_vae, train_decoder, train_vae
 from .phase import accelerator, run_shared, shares
 from .stages import LEARNING_RATE, SUBJECT_FILE, stage1, stage2, write_data
 from .world import emoji
-from .world.scenes import SIZE, folder_of, write_shard
+from .world.scenes import folder_of, write_shard
 
 PHASES = (
     "world",
@@ -199,7 +201,7 @@ def main() -> None:
     parser.add_argument(
         "--picture-size",
         type=int,
-        default=SIZE,
+        default=PICTURE_SIZE,
         help="of world, cache and base; default %(default)s",
     )
     parser.add_argument("--base-steps", type=int, default=60_000, help="length of the base phase")

@@ -11,7 +11,6 @@ from anystory_core.bases.sdxl.names import ldm_to_diffusers
 from anystory_core.bases.sdxl.prediction import marks_of_file
 from anystory_core.mini.config import CONFIG
 from anystory_core.mini.weights import PARTS, pack_text, path
-from anystory_core.tensor_files import save_tensors
 from anystory_core.training.hosts.folder import folder_prediction
 from anystory_core.weights.checkpoint import load_model, save_model
 
@@ -22,6 +21,7 @@ from ..networks.base import load_unet
 from ..networks.clip import load_clip, load_vocabulary
 from ..networks.vae import load_vae
 from ..stages import WHOLE_FILE
+from .half import write_half
 
 LARGEST_FILE = 40 * 2**20
 LARGEST_PACK = 64 * 2**20
@@ -42,17 +42,6 @@ def host_states(work: Path) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def _write(state: dict[str, Tensor], file: Path) -> int:
-    """Save in half precision; the size in bytes."""
-    half = {
-        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
-        for name, tensor in state.items()
-    }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(file, half, {})
-    return file.stat().st_size
-
-
 def export(work: Path) -> dict[str, int]:
     """Write the files beside :mod:`anystory_core.mini.weights`, AnyStory's after stage 2, and the
     measuring networks' beside :mod:`..measuring.networks` after their phases; returns their sizes
@@ -61,7 +50,7 @@ def export(work: Path) -> dict[str, int]:
     Raises ValueError naming a file, or the pack, that is larger than it may be."""
     sizes: dict[str, int] = {}
     for part, state in host_states(work).items():
-        sizes[part] = _write(state, path(part))
+        sizes[part] = write_half(state, path(part))
         if sizes[part] > LARGEST_FILE:
             raise ValueError(f"{path(part).name}: {sizes[part]} bytes, at most {LARGEST_FILE}")
     if (work / WHOLE_FILE).exists():
@@ -73,13 +62,13 @@ def export(work: Path) -> dict[str, int]:
         raise ValueError(f"mini weights: {total} bytes together, at most {LARGEST_PACK}")
     if outline.phase(work).state_file.exists():
         file = measuring.OUTLINE_FILE
-        sizes["outline"] = size = _write(outline.load_outline(work).state_dict(), file)
+        sizes["outline"] = size = write_half(outline.load_outline(work).state_dict(), file)
         if size > measuring.LARGEST_OUTLINE:
             raise ValueError(f"{file.name}: {size} bytes, at most {measuring.LARGEST_OUTLINE}")
     if finder.phase(work).state_file.exists() and identity.phase(work).state_file.exists():
         networks = finder.load_finder(work), identity.load_identity(work)
         file = measuring.FILE
-        sizes["measuring"] = size = _write(measuring.pack_networks(*networks), file)
+        sizes["measuring"] = size = write_half(measuring.pack_networks(*networks), file)
         if size > measuring.LARGEST:
             raise ValueError(f"{file.name}: {size} bytes, at most {measuring.LARGEST}")
     return sizes

@@ -16,7 +16,6 @@ from anystory_core.bases.sdxl.names import ldm_to_diffusers
 from anystory_core.bases.sdxl.prediction import Prediction, prediction_of_file
 from anystory_core.mini.config import CONFIG, VISION
 from anystory_core.mini.weights import FOLDER
-from anystory_core.tensor_files import read_tensors
 from anystory_core.training.initial import ROUTER_PARTS
 from anystory_core.weights.checkpoint import load_model, save_model
 from anystory_core.weights.model import PARTS
@@ -27,6 +26,7 @@ from ..networks.text import build_text
 from ..phase import Phase
 from ..stages import SUBJECT_FILE
 from .carried import read_base
+from .half import read_wide
 
 _ROUTER = tuple(PARTS[part] for part in ROUTER_PARTS)
 
@@ -48,8 +48,7 @@ def read_modules(folder: Path = FOLDER) -> Shipped:
     """Read the files that :mod:`.export` writes. FileNotFoundError when one is missing."""
 
     def read(part: str) -> dict[str, Tensor]:
-        state = read_tensors(folder / f"{part}.safetensors")
-        return {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
+        return read_wide(folder / f"{part}.safetensors")
 
     unet, host = base.build_unet(), read("unet")
     prediction = prediction_of_file(host, {})
@@ -87,8 +86,9 @@ def restore(work: Path, folder: Path = FOLDER, base_file: Path | None = None) ->
     _begin(vae.phase(work), shipped.vae, vae.phase(work).steps)
     _begin(vae.decoder_phase(work), shipped.vae.decoder, vae.decoder_phase(work).steps)
     _begin(clip.phase(work), whole, clip.phase(work).steps)
-    taught, prediction = TaughtBase(shipped.unet, CONFIG), shipped.prediction
-    if base_file is not None:
+    if base_file is None:
+        taught, prediction = TaughtBase(shipped.unet, CONFIG), shipped.prediction
+    else:
         taught, prediction = read_base(base_file)
     base.write_prediction(work, prediction)
     _begin(base.phase(work, 1), taught, 0)

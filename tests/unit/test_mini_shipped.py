@@ -20,7 +20,7 @@ from anystory_core.training.initial import ROUTER_PARTS
 from anystory_core.weights.checkpoint import load_model, save_model
 from anystory_core.weights.model import PARTS, AnyStoryModel, build_model
 from lab.evaluation.stack import stack_of_work
-from lab.files import carried, export, shipped
+from lab.files import carried, export, shipped, start
 from lab.files.folder import write_base_folder
 from lab.measuring import finder, identity, outline
 from lab.measuring import networks as measuring
@@ -130,7 +130,7 @@ def test_a_base_goes_on_elsewhere(work: Path, tmp_path: Path) -> None:
     found = base.phase(again, 9).final()
     for name, tensor in further.state_dict().items():
         assert torch.equal(found[name], tensor.half().float()), name
-    begun = load_model(carried.write_start(again))
+    begun = load_model(start.write_start(again))
     assert begun.parts == tuple(part for part in PARTS if part not in ROUTER_PARTS)
     unet = base.load_unet(again).state_dict()
     assert begun.reference_net is not None and begun.projections.clip is not None

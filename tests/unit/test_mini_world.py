@@ -130,6 +130,22 @@ def test_how_many_are_shown_does_not_say_who(subjects: list[Emoji]) -> None:
     assert 15 < sum(number < 5 for number in alone) < 40
 
 
+def test_who_is_shown_says_nothing_about_the_sample(subjects: list[Emoji]) -> None:
+    """Of 64 families the first 16 are a quarter of those that are alone in a scene and half of
+    their pairs are named; all and none where the same numbers decide."""
+    pool = [[Emoji(str(i), f"thing{i}", str(i), subjects[i % 5].file)] for i in range(64)]
+    alone: list[int] = []
+    named: list[bool] = []
+    for seed in range(600):
+        first, *others = render_scene(pool, seed, subjects=samples.layout("scenes", seed)[0],
+                                      size=32).instances  # fmt: skip
+        alone += [] if others else [int(first.emoji.code)]
+        (shown,) = render_scene(pool, seed, subjects=1, size=32).instances
+        named += [not samples.layout("pairs", seed)[1]] if int(shown.emoji.code) < 16 else []
+    assert 0.15 < sum(number < 16 for number in alone) / len(alone) < 0.35
+    assert 0.4 < sum(named) / len(named) < 0.6
+
+
 def test_scene_never_shows_one_family_twice(tmp_path: Path, subjects: list[Emoji]) -> None:
     doubled = subjects + [Emoji(f"{e.code}b", e.name, e.family, e.file) for e in subjects]
     pool = pool_of(doubled)

@@ -1,16 +1,16 @@
 """A base on its way to another machine: one file in half precision, the heads that question it
-included."""
+and its CLIP branch included."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from anystory_core.bases.sdxl.prediction import Prediction, marks_of_file, prediction_of_file
-from anystory_core.mini.config import CONFIG
 from anystory_core.training.hosts.folder import folder_prediction
 
-from ..networks.base import build_unet, phase
-from ..networks.telling import TaughtBase
+from ..networks.base import phase
 from .half import read_wide, write_half
 
 BASE_FILE = "base.safetensors"
@@ -24,12 +24,10 @@ def write_base(work: Path) -> Path:
     return file
 
 
-def read_base(file: Path) -> tuple[TaughtBase, Prediction]:
-    """What :func:`write_base` wrote, in float32. RuntimeError for another file's tensors."""
+def read_base(file: Path) -> tuple[dict[str, Tensor], Prediction]:
+    """The tensors that :func:`write_base` wrote, in float32, and what the base predicts."""
     tensors = read_wide(file)
     prediction = prediction_of_file(tensors, {})
     for mark in marks_of_file(prediction):
         del tensors[mark]
-    base = TaughtBase(build_unet(), CONFIG)
-    base.load_state_dict(tensors)
-    return base, prediction
+    return tensors, prediction

@@ -73,8 +73,9 @@ def read_modules(folder: Path = FOLDER) -> Shipped:
 def restore(work: Path, folder: Path = FOLDER, base_file: Path | None = None) -> None:
     """Write the phases' files from the shipped ones, so that training goes on from them: VAE and
     CLIP count as done, the base begins a new schedule and predicts what it did, and stage 2 finds
-    stage 1's file. With ``base_file`` (:func:`~.carried.write_base`) the base goes on from that.
-    ValueError when ``work`` holds a base."""
+    stage 1's file. With ``base_file`` (:func:`~.carried.write_base`) the base goes on from that,
+    with the shipped CLIP branch when it was carried without one. ValueError when ``work`` holds a
+    base, RuntimeError when the file lacks other tensors."""
     if (work / "base.state.pt").exists():
         raise ValueError(f"{work} holds a trained base already; choose an empty folder")
     shipped = read_modules(folder)
@@ -86,13 +87,15 @@ def restore(work: Path, folder: Path = FOLDER, base_file: Path | None = None) ->
     _begin(vae.phase(work), shipped.vae, vae.phase(work).steps)
     _begin(vae.decoder_phase(work), shipped.vae.decoder, vae.decoder_phase(work).steps)
     _begin(clip.phase(work), whole, clip.phase(work).steps)
-    if base_file is None:
-        taught, prediction = TaughtBase(shipped.unet, CONFIG), shipped.prediction
-    else:
-        taught, prediction = read_base(base_file)
+    anystory = load_model(folder / "anystory.safetensors", dtype=torch.float32)
+    taught, prediction = TaughtBase(shipped.unet, CONFIG), shipped.prediction
+    taught.clip.copy_from(anystory)
+    if base_file is not None:
+        tensors, prediction = read_base(base_file)
+        branch = {n: t for n, t in taught.state_dict().items() if n.startswith("clip.")}
+        taught.load_state_dict({**branch, **tensors})
     base.write_prediction(work, prediction)
     _begin(base.phase(work, 1), taught, 0)
-    anystory = load_model(folder / "anystory.safetensors", dtype=torch.float32)
     subject = {n: t for n, t in anystory.state_dict().items() if not n.startswith(_ROUTER)}
     save_model(work / SUBJECT_FILE, subject, anystory.config)
 

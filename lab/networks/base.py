@@ -3,10 +3,10 @@
 Latents and text states come from the cache. A base that begins here predicts v on SDXL's noise
 schedule, shifted so that it ends in noise alone; one that was restored, what it did before
 (:func:`write_prediction`). Timesteps are spread over a batch, and one caption in ten is dropped.
-More than half of a batch also reads references of its subjects (:mod:`.reading`), one part of it in
-places that are given and one where the hidden states themselves send them, and errors inside the
-subjects count more. The second part and most of what reads nothing is asked where the subjects are
-(:mod:`.telling`).
+More than half of a batch also reads references of its subjects (:mod:`.reading`) and most of that
+their CLIP tokens (:mod:`.clip_branch`), one part of it in places that are given and one where the
+hidden states themselves send them, and errors inside the subjects count more. The second part and
+most of what reads nothing is asked where the subjects are (:mod:`.telling`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from anystory_core.bases.sdxl.prediction import Kind, Prediction
 from anystory_core.mini.config import CONFIG, PICTURE_SIZE
-from anystory_core.subject.preprocess import mask_box
+from anystory_core.subject.preprocess import mask_box, zero_clip
 from anystory_core.training.hosts.folder import folder_prediction
+from anystory_core.training.hosts.frozen import penultimate
 from anystory_core.training.hosts.sizes import diffusers_unet_config
 from anystory_core.training.hosts.unet import UNetInputs, attention_kernels, predict, time_ids
 from anystory_core.training.losses import error_weights
@@ -36,7 +37,7 @@ from .cache import Cached, encode_texts, numbers_of, read_shard_of, read_shards
 from .clip import load_clip
 from .reading import Reader
 from .row_sources import RowSources
-from .telling import TaughtBase
+from .telling import TaughtBase, describe
 
 PREDICTION = Prediction("v", zero_snr=True)  # of a base that begins untrained
 BATCH = 32
@@ -46,6 +47,7 @@ _PLAIN = 0.5  # share of captions that say only "an object"
 # about them send each; reading nothing. The last two are asked.
 _PLACED, _SENT, _TOLD = 0.5, 0.25, 0.15
 _TELLING = 0.3  # what being asked counts
+_DROP_CLIP = 0.25  # of what reads: share of rows without CLIP tokens, as in stage 1
 _EVERYWHERE = 0.5  # of one subject: share of scenes all of which may read, as in stage 1
 # Share of the rest that reads inside the subject's outline; the others read in a box around it.
 # Where only outlines read, an outline says what to draw, and a user's box is filled to its corners.
@@ -110,14 +112,17 @@ def level_weights(snr: Tensor, kind: Kind) -> Tensor:
 class Picked:
     """Cached scenes, float32: latents (B,4,h,w), states (B,77,D), pooled (B,D). Of the first rows:
     subjects (n+m,N,h,w) where their N subjects are, zeros where there are fewer. The first n read
-    reference latents (n,N,4,r,r): the first of them where places (p,N,h,w) allow each, the others
-    where answers send it. All but those p are asked by looks (n-p+m,N,2W). Places in [0,1]."""
+    reference latents (n,N,4,r,r) and, where shown (n,N) bool says so, tokens of CLIP states seen
+    (n,N,S,W): the first of them where places (p,N,h,w) allow each, the others where answers send
+    it. All but those p are asked by looks (n-p+m,N,2W). Places in [0,1]."""
 
     latents: Tensor
     states: Tensor
     pooled: Tensor
     subjects: Tensor
     references: Tensor
+    seen: Tensor
+    shown: Tensor
     places: Tensor
     looks: Tensor
 
@@ -150,6 +155,8 @@ def pick(
     rows: list[tuple[Tensor, ...]] = []
     subjects: list[Tensor] = []
     references: list[Tensor] = []
+    seen: list[Tensor] = []
+    shown: list[Tensor] = []
     places: list[Tensor] = []
     looks: list[Tensor] = []
     while len(rows) < count:
@@ -163,16 +170,24 @@ def pick(
             subjects.append(regions)
             if number < reading:
                 references.append(shard.references[at])
+                seen.append(shard.seen[at])
+                with_tokens = rng.random() >= _DROP_CLIP
+                shown.append((torch.arange(len(regions)) < there) & with_tokens)
             if number < placed:
                 own = [reading_place(region, alone=there == 1, rng=rng) for region in regions]
                 places.append(torch.stack(own))
             else:
-                looks.append(shard.looks[at])
+                looks.append(describe(shard.seen[at].float()))
         text = shard.states[at, plain], shard.pooled[at, plain]
         rows.append((shard.latents[at], *(empty if rng.random() < _DROP else text)))
-    columns = (*zip(*rows, strict=True), subjects, references, places, looks)
     device = shards[0].latents.device
-    return Picked(*(torch.stack(tuple(column)).to(device).float() for column in columns))
+
+    def joined(column: Sequence[Tensor]) -> Tensor:
+        stacked = torch.stack(tuple(column)).to(device)
+        return stacked.float() if stacked.is_floating_point() else stacked
+
+    columns = (*zip(*rows, strict=True), subjects, references, seen, shown, places, looks)
+    return Picked(*(joined(column) for column in columns))
 
 
 def reading_place(region: Tensor, *, alone: bool, rng: np.random.Generator) -> Tensor:
@@ -199,11 +214,16 @@ def phase(folder: Path, steps: int) -> Phase:
     )  # fmt: skip
 
 
-def load_unet(folder: Path) -> Any:
-    """The U-Net with averaged weights, as far as the phase has come."""
+def load_base(folder: Path) -> TaughtBase:
+    """Averaged weights, as far as the phase has come."""
     base = TaughtBase(build_unet(), CONFIG)
     phase(folder, 1).load(base)
-    return base.unet.requires_grad_(False)
+    return base.requires_grad_(False)
+
+
+def load_unet(folder: Path) -> Any:
+    """The U-Net of :func:`load_base`."""
+    return load_base(folder).unet
 
 
 def train_base(folder: Path, *, steps: int, batch: int = BATCH, size: int = PICTURE_SIZE) -> None:
@@ -233,6 +253,8 @@ def train_base(folder: Path, *, steps: int, batch: int = BATCH, size: int = PICT
     unet.to(memory_format=layout)
     states, pooled = encode_texts(clip.text, row_table, [""])
     empty = torch.from_numpy(states[0]).to(device), torch.from_numpy(pooled[0]).to(device)
+    with torch.no_grad():
+        zero = penultimate(clip.vision, zero_clip(CONFIG)).to(device)
     part, parts = shares()
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
@@ -251,7 +273,9 @@ def train_base(folder: Path, *, steps: int, batch: int = BATCH, size: int = PICT
             sent = teller.routes(picked.looks[: reading - placed], picked.present[placed:reading])
             masks = RowSources.of_masks(picked.places)
             source = RowSources((*masks.parts, (reading - placed, sent)))
-            call = reader.call(picked.references, picked.present[:reading], source, placed)
+            tokens = base.clip.candidates(picked.seen, zero, picked.shown)
+            present = picked.present[:reading]
+            call = reader.call(picked.references, present, source, placed, tokens)
             predicted = predict(unet, reader.slot, call, inputs)
             asked = teller.loss(picked.told, picked.looks, picked.subjects[picked.told])
         target = schedule.target(picked.latents, noise, t)

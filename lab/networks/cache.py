@@ -1,8 +1,8 @@
 """Latents and text states of the rendered scenes, encoded once and mapped from disk.
 
 Of each shard, in float16: latents (S,4,h,w); of up to N subjects, regions (S,N,h,w) in [0,1],
-descriptions by CLIP (S,N,2W) and reference latents (S,N,4,r,r); states (S,2,77,D) and pooled
-(S,2,D). Their second axis is the caption with names and the one that says "an object".
+CLIP states (S,N,257,W) and reference latents (S,N,4,r,r); states (S,2,77,D) and pooled (S,2,D) of
+the text. Their second axis is the caption with names and the one that says "an object".
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from ..world.scenes import read_shard, shard_numbers
 from ..world.views import SIZE, normalise
 from . import text
 from .clip import Clip
-from .telling import describe
 from .vae import to_signed
 
 Half = NDArray[np.float16]
-_KINDS = ("latents", "references", "looks", "regions", "states", "pooled")
+_KINDS = ("latents", "references", "seen", "regions", "states", "pooled")
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Cached:
 
     latents: Tensor
     references: Tensor
-    looks: Tensor
+    seen: Tensor
     regions: Tensor
     states: Tensor
     pooled: Tensor
@@ -96,17 +95,16 @@ def encode_texts(
 
 
 @torch.no_grad()
-def encode_looks(vision: Any, cutouts: NDArray[np.uint8], batch: int = 10) -> Half:
-    """Cut-outs uint8 (M,R,R,3) -> descriptions (M,2W)."""
+def encode_cutouts(vision: Any, cutouts: NDArray[np.uint8], batch: int = 10) -> Half:
+    """Cut-outs uint8 (M,R,R,3) -> penultimate CLIP states (M,257,W)."""
     on = next(vision.parameters()).device
-    looks: list[Tensor] = []
+    seen: list[Tensor] = []
     for start in range(0, len(cutouts), batch):
         pixels = normalise(torch.from_numpy(cutouts[start : start + batch].copy()))
         pixels = functional.interpolate(pixels, size=(SIZE, SIZE), mode="bilinear")
         with autocast(on):
-            states = penultimate(vision, pixels.to(on))
-        looks.append(describe(states.float()).half().cpu())
-    return torch.cat(looks).numpy()
+            seen.append(penultimate(vision, pixels.to(on)).half().cpu())
+    return torch.cat(seen).numpy()
 
 
 def _spread(values: Half, there: NDArray[np.bool_]) -> Half:
@@ -130,7 +128,7 @@ def write_shard(
     arrays: dict[str, Half] = {
         "latents": encode_pictures(vae, shard.pictures),
         "references": _spread(encode_pictures(vae, shard.cutouts[there]), there),
-        "looks": _spread(encode_looks(clip.vision, shard.cutouts[there]), there),
+        "seen": _spread(encode_cutouts(clip.vision, shard.cutouts[there]), there),
         "regions": (shard.regions / np.float32(255)).astype(np.float16),
         "states": np.stack((named[0], plain[0]), axis=1),
         "pooled": np.stack((named[1], plain[1]), axis=1),

@@ -6,12 +6,14 @@ queries of a base that has seen little but captions find nothing (docs/mini.md h
 the base is also shown references of a scene's subjects. Its own weights read them, as the
 ReferenceNet that begins from them will: at timestep 0, without text, by
 :class:`~anystory_core.bases.sdxl.reference_net.ReferenceNet` itself. They enter as in
-stage 1 (Eq. 6 with K~ = K and V~ = V), each where a route sends it.
+stage 1 (Eq. 6 with K~ = K and V~ = V), each where a route sends it, and so do the subjects' CLIP
+tokens (Eq. 5, :mod:`.clip_branch`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -50,11 +52,17 @@ class Reader:
         return functional_call(self.net, tied, (functional.pad(latents, (0, 0, 0, 0, 0, 1)),))
 
     def call(
-        self, latents: Tensor, present: Tensor, source: RouteSource, placed: int = 0
+        self,
+        latents: Tensor,
+        present: Tensor,
+        source: RouteSource,
+        placed: int = 0,
+        clip: Sequence[Candidates] = (),
     ) -> TrainingCall:
         """The first n rows of a pass read references (n,N,4,r,r) where ``source`` sends them, those
         that ``present`` (n,N) bool says are there; differentiable. Blocks agree on the places of
-        all but the first ``placed`` rows, whose places were given."""
+        all but the first ``placed`` rows, whose places were given. ``clip``: keys and values of
+        CLIP tokens at every block; none when empty."""
         count = present.shape[1]
         features = [_spread(g, present) for g in self.features(latents[present])]
         conditions: list[SiteConditions] = []
@@ -65,8 +73,8 @@ class Reader:
                 given = features[site.index - 2]
                 pairs = zip(attn.to_k(given).unbind(1), attn.to_v(given).unbind(1), strict=True)
                 read = [KeyValue(k, v) for k, v in pairs]
-            nothing = Candidates([None] * (count + 1))
-            conditions.append(SiteConditions(nothing, Candidates([*read, None])))
+            tokens = clip[site.index - 1] if clip else Candidates([None] * (count + 1))
+            conditions.append(SiteConditions(tokens, Candidates([*read, None])))
         biases = (*(0.0,) * count, -math.inf)
         prepared = PreparedSubjects(
             tuple(conditions), source, (1.0,) * (count + 1), biases, agree=True

@@ -32,6 +32,8 @@ from anystory_core.bases.sdxl.sites import UNetSite, build_sites
 from anystory_core.routing.grids import Crops, Grid, SoftMaps, resize_soft
 from anystory_core.training.losses import map_error, target_maps
 
+from .clip_branch import ClipBranch
+
 
 def look_width(config: AnyStoryConfig) -> int:
     """Width of a description: CLIP's class token and the mean of its patches."""
@@ -133,9 +135,11 @@ class ToldRoutes:
 
 
 class TaughtBase(nn.Module):
-    """What the ``base`` phase trains: the U-Net, and the heads that question it."""
+    """What the ``base`` phase trains: the U-Net, the heads that question it, and the CLIP branch
+    whose tokens it is shown."""
 
     def __init__(self, unet: Any, config: AnyStoryConfig) -> None:
         super().__init__()
         self.unet = unet
         self.teller = Teller(config)
+        self.clip = ClipBranch(config)

@@ -29,7 +29,7 @@ from lab.networks.base import (
 )
 from lab.networks.cache import Cached
 from lab.networks.clip import Clip
-from lab.networks.telling import TaughtBase, look_width
+from lab.networks.telling import TaughtBase
 
 SCENES, MOST, SIDE, SMALL = 24, 3, 32, 16
 WIDTH = CONFIG.unet.context_dim
@@ -54,7 +54,7 @@ def shard() -> Cached:
     return Cached(
         latents=filled(number, 4, SIDE, SIDE),
         references=filled(each, 4, SMALL, SMALL),
-        looks=filled(each, look_width(CONFIG)),
+        seen=filled(each, CONFIG.clip.tokens, CONFIG.clip.width),
         regions=torch.from_numpy(regions),
         states=filled(np.stack((number, number), axis=1), 77, WIDTH),
         pooled=filled(np.stack((number, number), axis=1), WIDTH),
@@ -93,11 +93,23 @@ def test_rows_belong_together(batches: list[Picked]) -> None:
             count = (scene - 1) % (MOST + 1)
             assert batch.present[row].tolist() == [i < count for i in range(MOST)]
             if row < 12:
-                found = batch.references[row, :, 0, 0, 0]
-                assert torch.allclose(found, scene + each, atol=0.02)  # float16 at 24
+                for found in (batch.references[row, :, 0, 0, 0], batch.seen[row, :, -1, -1]):
+                    assert torch.allclose(found, scene + each, atol=0.02)  # float16 at 24
             if row >= 8:
-                found = batch.looks[row - 8, :, 0]
-                assert torch.allclose(found, scene + each, atol=0.02)
+                found = batch.looks[row - 8]
+                assert torch.allclose(found, (scene + each)[:, None], atol=0.02)
+
+
+def test_some_rows_have_no_tokens_and_the_others_those_of_all_that_are_there(
+    batches: list[Picked],
+) -> None:
+    dropped = 0
+    for batch in batches:
+        present = batch.present[:12]
+        without = ~batch.shown.any(dim=1)
+        assert torch.equal(batch.shown[~without], present[~without])
+        dropped += int(without.sum())
+    assert 40 < dropped < 80  # a quarter of 240
 
 
 def test_places_hold_their_subject_and_none_that_is_absent(batches: list[Picked]) -> None:
@@ -216,7 +228,7 @@ def test_it_trains_and_goes_on_with_shards_that_were_added(
     assert (first["step"], second["step"]) == (1, 2)
     for before, after in ((start, first["weights"]), (first["weights"], second["weights"])):
         still = [name for name in before if torch.equal(before[name], after[name])]
-        assert not [name for name in still if name.startswith("teller")]
+        assert not [name for name in still if name.startswith(("teller", "clip."))]
         assert len(still) < 0.2 * len(before)  # biases before norms may stay
     assert len((work / "base.csv").read_text().splitlines()) == 3
 

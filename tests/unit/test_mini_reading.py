@@ -13,6 +13,7 @@ pytest.importorskip("diffusers")
 
 from anystory_core.bases.sdxl.sites import build_sites
 from anystory_core.injection.call import Call
+from anystory_core.injection.keys import Candidates
 from anystory_core.injection.prepare import PreparedSubjects, project
 from anystory_core.injection.rows import Rows
 from anystory_core.mini.config import CONFIG
@@ -22,6 +23,7 @@ from anystory_core.training.hosts.unet import UNetInputs
 from anystory_core.training.initial import init_from_unet
 from anystory_core.weights.model import build_model
 from lab.networks.base import build_unet, size_ids
+from lab.networks.clip_branch import ClipBranch
 from lab.networks.reading import Reader
 from lab.networks.row_sources import RowSources
 
@@ -71,6 +73,31 @@ def test_stage_1_begins_with_what_the_base_reads(unet: Any) -> None:
     slot = diffusers_unet.install(unet, sites)
     trained = diffusers_unet.predict(unet, slot, call, inputs())
     assert (read - trained).abs().max() < 1e-5 * read.abs().max()
+
+
+def test_tokens_enter_as_stage_1_has_them(unet: Any) -> None:
+    """The CLIP branch beside the references, given the same weights; a row whose tokens are dropped
+    has the background's."""
+    torch.manual_seed(3)
+    model = build_model(CONFIG, ("subject_encoder", "clip_projections"))
+    branch = ClipBranch(CONFIG)
+    branch.copy_from(model)
+    seen, zero = torch.randn(3, CONFIG.clip.tokens, CONFIG.clip.width).split((2, 1))
+    reader = Reader(unet, CONFIG)
+    there = torch.ones(BATCH, 1, dtype=torch.bool)
+    shown = torch.tensor([[True], [False]])
+
+    def read(clip: list[Candidates]) -> Tensor:
+        call = reader.call(references()[:, None], there, SingleRoute(), clip=clip)
+        return diffusers_unet.predict(unet, reader.slot, call, inputs())
+
+    got = read(branch.candidates(seen[:, None], zero, shown))
+    (tokens, _), (background, _) = model.encoder(seen), model.encoder(zero)
+    both = torch.cat((tokens[:1], background))
+    made = project(model.projections, model.sites, [both, background], [None, None])
+    wanted = read([conditions.clip for conditions in made])
+    assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert not torch.allclose(got, read([]), atol=1e-3)
 
 
 def test_only_the_region_and_the_first_rows_read(unet: Any) -> None:

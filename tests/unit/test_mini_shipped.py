@@ -15,6 +15,7 @@ pytest.importorskip("open_clip")
 from anystory_core.bases.sdxl.prediction import Prediction
 from anystory_core.mini import weights
 from anystory_core.mini.config import CONFIG
+from anystory_core.tensor_files import read_tensors
 from anystory_core.training.hosts.frozen import load_frozen
 from anystory_core.training.initial import ROUTER_PARTS
 from anystory_core.weights.checkpoint import load_model, save_model
@@ -116,11 +117,11 @@ def test_shipped_files_come_back_as_modules_and_as_a_folder(work: Path, tmp_path
 
 
 def test_a_base_goes_on_elsewhere(work: Path, tmp_path: Path) -> None:
-    """Its weights, its heads and what it predicts, in place of the shipped ones; and stage 1 then
-    begins with a reference branch made from it and the shipped CLIP branch."""
+    """Its weights, its heads, its CLIP branch and what it predicts, in place of the shipped ones;
+    and stage 1 then begins with that branch and a reference branch made from it."""
     files, again = tmp_path / "files", tmp_path / "again"
     base.write_prediction(work, Prediction())
-    model = ship(work, files)
+    ship(work, files)
     torch.manual_seed(1)
     further = TaughtBase(base.build_unet(), CONFIG)
     save(base.phase(work, 9), further)
@@ -136,9 +137,28 @@ def test_a_base_goes_on_elsewhere(work: Path, tmp_path: Path) -> None:
     assert begun.reference_net is not None and begun.projections.clip is not None
     own = begun.reference_net.state_dict()["middle_block.0.in_layers.2.weight"]
     assert torch.equal(own, unet["mid_block.resnets.0.conv1.weight"])
-    wanted = model.state_dict()
-    kept = {n: t for n, t in begun.state_dict().items() if n.startswith(PARTS["clip_projections"])}
-    assert kept and all(torch.equal(t, wanted[n].half().float()) for n, t in kept.items())
+    state = begun.state_dict()
+    wanted = further.clip.state_dict()
+    assert wanted and all(torch.equal(state[n], t.half().float()) for n, t in wanted.items())
+
+
+def test_a_base_without_a_clip_branch_goes_on_with_the_shipped_one(
+    work: Path, tmp_path: Path
+) -> None:
+    files, again = tmp_path / "files", tmp_path / "again"
+    branch = ship(work, files).state_dict()
+    tensors = read_tensors(carried.write_base(work))
+    file = tmp_path / "old.safetensors"
+    save_file({n: t for n, t in tensors.items() if not n.startswith("clip.")}, file)
+    shipped.restore(again, files, file)
+    found = base.load_base(again)
+    for name, tensor in found.clip.state_dict().items():
+        assert torch.equal(tensor, branch[name].half().float()), name
+    unet = base.load_unet(work).state_dict()
+    assert all(torch.equal(t, unet[n].half().float()) for n, t in found.unet.state_dict().items())
+    save_file({n: t for n, t in tensors.items() if "conv_in" not in n}, file)
+    with pytest.raises(RuntimeError, match=r"Missing key.*unet\.conv_in\.weight"):
+        shipped.restore(tmp_path / "third", files, file)
 
 
 def test_a_restored_phase_trains_on(work: Path) -> None:

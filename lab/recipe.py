@@ -1,14 +1,14 @@
 """Make the mini model, phase by phase: ``python -m lab.recipe --work DIR``.
 
 Phases, in order: ``world`` (render scenes), ``vae``, ``decoder``, ``clip``, ``cache`` (encode the
-scenes), ``base`` (the U-Net), ``folder`` (all that as the trainer reads it), ``stage1`` and
-``stage2`` (:mod:`anystory_core.training`), ``identity``, ``finder`` and ``outline`` (the networks
-that :mod:`.evaluate` measures with), ``export`` (files that ship). Only when asked for by name:
+scenes), ``base`` (the U-Net), ``folder`` (all that as the trainer reads it), ``start`` (where stage
+1 begins: what the base has learned of it), ``stage1`` and ``stage2``
+(:mod:`anystory_core.training`), ``identity``, ``finder`` and ``outline`` (the networks that
+:mod:`.evaluate` measures with), ``export`` (files that ship). Only when asked for by name:
 ``no_clip``, ``no_reference`` and ``no_refinement``, the stages of its ablations; ``restore``, which
 begins a folder from the shipped weights, so that ``base`` (after ``world`` and ``cache``), then
-``folder`` and the stages (``--start-file``) go on from them; ``carry``, which writes the base as it
-is to ``DIR/base.safetensors``, for ``restore --base-file`` on another machine; and ``start``, which
-writes ``DIR/start.safetensors``, where stage 1 begins when the base has gone on.
+``folder``, ``start`` and the stages go on from them; and ``carry``, which writes the base as it is
+to ``DIR/base.safetensors``, for ``restore --base-file`` on another machine.
 
 Each resumes where it stopped when the same command is given again and has its own seed. Those that
 train write their curve to ``DIR/NAME.csv``, the stages to ``DIR/NAME/losses.jsonl``. More
@@ -35,7 +35,7 @@ from .files.carried import write_base
 from .files.export import export
 from .files.folder import write_base_folder
 from .files.shipped import restore
-from .files.start import write_start
+from .files.start import START_FILE, write_start
 from .measuring.finder import train_finder
 from .measuring.identity import train_identity
 from .measuring.outline import train_outline
@@ -57,6 +57,7 @@ PHASES = (
     "cache",
     "base",
     "folder",
+    "start",
     "stage1",
     "stage2",
     "identity",
@@ -89,11 +90,11 @@ class Options:
     start_file: str
     learning_rate: float
 
-    def start(self, name: str) -> dict[str, Any]:
-        """Where a stage begins."""
-        return {
-            "name": name, "start_file": self.start_file, "learning_rate": self.learning_rate,
-        }  # fmt: skip
+    def start(self, name: str, stage: int) -> dict[str, Any]:
+        """Where a stage begins: stage 1 with what the base has learned of it, unless a file is
+        given."""
+        file = self.start_file or (str(self.work / START_FILE) if stage == 1 else "")
+        return {"name": name, "start_file": file, "learning_rate": self.learning_rate}
 
     def training_emoji(self) -> list[emoji.Emoji]:
         """All subjects but the held-out families; fetched first when missing."""
@@ -138,15 +139,15 @@ def run_phase(name: str, options: Options) -> None:
     elif name in ABLATIONS:
         stage, without = ABLATIONS[name]
         steps = options.stage1_steps if stage == 1 else options.stage2_steps
-        task = partial(train_stage, work, stage, steps, **options.start(name), **without)
+        task = partial(train_stage, work, stage, steps, **options.start(name, stage), **without)
         run_shared(task, options.processes)
     elif name == "stage1":
         write_data(options.training_emoji(), work, "pairs", options.sample_shards)
-        task = partial(train_stage, work, 1, options.stage1_steps, **options.start(name))
+        task = partial(train_stage, work, 1, options.stage1_steps, **options.start(name, 1))
         run_shared(task, options.processes)
     elif name == "stage2":
         write_data(options.training_emoji(), work, "scenes", options.sample_shards)
-        task = partial(train_stage, work, 2, options.stage2_steps, **options.start(name))
+        task = partial(train_stage, work, 2, options.stage2_steps, **options.start(name, 2))
         run_shared(task, options.processes)
     else:
         for part, size in export(work).items():
@@ -195,7 +196,7 @@ def main() -> None:
     """Run one phase, or all of them in order."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for sources and states")
-    choices = (*PHASES, *ABLATIONS, "restore", "carry", "start")
+    choices = (*PHASES, *ABLATIONS, "restore", "carry")
     parser.add_argument("--phase", nargs="+", choices=choices, help="only these, in this order")
     parser.add_argument("--shards", type=int, default=24, help="shards of 500 scenes to render")
     parser.add_argument(

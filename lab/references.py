@@ -1,7 +1,7 @@
 """References without trained weights, measured: ``python -m lab.references``.
 
 The base that ships was shown references while it was trained (docs/mini.md), so what it makes of
-them says nothing about a base that never was, such as SDXL. The base of the third sitting was not:
+them says nothing about a base that never was, such as SDXL. The base of the third run was not:
 9,600 steps on captions alone, at 128x128. It is in this repository's history, with the rest of that
 day's model:
 
@@ -36,7 +36,7 @@ from anystory_core.bases.sdxl.config import AnyStoryConfig
 from anystory_core.config import References
 from anystory_core.weights.checkpoint import read_header
 
-PICTURE_SIZE = 128  # of that sitting
+PICTURE_SIZE = 128  # of that run
 _RENDERS = 5
 _AT_ONCE = 40  # tasks of a row, before the next row's
 SHARES = (
@@ -174,7 +174,7 @@ def measure(
 def main() -> None:
     """Parse the command line, measure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", type=Path, required=True, help="that sitting's files")
+    parser.add_argument("--weights", type=Path, required=True, help="that run's files")
     parser.add_argument("--work", type=Path, required=True, help="where the sources are or go")
     parser.add_argument("--out", type=Path, required=True, help="where the table goes")
     parser.add_argument("--samples", type=int, default=300, help="tasks of each row")

@@ -17,6 +17,7 @@ from anystory_core.training.settings import (
     SubjectSettings,
 )
 
+from .networks.base import DROP_CLIP
 from .phase import half_is_faster, shares
 from .world.emoji import Emoji
 from .world.samples import Kind, write_samples
@@ -24,16 +25,14 @@ from .world.samples import Kind, write_samples
 SUBJECT_FILE = Path("stage1") / "anystory_subject.safetensors"
 WHOLE_FILE = Path("stage2") / "anystory.safetensors"
 
-# The references of a pair are already turned, flipped and relit (:mod:`.world.samples`). Without
-# more of it their encodings are kept on disk: the VAE was 60 % of a step's time.
+# The references of a pair stand as the target's subject does, in another light
+# (:mod:`.world.samples`). Without more of it their encodings are kept on disk: the VAE was 60 % of
+# a step's time.
 _AUGMENT = AugmentSettings(rotate=0.0, crop=0.0, pad=0.0, flip=0.0)
 BATCH = 16
 # To begin with, and less to the end (cosine): a fifth of it lowered Eq. 1 on held-out pairs again.
 LEARNING_RATE = 1e-3
 _EMA = 0.995  # the rate's decay averages too
-# Where CLIP tokens are there, they explain the colours first and leave the references little to do:
-# on held-out pairs the reference branch alone lowered Eq. 1 by a tenth of what CLIP did.
-_DROP_CLIP = 0.25
 # With Eq. 1 as it is, stage 1 lowered the error of the whole picture and raised it in the subject.
 _INSIDE = 3.0
 
@@ -93,7 +92,7 @@ def stage1(
             clip=clip,
             reference=reference,
             inside=_INSIDE,
-            drop_clip=_DROP_CLIP,
+            drop_clip=DROP_CLIP,
             start_file=start_file,
         ),
         optimiser=_optimiser(learning_rate, warmup_steps=100),

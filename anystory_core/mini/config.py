@@ -51,7 +51,7 @@ LATENT_RGB_BIAS = (0.0739, 0.1169, 0.1405)
 
 # At 128 a training sample costs 3.5 times less, but the deepest level's blocks then see 4x4 tokens,
 # where a subject of three is one token or none: no router could place it. At 256 the routes have an
-# IoU of 0.66 with the true masks, at 320 0.71, at 1.4 times the cost (docs/mini.md).
+# IoU of 0.65 with the true masks, at 320 0.70, at 1.4 times the cost (docs/mini.md).
 PICTURE_SIZE = 320
 
 

@@ -93,7 +93,7 @@ def restore(work: Path, folder: Path = FOLDER, base_file: Path | None = None) ->
     if base_file is not None:
         tensors, prediction = read_base(base_file)
         branch = {n: t for n, t in taught.state_dict().items() if n.startswith("clip.")}
-        taught.load_state_dict({**branch, **tensors})
+        taught.load_state_dict(tensors if branch.keys() & tensors.keys() else {**branch, **tensors})
     base.write_prediction(work, prediction)
     _begin(base.phase(work, 1), taught, 0)
     subject = {n: t for n, t in anystory.state_dict().items() if not n.startswith(_ROUTER)}

@@ -2,7 +2,7 @@
 
 A base that has only seen references leaves the tokens of stage 1 little to say: nothing in it goes
 by them. So the base is shown them beside the references, and its branch is what stage 1 begins
-with.
+with (:mod:`..files.start`).
 """
 
 from __future__ import annotations

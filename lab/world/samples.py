@@ -27,7 +27,7 @@ from .render import Scene, pool_of, render_reference, render_scene
 SHARD = 500
 _PLAIN = 0.5
 _FIRST_SEED = {"pairs": 100_000_000, "scenes": 200_000_000}
-_LAYOUT_OFFSET = 500_000_000
+_SAMPLE_OFFSET = 500_000_000
 Kind = Literal["pairs", "scenes"]
 
 
@@ -50,10 +50,10 @@ def scene_files(scene: Scene, caption: str) -> Files:
     return shards.scene_files(image=scene.picture, masks=masks, caption=caption)
 
 
-def layout(kind: Kind, seed: int) -> tuple[int, bool]:
+def count_and_caption(kind: Kind, seed: int) -> tuple[int, bool]:
     """How many subjects a sample shows, and whether its caption says "an object" for each; not
     drawn from the numbers that choose who they are."""
-    rng = random.Random(seed + _LAYOUT_OFFSET)
+    rng = random.Random(seed + _SAMPLE_OFFSET)
     count = 1 if kind == "pairs" else rng.choice((1, 2, 2, 3))
     return count, rng.random() < _PLAIN
 
@@ -68,7 +68,7 @@ def write_samples(emoji: Sequence[Emoji], folder: Path, kind: Kind, number: int)
     with tarfile.open(target.with_suffix(".tmp"), "w") as tar:
         for i in range(SHARD):
             seed = _FIRST_SEED[kind] + number * SHARD + i
-            count, plain = layout(kind, seed)
+            count, plain = count_and_caption(kind, seed)
             scene = render_scene(pool, seed, subjects=count)
             caption = scene.plain_caption if plain else scene.caption
             if kind == "pairs":

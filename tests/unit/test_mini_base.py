@@ -27,7 +27,7 @@ from lab.networks.base import (
     train_base,
     write_prediction,
 )
-from lab.networks.cache import Cached
+from lab.networks.cache import Cached, missing, numbers_of
 from lab.networks.clip import Clip
 from lab.networks.telling import TaughtBase
 
@@ -231,6 +231,18 @@ def test_it_trains_and_goes_on_with_shards_that_were_added(
         assert not [name for name in still if name.startswith(("teller", "clip."))]
         assert len(still) < 0.2 * len(before)  # biases before norms may stay
     assert len((work / "base.csv").read_text().splitlines()) == 3
+
+
+def test_a_shard_that_lacks_a_kind_is_not_read_and_is_encoded_again(
+    work: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "scenes").mkdir()
+    for number in (0, 1):
+        (tmp_path / "scenes" / f"{number:05d}.json").write_text("[]")
+    encode(work, 1)
+    (work / "cache" / "00001.seen.npy").unlink()
+    assert numbers_of(work / "cache") == [0]
+    assert missing(tmp_path / "scenes", work / "cache") == [1]
 
 
 def test_without_cached_scenes_it_says_what_to_run(tmp_path: Path) -> None:

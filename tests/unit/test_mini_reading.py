@@ -13,15 +13,14 @@ pytest.importorskip("diffusers")
 
 from anystory_core.bases.sdxl.sites import build_sites
 from anystory_core.injection.call import Call
-from anystory_core.injection.keys import Candidates
 from anystory_core.injection.prepare import PreparedSubjects, project
 from anystory_core.injection.rows import Rows
 from anystory_core.mini.config import CONFIG
 from anystory_core.routing.sources import SingleRoute
 from anystory_core.training.hosts import unet as diffusers_unet
 from anystory_core.training.hosts.unet import UNetInputs
-from anystory_core.training.initial import init_from_unet
-from anystory_core.weights.model import build_model
+from anystory_core.training.initial import ROUTER_PARTS, init_from_unet
+from anystory_core.weights.model import PARTS, build_model
 from lab.networks.base import build_unet, size_ids
 from lab.networks.clip_branch import ClipBranch
 from lab.networks.reading import Reader
@@ -76,28 +75,37 @@ def test_stage_1_begins_with_what_the_base_reads(unet: Any) -> None:
 
 
 def test_tokens_enter_as_stage_1_has_them(unet: Any) -> None:
-    """The CLIP branch beside the references, given the same weights; a row whose tokens are dropped
-    has the background's."""
+    """The CLIP branch and the references of two subjects, each in its place, given the same weights
+    (Eq. 5 and 6); a subject that is not shown has the background's tokens."""
     torch.manual_seed(3)
-    model = build_model(CONFIG, ("subject_encoder", "clip_projections"))
-    branch = ClipBranch(CONFIG)
+    model = build_model(CONFIG, tuple(part for part in PARTS if part not in ROUTER_PARTS))
+    init_from_unet(model, unet.state_dict())
+    branch, reader = ClipBranch(CONFIG), Reader(unet, CONFIG)
     branch.copy_from(model)
-    seen, zero = torch.randn(3, CONFIG.clip.tokens, CONFIG.clip.width).split((2, 1))
-    reader = Reader(unet, CONFIG)
-    there = torch.ones(BATCH, 1, dtype=torch.bool)
-    shown = torch.tensor([[True], [False]])
+    shape = CONFIG.clip.tokens, CONFIG.clip.width
+    seen, zero = torch.randn(BATCH, 2, *shape), torch.randn(1, *shape)
+    latents = torch.stack((references(), references().flip(0)), dim=1)  # (B,2,4,r,r)
+    places = torch.zeros(BATCH, 2, SIDE, SIDE)
+    places[:, 0, :8], places[:, 1, 8:] = 1, 1
+    source = RowSources.of_masks(places)
+    there, shown = torch.ones(2, 2, dtype=torch.bool), torch.tensor([[True, True], [True, False]])
+    clip = branch.candidates(seen, zero, shown)
+    call = reader.call(latents, there, source, BATCH, clip)
+    got = diffusers_unet.predict(unet, reader.slot, call, inputs())
 
-    def read(clip: list[Candidates]) -> Tensor:
-        call = reader.call(references()[:, None], there, SingleRoute(), clip=clip)
-        return diffusers_unet.predict(unet, reader.slot, call, inputs())
-
-    got = read(branch.candidates(seen[:, None], zero, shown))
-    (tokens, _), (background, _) = model.encoder(seen), model.encoder(zero)
-    both = torch.cat((tokens[:1], background))
-    made = project(model.projections, model.sites, [both, background], [None, None])
-    wanted = read([conditions.clip for conditions in made])
+    assert model.reference_net is not None and model.encoder.subject is not None
+    mask = torch.ones_like(latents[:, 0, :1])  # its channel has no weight yet
+    net, encode = model.reference_net, model.encoder.subject
+    features = [net(torch.cat((latents[:, i], mask), dim=1)) for i in (0, 1)]
+    tokens, background = [encode(seen[:, i]) for i in (0, 1)], encode(zero)
+    tokens[1] = torch.cat((tokens[1][:1], background))
+    conditions = project(model.projections, model.sites, [*tokens, background], [*features, None])
+    run = PreparedSubjects(conditions, source, (1.0,) * 3, (0.0, 0.0, -math.inf))
+    rows = Rows(tuple(range(BATCH)))
+    wanted_call = Call(run, rows, (True, True), model.sites, diffusers_unet.dense_attention)
+    slot = diffusers_unet.install(unet, model.sites)
+    wanted = diffusers_unet.predict(unet, slot, wanted_call, inputs())
     assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
-    assert not torch.allclose(got, read([]), atol=1e-3)
 
 
 def test_only_the_region_and_the_first_rows_read(unet: Any) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import random
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from lab.world import emoji as emoji_module
 from lab.world import samples
 from lab.world.backgrounds import PLACES, draw_place
 from lab.world.emoji import Emoji
-from lab.world.render import SIZE, captions, pool_of, render_reference, render_scene
+from lab.world.render import SIZE, Scene, captions, pool_of, render_reference, render_scene
 
 COLOURS = [(230, 30, 30), (30, 200, 40), (40, 60, 230), (240, 220, 20), (200, 40, 220)]
 
@@ -130,19 +132,33 @@ def test_how_many_are_shown_does_not_say_who(subjects: list[Emoji]) -> None:
     assert 15 < sum(number < 5 for number in alone) < 40
 
 
-def test_who_is_shown_says_nothing_about_the_sample(subjects: list[Emoji]) -> None:
-    """Of 64 families the first 16 are a quarter of those that are alone in a scene and half of
+def test_who_is_shown_says_nothing_about_the_sample(
+    tmp_path: Path, subjects: list[Emoji], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 64 families the first 16 are a quarter of those that are alone in a scene, and half of
     their pairs are named; all and none where the same numbers decide."""
-    pool = [[Emoji(str(i), f"thing{i}", str(i), subjects[i % 5].file)] for i in range(64)]
-    alone: list[int] = []
-    named: list[bool] = []
-    for seed in range(600):
-        first, *others = render_scene(pool, seed, subjects=samples.layout("scenes", seed)[0],
-                                      size=32).instances  # fmt: skip
-        alone += [] if others else [int(first.emoji.code)]
-        (shown,) = render_scene(pool, seed, subjects=1, size=32).instances
-        named += [not samples.layout("pairs", seed)[1]] if int(shown.emoji.code) < 16 else []
-    assert 0.15 < sum(number < 16 for number in alone) / len(alone) < 0.35
+    many = [Emoji(str(i), f"thing{i}", str(i), subjects[i % 5].file) for i in range(64)]
+    written: list[tuple[Scene, str]] = []
+
+    def keep(scene: Scene, *rest: Any) -> dict[str, bytes]:
+        written.append((scene, rest[-1]))
+        return {}
+
+    monkeypatch.setattr(samples, "SHARD", 600)
+    monkeypatch.setattr(samples, "render_scene", partial(render_scene, size=32))
+    monkeypatch.setattr(samples, "scene_files", keep)
+    monkeypatch.setattr(samples, "pair_files", keep)
+    samples.write_samples(many, tmp_path, "scenes", 0)
+    alone = [scene.instances[0] for scene, _ in written if len(scene.instances) == 1]
+    assert 100 < len(alone) < 200
+    assert 0.15 < sum(int(one.emoji.code) < 16 for one in alone) / len(alone) < 0.35
+    written.clear()
+    samples.write_samples(many, tmp_path, "pairs", 0)
+    named = [
+        caption == scene.caption
+        for scene, caption in written
+        if int(scene.instances[0].emoji.code) < 16
+    ]
     assert 0.4 < sum(named) / len(named) < 0.6
 
 

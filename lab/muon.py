@@ -24,12 +24,12 @@ def is_matrix(parameter: Tensor) -> bool:
     return parameter.ndim >= 2
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
-    """(N,R,C) -> bfloat16 (N,R,C) with the same singular vectors and singular values between about
-    0.7 and 1.2; a matrix of zeros stays one."""
+def orthogonal(matrices: Tensor, computed_in: torch.dtype = torch.bfloat16) -> Tensor:
+    """(N,R,C) -> (N,R,C) of the type it is ``computed_in``, with the same singular vectors and
+    singular values between about 0.7 and 1.2; a matrix of zeros stays one."""
     turned = matrices.shape[1] > matrices.shape[2]
     x = matrices.transpose(1, 2) if turned else matrices
-    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).bfloat16()
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).to(computed_in)
     for _ in range(_ROUNDS):
         square = x @ x.transpose(1, 2)
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=_B, alpha=_C), x, beta=_A)
@@ -38,14 +38,23 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum of the gradients, made orthogonal, as steps of root mean square 0.2
-    ``lr``. ValueError for a parameter that is no matrix."""
+    ``lr``. ``computed_in``: of that product. A processor without units for bfloat16 took 10.7 s a
+    step of the mini base in it and 0.55 s in float32. ValueError for a parameter that is no
+    matrix."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        computed_in: torch.dtype = torch.bfloat16,
+    ) -> None:
         given = list(parameters)
         wrong = [tuple(p.shape) for p in given if not is_matrix(p)]
         if wrong:
             raise ValueError(f"Muon: got parameters of shapes {wrong}, expected matrices")
         super().__init__(given, {"lr": lr, "weight_decay": weight_decay})
+        self._computed_in = computed_in
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -70,7 +79,8 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(buffers, _MOMENTUM)
         torch._foreach_add_(buffers, gradients)
         ahead = torch._foreach_add(gradients, buffers, alpha=_MOMENTUM)
-        steps = orthogonal(torch.stack([a.flatten(1) for a in ahead])).to(gradients[0])
+        stacked = torch.stack([a.flatten(1) for a in ahead])
+        steps = orthogonal(stacked, self._computed_in).to(gradients[0])
         steps *= lr * _RMS * max(shape) ** 0.5
         torch._foreach_mul_(parameters, 1 - lr * decay)
         changes = [one.view_as(p) for one, p in zip(steps, parameters, strict=True)]

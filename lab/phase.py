@@ -147,7 +147,11 @@ class Phase:
         muon = self.optimiser == "muon"
         matrices = [p for p in parameters if muon and is_matrix(p)]
         others = [p for p in parameters if not (muon and is_matrix(p))]
-        made: list[torch.optim.Optimizer] = [Muon(matrices, rate, decay)] if matrices else []
+        made: list[torch.optim.Optimizer] = []
+        if matrices:
+            half = matrices[0].device.type != "cpu" or half_is_faster()
+            computed_in = torch.bfloat16 if half else torch.float32
+            made.append(Muon(matrices, rate, decay, computed_in))
         if others:
             adamw = torch.optim.AdamW(others, lr=rate, weight_decay=decay, fused=True)
             made.append(adamw)

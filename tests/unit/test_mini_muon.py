@@ -9,19 +9,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lab.muon
 import lab.phase
 from lab.muon import Muon, orthogonal
 from lab.phase import Phase
 
+TYPES = (torch.bfloat16, torch.float32)
 
-def test_singular_values_come_near_one() -> None:
+
+@pytest.mark.parametrize("computed_in", TYPES)
+def test_singular_values_come_near_one(computed_in: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
     for rows, columns in ((32, 96), (96, 32)):  # a square one has values too near zero
         given = (
             torch.randn(3, rows, columns, generator=g)
             * torch.tensor([1e-3, 1.0, 50.0])[:, None, None]
         )
-        made = orthogonal(given).float()
+        made = orthogonal(given, computed_in)
+        assert made.dtype == computed_in
+        made = made.float()
         values = torch.linalg.svdvals(made)
         assert values.min() > 0.5 and values.max() < 1.3
         # Of the same singular vectors the product with the given one is nearly symmetric.
@@ -30,13 +36,14 @@ def test_singular_values_come_near_one() -> None:
     assert orthogonal(torch.zeros(1, 4, 8)).abs().max() == 0
 
 
-def test_matrices_move_as_with_torchs_own() -> None:
-    """Which works in bfloat16 as well; its rate is adjusted to AdamW's size in the same way."""
+@pytest.mark.parametrize("computed_in", TYPES)
+def test_matrices_move_as_with_torchs_own(computed_in: torch.dtype) -> None:
+    """Which works in bfloat16; its rate is adjusted to AdamW's size in the same way."""
     torch.manual_seed(1)
     start = [torch.randn(24, 40), torch.randn(24, 40), torch.randn(40, 16)]
     ours = [nn.Parameter(x.clone()) for x in start]
     theirs = [nn.Parameter(x.clone()) for x in start]
-    muon = Muon(ours, 1e-2, 0.1)
+    muon = Muon(ours, 1e-2, 0.1, computed_in)
     own = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         for one, two in zip(ours, theirs, strict=True):
@@ -47,6 +54,27 @@ def test_matrices_move_as_with_torchs_own() -> None:
     for one, two, before in zip(ours, theirs, start, strict=True):
         moved = (one - before).norm()
         assert (one - two).norm() < 0.02 * moved and moved > 0.1
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_a_phase_computes_in_what_the_processor_is_fast_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: bool
+) -> None:
+    """Without units for bfloat16 a step of the mini base took 20 times as long in it."""
+    monkeypatch.setattr(lab.phase, "half_is_faster", lambda: half)
+    products: list[torch.dtype] = []
+
+    def kept(matrices: Tensor, computed_in: torch.dtype) -> Tensor:
+        products.append(computed_in)
+        return orthogonal(matrices, computed_in)
+
+    monkeypatch.setattr(lab.muon, "orthogonal", kept)
+    phase = Phase(
+        name="line", folder=tmp_path, steps=1, learning_rate=0.1, seed=1, optimiser="muon"
+    )
+    module = nn.Linear(4, 2)
+    phase.run(module, lambda step, generator: module(torch.ones(1, 4)).square().sum())
+    assert products == [torch.bfloat16 if half else torch.float32]
 
 
 def test_convolutions_are_matrices_and_vectors_are_refused() -> None:

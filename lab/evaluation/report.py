@@ -16,7 +16,7 @@ from ..world.render import UInt8
 from .tasks import Task
 
 SHOWN = 16  # pictures of a sheet
-_ACROSS = 8
+ACROSS = 8
 
 
 def asked(name: str, wanted: Sequence[str]) -> bool:
@@ -84,8 +84,8 @@ class Sheet:
             self.columns.append(_column(task, picture))
             if len(self.columns) == SHOWN:
                 rows = [
-                    np.concatenate(self.columns[start : start + _ACROSS], axis=1)
-                    for start in range(0, SHOWN, _ACROSS)
+                    np.concatenate(self.columns[start : start + ACROSS], axis=1)
+                    for start in range(0, SHOWN, ACROSS)
                 ]
                 Image.fromarray(np.concatenate(rows, axis=0)).save(self.file, quality=90)
 

@@ -23,8 +23,6 @@ ABLATIONS = (
     (ONE, "1 subject: trained without ReferenceNet", "1 subject: trained without CLIP"),
     (TWO, "2 subjects: without router"),
 )
-
-
 _REFERENCES = PICTURE_SIZE // 2  # height of the references above one or two subjects
 
 

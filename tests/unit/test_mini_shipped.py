@@ -23,6 +23,7 @@ from anystory_core.weights.model import PARTS, AnyStoryModel, build_model
 from lab.evaluation.stack import stack_of_work
 from lab.files import carried, export, shipped, start
 from lab.files.folder import write_base_folder
+from lab.files.half import write_half
 from lab.measuring import finder, identity, outline
 from lab.measuring import networks as measuring
 from lab.networks import base, clip, vae
@@ -114,6 +115,18 @@ def test_shipped_files_come_back_as_modules_and_as_a_folder(work: Path, tmp_path
         assert step == (phase.steps if done else 0), phase.name
     with pytest.raises(ValueError, match="holds a trained base already"):
         shipped.restore(again, files)
+
+
+def test_a_file_of_the_same_tensors_stays(tmp_path: Path) -> None:
+    file = tmp_path / "part.safetensors"
+    state = {"a": torch.randn(2, 3), "ids": torch.arange(3)}
+    save_file({"a": state["a"].half(), "ids": state["ids"]}, file, metadata={"by": "another"})
+    before = file.read_bytes()
+    assert write_half(state, file) == len(before) and file.read_bytes() == before
+    assert write_half({**state, "a": state["a"] + 1}, file) == file.stat().st_size
+    assert torch.equal(read_tensors(file)["a"], (state["a"] + 1).half())
+    write_half({"a": state["a"]}, file)
+    assert set(read_tensors(file)) == {"a"}
 
 
 def test_a_base_goes_on_elsewhere(work: Path, tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ schedule, shifted so that it ends in noise alone; one that was restored, what it
 (:func:`write_prediction`). Timesteps are spread over a batch, and one caption in ten is dropped.
 Three quarters of a batch also read references of its subjects (:mod:`.reading`), most of these
 their CLIP tokens, too (:mod:`.clip_branch`): two thirds of them in places that are given, one third
-where the hidden states themselves send them. Errors inside those subjects count more. Who reads
-where the hidden states say, and most of what reads nothing, is asked where the subjects are
-(:mod:`.telling`).
+where the hidden states themselves send them. Errors inside those subjects count more. In one step
+of eight the tokens are there alone. Who reads where the hidden states say, and most of what reads
+nothing, is asked where the subjects are (:mod:`.telling`).
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ _PLAIN = 0.5  # share of captions that say only "an object"
 # about them send each; reading nothing. The last two are asked.
 _PLACED, _SENT, _TOLD = 0.5, 0.25, 0.15
 _TELLING = 0.3  # what being asked counts
+# Every so many steps what reads has its tokens and no reference: taught beside references alone,
+# the pictures with tokens and without were the same.
+_TOKENS_ALONE = 8
 _EVERYWHERE = 0.5  # of one subject: share of scenes all of which may read, as in stage 1
 # Share of the rest that reads inside the subject's outline; the others read in a box around it.
 # Where only outlines read, an outline says what to draw, and a user's box is filled to its corners.
@@ -276,9 +279,10 @@ def train_base(folder: Path, *, steps: int, batch: int = BATCH, size: int = PICT
             sent = teller.routes(picked.looks[: reading - placed], picked.present[placed:reading])
             masks = RowSources.of_masks(picked.places)
             source = RowSources((*masks.parts, (reading - placed, sent)))
-            tokens = base.clip.candidates(picked.seen, zero, picked.shown)
-            present = picked.present[:reading]
-            call = reader.call(picked.references, present, source, placed, tokens)
+            present, alone = picked.present[:reading], step % _TOKENS_ALONE == 0
+            tokens = base.clip.candidates(picked.seen, zero, present if alone else picked.shown)
+            references = None if alone else picked.references
+            call = reader.call(references, present, source, placed, tokens)
             predicted = predict(unet, reader.slot, call, inputs)
             asked = teller.loss(picked.told, picked.looks, picked.subjects[picked.told])
         target = schedule.target(picked.latents, noise, t)

@@ -53,7 +53,7 @@ class Reader:
 
     def call(
         self,
-        latents: Tensor,
+        latents: Tensor | None,
         present: Tensor,
         source: RouteSource,
         placed: int = 0,
@@ -62,27 +62,33 @@ class Reader:
         """The first n rows of a pass read references (n,N,4,r,r) where ``source`` sends them, those
         that ``present`` (n,N) bool says are there; differentiable. Blocks agree on the places of
         all but the first ``placed`` rows, whose places were given. ``clip``: keys and values of
-        CLIP tokens at every block; none when empty."""
-        count = present.shape[1]
-        features = [_spread(g, present) for g in self.features(latents[present])]
+        CLIP tokens at every block; none when empty. Without ``latents`` there are tokens alone."""
+        rows, count = present.shape
+        features: list[Tensor] = []
+        if latents is not None:
+            features = [_spread(g, present) for g in self.features(latents[present])]
         conditions: list[SiteConditions] = []
         for site in self.sites:
             read: list[KeyValue | None] = [None] * count
-            if site.index > 1:
+            if features and site.index > 1:
                 attn = self.unet.get_submodule(site.diffusers).attn1
                 given = features[site.index - 2]
                 pairs = zip(attn.to_k(given).unbind(1), attn.to_v(given).unbind(1), strict=True)
                 read = [KeyValue(k, v) for k, v in pairs]
             tokens = clip[site.index - 1] if clip else Candidates([None] * (count + 1))
             conditions.append(SiteConditions(tokens, Candidates([*read, None])))
-        biases = (*(0.0,) * count, -math.inf)
+        biases = (*(0.0 if features else -math.inf,) * count, -math.inf)
         prepared = PreparedSubjects(
             tuple(conditions), source, (1.0,) * (count + 1), biases, agree=True
         )
-        rows, active = Rows(tuple(range(len(latents)))), (True,) * count
-        shown = Shown(apart=tuple(range(placed)))
+        active, shown = (True,) * count, Shown(apart=tuple(range(placed)))
         return TrainingCall(
-            prepared, rows, active, self.sites, diffusers_unet.dense_attention, shown
+            prepared,
+            Rows(tuple(range(rows))),
+            active,
+            self.sites,
+            diffusers_unet.dense_attention,
+            shown,
         )
 
 

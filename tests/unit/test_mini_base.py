@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,8 @@ from lab.networks.base import (
 )
 from lab.networks.cache import Cached, missing, numbers_of
 from lab.networks.clip import Clip
+from lab.networks.clip_branch import ClipBranch
+from lab.networks.reading import Reader
 from lab.networks.telling import TaughtBase
 
 SCENES, MOST, SIDE, SMALL = 24, 3, 32, 16
@@ -231,6 +234,28 @@ def test_it_trains_and_goes_on_with_shards_that_were_added(
         assert not [name for name in still if name.startswith(("teller", "clip."))]
         assert len(still) < 0.2 * len(before)  # biases before norms may stay
     assert len((work / "base.csv").read_text().splitlines()) == 3
+
+
+def test_in_some_steps_tokens_are_there_alone(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that is there then, and no reference is read."""
+    read: list[tuple[bool, bool]] = []
+    call, candidates = Reader.call, ClipBranch.candidates
+    dropped: list[bool] = []
+
+    def kept_candidates(branch: Any, seen: Tensor, zero: Tensor, shown: Tensor) -> Any:
+        dropped.append(not shown.any(dim=1).all())
+        return candidates(branch, seen, zero, shown)
+
+    def kept_call(reader: Any, latents: Tensor | None, *rest: Any) -> Any:
+        read.append((latents is None, dropped.pop()))
+        return call(reader, latents, *rest)
+
+    monkeypatch.setattr(base, "_TOKENS_ALONE", 2)
+    monkeypatch.setattr(base, "DROP_CLIP", 1.0)
+    monkeypatch.setattr(ClipBranch, "candidates", kept_candidates)
+    monkeypatch.setattr(Reader, "call", kept_call)
+    train_base(work, steps=3, batch=8)
+    assert read == [(True, False), (False, True), (True, False)]
 
 
 def test_a_shard_that_lacks_a_kind_is_not_read_and_is_encoded_again(

@@ -13,6 +13,7 @@ pytest.importorskip("diffusers")
 
 from anystory_core.bases.sdxl.sites import build_sites
 from anystory_core.injection.call import Call
+from anystory_core.injection.keys import Candidates
 from anystory_core.injection.prepare import PreparedSubjects, project
 from anystory_core.injection.rows import Rows
 from anystory_core.mini.config import CONFIG
@@ -106,6 +107,34 @@ def test_tokens_enter_as_stage_1_has_them(unet: Any) -> None:
     slot = diffusers_unet.install(unet, model.sites)
     wanted = diffusers_unet.predict(unet, slot, wanted_call, inputs())
     assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_tokens_alone_are_the_clip_branch_without_references(unet: Any) -> None:
+    torch.manual_seed(3)
+    branch, reader = ClipBranch(CONFIG), Reader(unet, CONFIG)
+    seen = torch.randn(BATCH, 1, CONFIG.clip.tokens, CONFIG.clip.width)
+    there = torch.ones(BATCH, 1, dtype=torch.bool)
+    clip = branch.candidates(seen, torch.randn(1, *seen.shape[2:]), there)
+
+    def read(latents: Tensor | None, tokens: list[Candidates]) -> Tensor:
+        call = reader.call(latents, there, SingleRoute(), clip=tokens)
+        return diffusers_unet.predict(unet, reader.slot, call, inputs())
+
+    alone = read(None, clip)
+    both = read(references()[:, None], clip)
+    assert not torch.allclose(alone, both, atol=1e-3)
+    plain = diffusers_unet.predict(unet, reader.slot, None, inputs())
+    assert torch.allclose(read(None, []), plain, atol=1e-6)
+    model = build_model(CONFIG, ("subject_encoder", "clip_projections"))
+    model.encoder, model.projections = branch.encoder, branch.projections
+    tokens, _ = model.encoder(seen[:, 0])
+    conditions = project(model.projections, model.sites, [tokens, None], [None, None])
+    run = PreparedSubjects(conditions, SingleRoute(), (1.0, 1.0), (-math.inf, -math.inf))
+    rows = Rows(tuple(range(BATCH)))
+    call = Call(run, rows, (True,), model.sites, diffusers_unet.dense_attention)
+    slot = diffusers_unet.install(unet, model.sites)
+    wanted = diffusers_unet.predict(unet, slot, call, inputs())
+    assert (alone - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 def test_only_the_region_and_the_first_rows_read(unet: Any) -> None:

@@ -104,7 +104,7 @@ def measure_all(
     are not there are left out. ``trained`` judges the rows of training subjects."""
     known = dict(models)
     for row in rows.DRAWN:
-        name = f"{row.subjects} subject{'s' * (row.subjects > 1)}: {row.title}"
+        name = row.name
         if not report.asked(name, wanted):
             continue
         if row.model.startswith(CONVERTED) and row.model not in known:

@@ -54,10 +54,14 @@ def accelerator() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def fast_in_half(device: torch.device) -> bool:
+    """Whether what runs there is to be in bfloat16."""
+    return device.type != "cpu" or half_is_faster()
+
+
 def autocast(device: torch.device = CPU) -> torch.autocast:
     """Autocast to bfloat16 where that is faster."""
-    enabled = device.type != "cpu" or half_is_faster()
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast_in_half(device))
 
 
 def shares() -> tuple[int, int]:
@@ -149,7 +153,7 @@ class Phase:
         others = [p for p in parameters if not (muon and is_matrix(p))]
         made: list[torch.optim.Optimizer] = []
         if matrices:
-            half = matrices[0].device.type != "cpu" or half_is_faster()
+            half = fast_in_half(matrices[0].device)
             computed_in = torch.bfloat16 if half else torch.float32
             made.append(Muon(matrices, rate, decay, computed_in))
         if others:

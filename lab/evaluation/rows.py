@@ -49,6 +49,11 @@ class Drawn:
     agree: bool = True
     trained: bool = False
 
+    @property
+    def name(self) -> str:
+        """What the table calls it: 2 subjects: full."""
+        return f"{self.subjects} subject{'s' * (self.subjects > 1)}: {self.title}"
+
 
 DRAWN = (
     *(Drawn("real pictures", count, "real") for count in (1, 2, 3)),

@@ -32,7 +32,7 @@ from anystory_core.training.hosts.unet import UNetInputs, attention_kernels, pre
 from anystory_core.training.losses import error_weights
 from anystory_core.training.schedule import BETA_END, BETA_START, Schedule
 
-from ..phase import Phase, accelerator, autocast, first_makes, half_is_faster, shares
+from ..phase import Phase, accelerator, autocast, fast_in_half, first_makes, shares
 from ..world.scenes import folder_of
 from .cache import Cached, encode_texts, numbers_of, read_shard_of, read_shards
 from .clip import load_clip
@@ -254,8 +254,7 @@ def train_base(folder: Path, *, steps: int, batch: int = BATCH, size: int = PICT
     unet, teller = base.unet, base.teller
     reader = Reader(unet, CONFIG)
     teller.watch(unet, reader.sites)
-    slow = device.type == "cpu" and not half_is_faster()
-    layout = torch.channels_last if slow else torch.contiguous_format
+    layout = torch.contiguous_format if fast_in_half(device) else torch.channels_last
     unet.to(memory_format=layout)
     states, pooled = encode_texts(clip.text, row_table, [""])
     empty = torch.from_numpy(states[0]).to(device), torch.from_numpy(pooled[0]).to(device)

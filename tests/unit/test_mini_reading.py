@@ -14,10 +14,10 @@ pytest.importorskip("diffusers")
 from anystory_core.bases.sdxl.sites import build_sites
 from anystory_core.injection.call import Call
 from anystory_core.injection.keys import Candidates
-from anystory_core.injection.prepare import PreparedSubjects, project
+from anystory_core.injection.prepare import PreparedSubjects, SiteConditions, project
 from anystory_core.injection.rows import Rows
 from anystory_core.mini.config import CONFIG
-from anystory_core.routing.sources import SingleRoute
+from anystory_core.routing.sources import RouteSource, SingleRoute
 from anystory_core.training.hosts import unet as diffusers_unet
 from anystory_core.training.hosts.unet import UNetInputs
 from anystory_core.training.initial import ROUTER_PARTS, init_from_unet
@@ -53,6 +53,20 @@ def references() -> Tensor:
     return torch.randn(BATCH, 4, side, side, generator=torch.Generator().manual_seed(2))
 
 
+def drawn(
+    unet: Any,
+    conditions: tuple[SiteConditions, ...],
+    source: RouteSource,
+    biases: tuple[float, ...],
+) -> Tensor:
+    """What the injection itself gives, without a reader; it takes the U-Net from that."""
+    sites = build_sites(CONFIG.unet)
+    run = PreparedSubjects(conditions, source, (1.0,) * len(biases), biases)
+    active = (True,) * run.subjects
+    call = Call(run, Rows(tuple(range(BATCH))), active, sites, diffusers_unet.dense_attention)
+    return diffusers_unet.predict(unet, diffusers_unet.install(unet, sites), call, inputs())
+
+
 def test_stage_1_begins_with_what_the_base_reads(unet: Any) -> None:
     """A ReferenceNet and K, V maps that begin from the U-Net, routed everywhere (Eq. 6, gamma 0),
     give the base's own reading, to float32 rounding."""
@@ -68,10 +82,7 @@ def test_stage_1_begins_with_what_the_base_reads(unet: Any) -> None:
     latents = torch.cat((references(), torch.rand(BATCH, 1, *references().shape[-2:])), dim=1)
     features = model.reference_net(latents)  # the mask's channel has no weight yet
     conditions = project(model.projections, sites, [None, None], [features, None])
-    run = PreparedSubjects(conditions, SingleRoute(), (1.0, 1.0), (0.0, -math.inf))
-    call = Call(run, Rows(tuple(range(BATCH))), (True,), sites, diffusers_unet.dense_attention)
-    slot = diffusers_unet.install(unet, sites)
-    trained = diffusers_unet.predict(unet, slot, call, inputs())
+    trained = drawn(unet, conditions, SingleRoute(), (0.0, -math.inf))
     assert (read - trained).abs().max() < 1e-5 * read.abs().max()
 
 
@@ -101,11 +112,7 @@ def test_tokens_enter_as_stage_1_has_them(unet: Any) -> None:
     tokens, background = [encode(seen[:, i]) for i in (0, 1)], encode(zero)
     tokens[1] = torch.cat((tokens[1][:1], background))
     conditions = project(model.projections, model.sites, [*tokens, background], [*features, None])
-    run = PreparedSubjects(conditions, source, (1.0,) * 3, (0.0, 0.0, -math.inf))
-    rows = Rows(tuple(range(BATCH)))
-    wanted_call = Call(run, rows, (True, True), model.sites, diffusers_unet.dense_attention)
-    slot = diffusers_unet.install(unet, model.sites)
-    wanted = diffusers_unet.predict(unet, slot, wanted_call, inputs())
+    wanted = drawn(unet, conditions, source, (0.0, 0.0, -math.inf))
     assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
@@ -125,15 +132,9 @@ def test_tokens_alone_are_the_clip_branch_without_references(unet: Any) -> None:
     assert not torch.allclose(alone, both, atol=1e-3)
     plain = diffusers_unet.predict(unet, reader.slot, None, inputs())
     assert torch.allclose(read(None, []), plain, atol=1e-6)
-    model = build_model(CONFIG, ("subject_encoder", "clip_projections"))
-    model.encoder, model.projections = branch.encoder, branch.projections
-    tokens, _ = model.encoder(seen[:, 0])
-    conditions = project(model.projections, model.sites, [tokens, None], [None, None])
-    run = PreparedSubjects(conditions, SingleRoute(), (1.0, 1.0), (-math.inf, -math.inf))
-    rows = Rows(tuple(range(BATCH)))
-    call = Call(run, rows, (True,), model.sites, diffusers_unet.dense_attention)
-    slot = diffusers_unet.install(unet, model.sites)
-    wanted = diffusers_unet.predict(unet, slot, call, inputs())
+    tokens, _ = branch.encoder(seen[:, 0])
+    conditions = project(branch.projections, branch.sites, [tokens, None], [None, None])
+    wanted = drawn(unet, conditions, SingleRoute(), (-math.inf, -math.inf))
     assert (alone - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from scene import Scene, module, picture
+from scene import Scene, halves, module, picture
 from torch import Tensor
 
 
@@ -36,12 +36,17 @@ def apart(x: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    # Three times what was measured: 0 (the shipped weights are fp16), 0.004, and 0.05 of a subject,
-    # 0.07 of a picture.
-    [(torch.float16, 1e-4), (torch.bfloat16, 0.012), (torch.float8_e4m3fn, 0.2)],
+    ("dtype", "tolerance", "drawn"),
+    # Three times what was measured of a subject: 0 (the shipped weights are fp16), 0.006 and 0.08.
+    # Of a picture 0.04 and 0.17 were; a step that begins in noise alone leaves it to rounding which
+    # of two subjects some places show, so the bounds only tell it from one without subjects (0.6).
+    [
+        (torch.float16, 1e-4, 1e-4),
+        (torch.bfloat16, 0.018, 0.3),
+        (torch.float8_e4m3fn, 0.24, 0.5),
+    ],
 )
-def test_storage_types(scene: Scene, dtype: torch.dtype, tolerance: float) -> None:
+def test_storage_types(scene: Scene, dtype: torch.dtype, tolerance: float, drawn: float) -> None:
     exact = scene.encode(0)
     subject = scene.encode(0, anystory=stored_as(scene, dtype))
     assert apart(subject.tokens, exact.tokens) < tolerance
@@ -49,27 +54,32 @@ def test_storage_types(scene: Scene, dtype: torch.dtype, tolerance: float) -> No
     for x, y in zip(subject.features, exact.features, strict=True):
         assert apart(x, y) < tolerance
     whole = picture_with(scene, scene.mini.anystory)
-    assert apart(picture_with(scene, stored_as(scene, dtype)), whole) < tolerance
+    assert apart(picture_with(scene, stored_as(scene, dtype)), whole) < drawn
     # A picture without the subjects would not pass for one with them.
-    assert apart(scene.sample(scene.mini.model, steps=1, cfg=1.0), whole) > 0.3
+    assert apart(scene.sample(scene.mini.model, steps=1, cfg=1.0), whole) > 0.55
 
 
 @pytest.mark.parametrize(
     ("flag", "tolerance"),
-    # Of what the subjects change; measured 0.08, 0, 0.19.
-    [("bf16_unet", 0.25), ("fp16_unet", 1e-3), ("fp8_e4m3fn_unet", 0.5)],
+    # Of what the subjects change; measured 0.002, 0, 0.037.
+    [("bf16_unet", 0.006), ("fp16_unet", 1e-3), ("fp8_e4m3fn_unet", 0.11)],
 )
 def test_unet_types(
     scene: Scene, flag: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The host's own switches decide the U-Net's type; keys and values follow, and the subjects
     change the picture as they do in float32."""
-    whole = scene.sample(scene.apply(), steps=1) - scene.sample(scene.mini.model, steps=1)
+
+    def placed() -> Any:
+        """Where each subject is, is given: a router's answers for noise alone are a toss-up."""
+        return scene.route(mode="masks", masks=halves())
+
+    whole = scene.sample(scene.apply(routing=placed()), steps=1)
+    whole = whole - scene.sample(scene.mini.model, steps=1)
     monkeypatch.setattr(module("comfy.cli_args").args, flag, True)
     model = module("anystory_pack.nodes.mini").load_unet()
     assert model.model.get_dtype() != torch.float32
-    subject = scene.route()
-    out = scene.sample(scene.apply(model, subject), steps=1)
+    out = scene.sample(scene.apply(model, placed()), steps=1)
     plain = scene.sample(model, steps=1)
     assert apart(out - plain, whole) < tolerance
 

@@ -71,6 +71,6 @@ def test_pictures_of_the_documentation(
 
 
 def test_a_row_that_was_not_drawn_is_named(table: Path) -> None:
-    (table / "1_subject_trained_without_clip.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match="1_subject_trained_without_clip"):
+    (table / "1_subject_clip_removed.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match="1_subject_clip_removed"):
         pictures.ablations(table)

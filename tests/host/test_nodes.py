@@ -320,8 +320,9 @@ def test_a_file_of_several_number_types(
     routing = scene.route(*(scene.encode(i, label=n) for i, n in enumerate(("ball", "box"))))
     out = scene.sample(scene.apply(routing=routing), steps=1)
     plain = scene.sample(scene.mini.model, steps=1)
-    # fp8 changes a picture by some hundredths; without the subjects half of it would be another.
-    assert (out - whole).norm() < 0.2 * whole.norm() < (out - plain).norm()
+    # fp8 changes a quarter of a picture whose one step begins in noise alone, where rounding decides
+    # which subject some places show; without the subjects more than half of it would be another.
+    assert (out - whole).norm() < 0.4 * whole.norm() < (out - plain).norm()
 
 
 def test_masks_of_any_size(scene: Scene) -> None:

@@ -1,12 +1,13 @@
 """The paper's claims as numbers on the mini model: ``python -m lab.evaluate``.
 
-Draws held-out subjects in held-out scenes, row by row, and writes ``evaluation.json``,
-``evaluation.md`` and a sheet of pictures per row to ``--out``. The sources are fetched into the
-recipe's folder when they are missing there; the measuring networks are those of the repository
+Draws held-out subjects in held-out scenes and writes ``evaluation.json``, ``evaluation.md`` and a
+sheet of pictures per row to ``--out``, and there what was answered of each task
+(:mod:`.evaluation.answers`): the same command goes on where it was cut off, and with more
+``--samples`` only the others are drawn. The sources are fetched into the recipe's folder when they
+are missing there; the measuring networks are those of the repository
 (:mod:`.measuring.networks`), whatever is measured. What the rows are: :mod:`.evaluation.rows`.
-What was chosen by looking at the first tasks is measured on others, from ``--first`` on. A row that
-is done with the same weights and tasks is not drawn again; a row whose weights were never trained
-is left out of the table.
+What was chosen by looking at the first tasks is measured on others, from ``--first`` on. A row
+whose weights were never trained is left out.
 """
 
 from __future__ import annotations
@@ -14,31 +15,52 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from anystory_core.mini.config import PICTURE_SIZE
 from anystory_core.mini.weights import FOLDER
 from anystory_core.mini.weights import path as weights_path
-from anystory_core.weights.fingerprint import weights_fingerprint
 from anystory_core.weights.model import AnyStoryModel
 
-from .evaluation import report, rows, segmentation
+from .evaluation import report
+from .evaluation.answers import Answers, Unit
+from .evaluation.bench import Bench
 from .evaluation.judge import Judge
-from .evaluation.stack import Stack, load_anystory, stack_of_files, stack_of_work
-from .evaluation.tasks import held_out_subjects, training_subjects
-from .files.public import converted
+from .evaluation.rows import ROWS
+from .evaluation.stack import load_anystory, stack_of_files, stack_of_work
+from .evaluation.tasks import Task, held_out_subjects, training_subjects
+from .phase import run_shared, shares
 from .stages import WHOLE_FILE
-from .world.emoji import Emoji, download
+from .world.emoji import download
 
-ROUTING_SAMPLES = 500
-CONVERTED = "converted "  # begins the names of models that are made without training
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line says."""
+
+    work: Path
+    out: Path
+    samples: int
+    first: int
+    rows: Sequence[str]
+    shipped: bool
+    processes: int
+
+    @property
+    def numbers(self) -> range:
+        """Of the tasks of each row."""
+        return range(self.first, self.first + self.samples)
+
+    @property
+    def answers(self) -> Answers:
+        """Where they are kept."""
+        return Answers(self.out / "answers")
 
 
 def find_models(work: Path, *, shipped: bool) -> dict[str, AnyStoryModel]:
@@ -52,118 +74,79 @@ def find_models(work: Path, *, shipped: bool) -> dict[str, AnyStoryModel]:
     return {name: load_anystory(file) for name, file in files.items() if file.exists()}
 
 
-def convert_models(stack: Stack, models: dict[str, AnyStoryModel]) -> dict[str, AnyStoryModel]:
-    """What a user gets without training: the base converted with the CLIP branch that was trained
-    without a ReferenceNet, as IP-Adapter is, or else with the full model's."""
-    branch = models.get("no reference", models.get("full"))
-    if branch is None:
-        return {}
-    return {f"{CONVERTED}{kind}": made for kind, made in converted(stack.unet, branch).items()}
+def make_bench(options: Options) -> Bench:
+    """Load everything that rows are measured with."""
+    sources = options.work / "sources"
+    judge = Judge.load(held_out_subjects(sources))
+    trained = dataclasses.replace(judge, subjects=tuple(training_subjects(sources)))
+
+    def keep(name: str, tasks: Sequence[Task], pictures: Tensor) -> None:
+        if tasks[0].number == options.first:
+            report.write_sheet(options.out / f"{report.slug(name)}.jpg", tasks, pictures)
+
+    return Bench(
+        stack_of_files(FOLDER) if options.shipped else stack_of_work(options.work),
+        find_models(options.work, shipped=options.shipped),
+        judge,
+        trained,
+        keep,
+    )
 
 
-class Table:
-    """``evaluation.json``: finished rows by name."""
-
-    def __init__(self, folder: Path, key: str) -> None:
-        self.folder, self.file = folder, folder / "evaluation.json"
-        self.rows: dict[str, Any] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.file.exists():
-            saved = json.loads(self.file.read_text())
-            if saved["weights"] == key:
-                self.rows = saved["rows"]
-        self.key = key
-
-    def add(self, name: str, samples: int, measure: Callable[[], rows.Result]) -> None:
-        """Measure a row unless it is there with as many samples; write all rows anew."""
-        if self.rows.get(name, {}).get("samples") == samples:
-            return
-        start = time.monotonic()
-        result = {key: dataclasses.asdict(value) for key, value in measure().items()}
-        self.rows[name] = {
-            "samples": samples, "seconds": round(time.monotonic() - start), "figures": result,
-        }  # fmt: skip
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"weights": self.key, "rows": self.rows}, indent=1) + "\n")
-        os.replace(temporary, self.file)
-        (self.folder / "evaluation.md").write_text(report.markdown(self.rows))
-        print(report.line(name, self.rows[name]), flush=True)
+def measure(options: Options, missing: Sequence[Unit]) -> None:
+    """This process's share of what is missing."""
+    torch.set_flush_denormal(True)
+    part, parts = shares()
+    own = missing[part::parts]
+    bench = make_bench(options)
+    for done, unit in enumerate(own, start=1):
+        seconds = options.answers.measure(unit, bench)
+        print(f"{unit.name}: {seconds:.0f} s, {done} of {len(own)} units", flush=True)
 
 
-def measure_all(
-    stack: Stack,
-    models: dict[str, AnyStoryModel],
-    subjects: Sequence[Emoji],
-    judge: Judge,
-    trained: Judge,
-    table: Table,
-    numbers: range,
-    wanted: Sequence[str],
-) -> None:
-    """Every row that ``wanted`` names, or all, of the tasks with these numbers; rows of models that
-    are not there are left out. ``trained`` judges the rows of training subjects."""
-    known = dict(models)
-    for row in rows.DRAWN:
-        name = row.name
-        if not report.asked(name, wanted):
-            continue
-        if row.model.startswith(CONVERTED) and row.model not in known:
-            known.update(convert_models(stack, models))
-        if row.model not in (*rows.WITHOUT_MODEL, *known):
-            continue
-        sheet = report.Sheet(table.folder / f"{report.slug(name)}.jpg")
-
-        def draw(row: rows.Drawn = row, sheet: report.Sheet = sheet) -> rows.Result:
-            named_by = trained if row.trained else judge
-            return rows.measure_drawn(row, known, stack, named_by, numbers, sheet.keep)
-
-        table.add(name, len(numbers), draw)
-    scenes = numbers[:ROUTING_SAMPLES]
-    measures = {
-        "full": rows.measure_routing,
-        "trained without refinement": rows.measure_routing,
-        "by the labels' words": rows.measure_text_routing,
-    }
-    kinds = {"trained without refinement": "no refinement"}
-    for title, measure in measures.items():
-        model = models.get(kinds.get(title, "full"))
-        for level in rows.LEVELS:
-            name = f"routing at {level}: {title}"
-            if model is None or not report.asked(name, wanted):
-                continue
-            if model.routers is None and measure is rows.measure_routing:
-                continue
-            table.add(name, len(scenes), partial(measure, model, stack, subjects, scenes, level))
-    full = models.get("full")
-    for name, noises in segmentation.ROWS.items():
-        if full is not None and full.routers is not None and report.asked(name, wanted):
-            measure_masks = partial(segmentation.measure_segmentation, full, stack, subjects)
-            table.add(name, len(scenes), partial(measure_masks, scenes, noises))
+def write_table(options: Options, bench: Bench) -> None:
+    """Figures of all rows that were answered, of as many of the tasks as were."""
+    table: dict[str, Any] = {}
+    for row in ROWS:
+        there = options.answers.has_any(row) and bench.has(row.model)
+        answers = options.answers.of(row, options.numbers, bench) if there else []
+        if answers:
+            figures = {k: dataclasses.asdict(v) for k, v in row.figures(answers).items()}
+            table[row.name] = {"samples": len(answers), "figures": figures}
+            print(report.line(row.name, table[row.name]), flush=True)
+    written = json.dumps({"first": options.first, "rows": table}, indent=1) + "\n"
+    (options.out / "evaluation.json").write_text(written)
+    (options.out / "evaluation.md").write_text(report.markdown(table))
 
 
 def main() -> None:
-    """Parse the command line, load everything, measure."""
+    """Parse the command line, load everything, measure what is missing, write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="the recipe's folder")
     parser.add_argument("--out", type=Path, required=True, help="where table and sheets go")
     parser.add_argument("--samples", type=int, default=500, help="of each row")
     parser.add_argument("--first", type=int, default=0, help="number of the first task")
-    parser.add_argument("--rows", nargs="*", default=(), help="only rows whose names contain one")
+    parser.add_argument(
+        "--rows", nargs="*", default=(), help="only those of this name, or else that contain it"
+    )
     parser.add_argument("--shipped", action="store_true", help="the pack's files, not the folder's")
-    given = parser.parse_args()
+    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
+    options = Options(**vars(parser.parse_args()))
     torch.set_flush_denormal(True)
-    download(given.work / "sources")
-    subjects = held_out_subjects(given.work / "sources")
-    stack = stack_of_files(FOLDER) if given.shipped else stack_of_work(given.work)
-    models = find_models(given.work, shipped=given.shipped)
-    judge = Judge.load(subjects)
-    eyes = weights_fingerprint(judge.finder, judge.identity, judge.segmenter)
-    made = [model.fingerprint for model in models.values()]
-    key = "-".join((str(PICTURE_SIZE), stack.fingerprint, *made, eyes, str(given.first)))
-    table = Table(given.out, key)
-    numbers = range(given.first, given.first + given.samples)
-    trained = dataclasses.replace(judge, subjects=tuple(training_subjects(given.work / "sources")))
-    measure_all(stack, models, subjects, judge, trained, table, numbers, given.rows)
+    try:
+        asked = report.asked([row.name for row in ROWS], options.rows)
+    except ValueError as error:
+        parser.error(str(error))
+    options.out.mkdir(parents=True, exist_ok=True)
+    download(options.work / "sources")
+    bench = make_bench(options)
+    wanted = [row for row in ROWS if row.name in asked and bench.has(row.model)]
+    missing = options.answers.missing(wanted, options.numbers, bench)
+    try:
+        if missing:
+            run_shared(partial(measure, options, missing), options.processes)
+    finally:  # also of what was measured until it was stopped
+        write_table(options, bench)
 
 
 if __name__ == "__main__":

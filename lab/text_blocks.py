@@ -20,9 +20,9 @@ from anystory_core.routing.words import TextRoutes
 
 from .evaluation import measures
 from .evaluation.draw import SIDE, Encoder, Variant, prepare_tasks
-from .evaluation.passes import batches, clean_latents, half_of, level_record, noised_pass
+from .evaluation.passes import clean_latents, level_record, noised_pass
 from .evaluation.stack import load_anystory, stack_of_files
-from .evaluation.tasks import held_out_subjects
+from .evaluation.tasks import held_out_subjects, task
 from .world.emoji import download
 
 LEVEL = 500
@@ -35,7 +35,8 @@ def measure(encoder: Encoder, sources: Path, numbers: range) -> dict[int, list[f
     found: dict[int, list[float]] = {block: [] for block in range(len(sites) + 1)}
     subjects = held_out_subjects(sources)
     for count in (2, 3):
-        for (one,) in batches(subjects, count, half_of(numbers), 1):
+        for number in numbers[: len(numbers) // 2]:
+            one = task(subjects, count, number)
             prepared = prepare_tasks(Variant(encoder.model, "text", agree=False), encoder, [one])
             assert isinstance(prepared.source, TextRoutes)
             clean = clean_latents(encoder, [one])

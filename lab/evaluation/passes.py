@@ -30,11 +30,6 @@ def batches(
         yield [task(subjects, count, n) for n in numbers[start : start + size]]
 
 
-def half_of(numbers: range) -> range:
-    """The first half: what each of two counts of subjects has of a row of scenes."""
-    return numbers[: len(numbers) // 2]
-
-
 def scenes_of(tasks: Sequence[Task]) -> Tensor:
     """The tasks' own pictures (B,3,H,W) in [-1,1]."""
     return to_signed(torch.stack([torch.from_numpy(t.scene.picture.copy()) for t in tasks]))

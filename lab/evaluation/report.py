@@ -19,9 +19,16 @@ SHOWN = 16  # pictures of a sheet
 ACROSS = 8
 
 
-def asked(name: str, wanted: Sequence[str]) -> bool:
-    """No wish at all, or the name contains one."""
-    return not wanted or any(wish in name for wish in wanted)
+def asked(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """All names, or those that some wish is or, where it is none, is a part of. ValueError names a
+    wish that nothing is asked by."""
+    found: set[str] = set()
+    for wish in wanted:
+        meant = {wish} if wish in names else {name for name in names if wish in name}
+        if not meant:
+            raise ValueError(f"--rows: no row is called {wish!r}; there are: {', '.join(names)}")
+        found |= meant
+    return [name for name in names if name in found or not wanted]
 
 
 def slug(name: str) -> str:
@@ -69,25 +76,16 @@ def _table(
     return "\n".join(lines) + "\n"
 
 
-class Sheet:
-    """The first pictures of a row, each under its references."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.columns: list[UInt8] = []
-
-    def keep(self, tasks: Sequence[Task], pictures: Tensor) -> None:
-        """Take what is still missing; write the file when it is full."""
-        for task, picture in zip(tasks, pictures, strict=True):
-            if len(self.columns) == SHOWN:
-                return
-            self.columns.append(_column(task, picture))
-            if len(self.columns) == SHOWN:
-                rows = [
-                    np.concatenate(self.columns[start : start + ACROSS], axis=1)
-                    for start in range(0, SHOWN, ACROSS)
-                ]
-                Image.fromarray(np.concatenate(rows, axis=0)).save(self.file, quality=90)
+def write_sheet(file: Path, tasks: Sequence[Task], pictures: Tensor) -> None:
+    """The first pictures (B,3,H,W) of a row, each under its references; none of fewer than
+    :data:`SHOWN`."""
+    if len(tasks) < SHOWN:
+        return
+    columns = [_column(*shown) for shown in zip(tasks[:SHOWN], pictures[:SHOWN], strict=True)]
+    rows = [
+        np.concatenate(columns[start : start + ACROSS], axis=1) for start in range(0, SHOWN, ACROSS)
+    ]
+    Image.fromarray(np.concatenate(rows, axis=0)).save(file, quality=90)
 
 
 def _column(task: Task, picture: Tensor) -> UInt8:

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from anystory_core.routing.segment import mean_maps
-from anystory_core.training.call import TrainingCall
-from anystory_core.training.losses import target_maps
-from anystory_core.weights.model import AnyStoryModel
-
-from ..world.emoji import Emoji
 from . import draw, measures
-from .draw import SIDE, Encoder, Variant, prepare_tasks
+from .bench import WITHOUT_MODEL, Answer, Bench, Result, Row
+from .draw import Variant
 from .judge import Judge, Verdict
-from .passes import BATCH, batches, clean_latents, half_of, level_record, noised_pass, scenes_of
-from .stack import Stack
+from .passes import scenes_of
+from .routing import ROUTED
+from .segmentation import SEGMENTED
 from .tasks import Task
-
-LEVELS = (200, 500, 800)  # of 1000
-WITHOUT_MODEL = ("base", "real")  # values of Drawn.model that name no AnyStory weights
-
-Result = dict[str, measures.Estimate]
-Keep = Callable[[Sequence[Task], Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -40,7 +29,7 @@ class Drawn:
     their own."""
 
     title: str
-    subjects: int
+    count: int
     model: str = "full"
     captions: Literal["plain", "named"] = "plain"
     routes: draw.Routes = "router"
@@ -52,7 +41,39 @@ class Drawn:
     @property
     def name(self) -> str:
         """What the table calls it: 2 subjects: full."""
-        return f"{self.subjects} subject{'s' * (self.subjects > 1)}: {self.title}"
+        return f"{self.count} subject{'s' * (self.count > 1)}: {self.title}"
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Its number of subjects."""
+        return (self.count,)
+
+    def judge(self, bench: Bench) -> Judge:
+        """Of training subjects, or of held-out ones."""
+        return bench.trained if self.trained else bench.judge
+
+    def answers(self, bench: Bench, tasks: Sequence[Task]) -> list[Answer]:
+        """What the measuring networks say of a picture of each task."""
+        if self.model == "real":
+            pictures = scenes_of(tasks)
+        else:
+            # The words of a task's subjects are its own.
+            size = 1 if self.routes == "text" else len(tasks)
+            parts = [tasks[start : start + size] for start in range(0, len(tasks), size)]
+            model = None if self.model in WITHOUT_MODEL else bench.model(self.model)
+            variant = Variant(model, self.routes, self.clip, self.reference, self.agree)
+            pictures = torch.cat(
+                [
+                    draw.draw(bench.stack, part, [t.caption(self.captions) for t in part], variant)
+                    for part in parts
+                ]
+            )
+        bench.keep(self.name, tasks, pictures)
+        return [dataclasses.asdict(v) for v in self.judge(bench).judge(pictures, tasks)]
+
+    def figures(self, answers: Sequence[Answer]) -> Result:
+        """Shares and means with their intervals."""
+        return counted([Verdict(**answer) for answer in answers], self.count)
 
 
 DRAWN = (
@@ -92,35 +113,6 @@ DRAWN = (
 )
 
 
-def measure_drawn(
-    row: Drawn,
-    models: dict[str, AnyStoryModel],
-    stack: Stack,
-    judge: Judge,
-    numbers: range,
-    keep: Keep | None = None,
-) -> Result:
-    """Draw the tasks of these numbers and count. KeyError names a model that is not there."""
-    model = None if row.model in WITHOUT_MODEL else models[row.model]
-    routes = row.routes if model is None or model.routers is not None else _without(row.routes)
-    variant = Variant(model, routes, row.clip, row.reference, row.agree)
-    verdicts: list[Verdict] = []
-    size = 1 if routes == "text" else BATCH
-    for tasks in batches(judge.subjects, row.subjects, numbers, size):
-        if row.model == "real":
-            pictures = scenes_of(tasks)
-        else:
-            pictures = draw.draw(stack, tasks, [t.caption(row.captions) for t in tasks], variant)
-        if keep is not None:
-            keep(tasks, pictures)
-        verdicts += judge.judge(pictures, tasks)
-    return counted(verdicts, row.subjects)
-
-
-def _without(routes: draw.Routes) -> draw.Routes:
-    return "single" if routes == "router" else routes
-
-
 def counted(verdicts: Sequence[Verdict], subjects: int) -> Result:
     """Shares with their intervals."""
 
@@ -150,89 +142,4 @@ def counted(verdicts: Sequence[Verdict], subjects: int) -> Result:
     return result
 
 
-@dataclass
-class _Routing:
-    """IoU sums of one noise level."""
-
-    layers: dict[int, list[float]] = dataclasses.field(default_factory=dict[int, list[float]])
-    coarse_layers: dict[int, list[float]] = dataclasses.field(
-        default_factory=dict[int, list[float]]
-    )
-    over: list[float] = dataclasses.field(default_factory=list[float])
-    coarse_over: list[float] = dataclasses.field(default_factory=list[float])
-    perfect_over: list[float] = dataclasses.field(default_factory=list[float])
-    ceiling: list[float] = dataclasses.field(default_factory=list[float])
-
-
-def _pass_of(
-    encoder: Encoder, tasks: Sequence[Task], level: int, routes: draw.Routes
-) -> TrainingCall:
-    """One pass over the tasks' scenes, noised to ``level``, with their captions."""
-    noise = torch.stack([t.noise((4, SIDE, SIDE), salt=level) for t in tasks])
-    text = encoder.stack.encode_text([t.caption("named") for t in tasks])
-    prepared = prepare_tasks(Variant(encoder.model, routes, agree=False), encoder, tasks)
-    return noised_pass(encoder, prepared, clean_latents(encoder, tasks), noise, level, text)
-
-
-def measure_routing(
-    model: AnyStoryModel, stack: Stack, subjects: Sequence[Emoji], numbers: range, level: int
-) -> Result:
-    """Real held-out scenes of two and three subjects, noised to ``level``: IoU of the routes with
-    the true masks."""
-    sums = _Routing()
-    encoder = Encoder(stack, model)
-    for count in (2, 3):
-        for tasks in batches(subjects, count, half_of(numbers)):
-            call = _pass_of(encoder, tasks, level, "router")
-            for row, one in enumerate(tasks):
-                _add(sums, call, row, one)
-    result = {
-        "over layers": measures.bootstrap(sums.over),
-        "over layers, coarse": measures.bootstrap(sums.coarse_over),
-        "over layers, each block's map perfect": measures.bootstrap(sums.perfect_over),
-        "perfect masks": measures.bootstrap(sums.ceiling),
-    }
-    for index in sorted(sums.layers):
-        result[f"layer {index}"] = measures.bootstrap(sums.layers[index])
-        result[f"layer {index}, coarse"] = measures.bootstrap(sums.coarse_layers[index])
-    return result
-
-
-def measure_text_routing(
-    model: AnyStoryModel, stack: Stack, subjects: Sequence[Emoji], numbers: range, level: int
-) -> Result:
-    """IoU with the true masks of the routes that the labels' words give
-    (:mod:`anystory_core.routing.words`), label = name, on the scenes of :func:`measure_routing`; no
-    router takes part. One scene at a time, because its words are its own."""
-    over: list[float] = []
-    ceilings: list[float] = []
-    encoder = Encoder(stack, model)
-    for count in (2, 3):
-        for (one,) in batches(subjects, count, half_of(numbers), 1):
-            record = level_record(_pass_of(encoder, [one], level, "text"), 0)
-            true = one.masks()
-            over.append(measures.picture_iou(mean_maps(record, (SIDE, SIDE)), true))
-            ceilings.append(measures.mean_ceiling(true, (SIDE, SIDE)))
-    return {
-        "over layers": measures.bootstrap(over),
-        "perfect masks": measures.bootstrap(ceilings),
-    }
-
-
-def _add(sums: _Routing, call: TrainingCall, row: int, one: Task) -> None:
-    true = one.masks()
-    refined = level_record(call, row)
-    coarse: dict[int, Tensor] = {}
-    for index, soft in call.soft_maps.items():
-        assert soft.logits is not None
-        coarse[index] = soft.logits.coarse[row : row + 1].float().softmax(dim=1)
-        for store, maps in ((sums.layers, refined.soft), (sums.coarse_layers, coarse)):
-            value = measures.grid_iou(maps[index][0], true, soft.grid)
-            store.setdefault(index, []).append(value)
-    perfect = {index: target_maps(true[None], grid) for index, grid in refined.grids.items()}
-    for store, maps in (
-        (sums.over, refined.soft), (sums.coarse_over, coarse), (sums.perfect_over, perfect),
-    ):  # fmt: skip
-        mean = mean_maps(dataclasses.replace(refined, soft=maps), (SIDE, SIDE))
-        store.append(measures.picture_iou(mean, true))
-    sums.ceiling.append(measures.mean_ceiling(true, (SIDE, SIDE)))
+ROWS: tuple[Row, ...] = (*DRAWN, *ROUTED, *SEGMENTED)

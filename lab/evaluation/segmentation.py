@@ -7,6 +7,7 @@ noise or of several. The masks are compared with the true ones at picture resolu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,39 +17,32 @@ from anystory_core.routing.segment import mean_maps, noises
 from anystory_core.weights.model import AnyStoryModel
 
 from ..networks.text import LENGTH
-from ..world.emoji import Emoji
 from . import measures
+from .bench import Answer, Bench, Result
 from .draw import SIDE, Encoder, Variant, prepare_tasks
-from .passes import batches, clean_latents, half_of, level_record, noised_pass
+from .judge import Judge
+from .passes import clean_latents, level_record, noised_pass
+from .routing import means
 from .stack import Stack
 from .tasks import Task
 
 LEVEL = 500  # of 1000: the node's default noise, 0.5
-# Row of the table -> noises that are averaged; the first is the node's default.
-ROWS = {
-    "segmentation: empty prompt, 4 noises": 4,
-    "segmentation: empty prompt, 1 noise": 1,
-}
 
 
-def measure_segmentation(
-    model: AnyStoryModel, stack: Stack, subjects: Sequence[Emoji], numbers: range, count: int
-) -> dict[str, measures.Estimate]:
-    """Scenes of two and three subjects, ``count`` noises each: IoU of the masks, and what perfect
-    masks reach on the latent's grid. ValueError when the model holds no router."""
-    found: list[float] = []
-    ceilings: list[float] = []
-    encoder = Encoder(stack, model)
-    for subject_count in (2, 3):
-        for batch in batches(subjects, subject_count, half_of(numbers)):
-            drawn = [noises((4, SIDE, SIDE), count, one.number) for one in batch]
-            for one, maps in zip(batch, maps_of(encoder, batch, torch.stack(drawn)), strict=True):
-                found.append(measures.picture_iou(maps, one.masks()))
-                ceilings.append(measures.mean_ceiling(one.masks(), (SIDE, SIDE)))
-    return {
-        "masks": measures.bootstrap(found),
-        "perfect masks": measures.bootstrap(ceilings),
-    }
+def segmentation(
+    model: AnyStoryModel, stack: Stack, tasks: Sequence[Task], count: int
+) -> list[Answer]:
+    """``count`` noises of each scene: IoU of the masks, and what perfect masks reach on the
+    latent's grid. ValueError when the model holds no router."""
+    drawn = torch.stack([noises((4, SIDE, SIDE), count, one.number) for one in tasks])
+    found = maps_of(Encoder(stack, model), tasks, drawn)
+    return [
+        {
+            "masks": measures.picture_iou(maps, one.masks()),
+            "perfect masks": measures.mean_ceiling(one.masks(), (SIDE, SIDE)),
+        }
+        for one, maps in zip(tasks, found, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -66,3 +60,34 @@ def maps_of(encoder: Encoder, tasks: Sequence[Task], noise: Tensor) -> list[Tens
         for row in range(rows):
             total[row] += mean_maps(level_record(call, row), (SIDE, SIDE)) / noise.shape[1]
     return total
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """A row of scenes of two and of three subjects, with so many noises each."""
+
+    noises: int
+    model: str = "full"
+    counts: tuple[int, ...] = (2, 3)
+
+    @property
+    def name(self) -> str:
+        """What the table calls it: segmentation: empty prompt, 4 noises."""
+        return f"segmentation: empty prompt, {self.noises} noise{'s' * (self.noises > 1)}"
+
+    def judge(self, bench: Bench) -> Judge:
+        """Of held-out subjects."""
+        return bench.judge
+
+    def answers(self, bench: Bench, tasks: Sequence[Task]) -> list[Answer]:
+        """Of each scene. ValueError when the model holds no router."""
+        model = bench.model(self.model)
+        assert model is not None
+        return segmentation(model, bench.stack, tasks, self.noises)
+
+    def figures(self, answers: Sequence[Answer]) -> Result:
+        """Their means."""
+        return means(answers)
+
+
+SEGMENTED = (Segmentation(4), Segmentation(1))  # the first is the node's default

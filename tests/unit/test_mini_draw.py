@@ -3,6 +3,8 @@ without any injection are the base, and routes are measured on the grids that th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +17,8 @@ pytest.importorskip("open_clip")
 from anystory_core.mini.config import CONFIG, PICTURE_SIZE
 from anystory_core.mini.weights import row_of_token
 from anystory_core.weights.model import AnyStoryModel, build_model
-from lab.evaluation import draw, passes, rows, segmentation
+from lab.evaluation import draw, routing, segmentation
+from lab.evaluation.bench import Answer
 from lab.evaluation.draw import Variant
 from lab.evaluation.judge import cut, pose_of
 from lab.evaluation.stack import Stack, make_stack
@@ -60,6 +63,14 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> list[Emoji]:
     return out
 
 
+def answers_of_four(
+    subjects: list[Emoji], measure: Callable[[list[Task], int], list[Answer]], given: int
+) -> list[Answer]:
+    """Of two scenes of two subjects and two of three."""
+    pairs = [measure([task(subjects, count, n) for n in range(2)], given) for count in (2, 3)]
+    return [answer for pair in pairs for answer in pair]
+
+
 def captions(tasks: list[Task]) -> list[str]:
     return [t.caption("plain") for t in tasks]
 
@@ -102,7 +113,7 @@ def test_merged_is_the_same_as_single_for_one_subject(
 def test_routing_is_measured_on_every_layer(
     stack: Stack, model: AnyStoryModel, subjects: list[Emoji]
 ) -> None:
-    result = rows.measure_routing(model, stack, subjects, range(4), 500)
+    result = routing.means(answers_of_four(subjects, partial(routing.routing, model, stack), 500))
     layers = [key for key in result if key.startswith("layer") and not key.endswith("coarse")]
     assert len(layers) == len(model.sites)
     assert all(0 <= value.low <= value.value <= value.high <= 1 for value in result.values())
@@ -111,17 +122,11 @@ def test_routing_is_measured_on_every_layer(
     assert result["over layers"].count == 4
 
 
-def test_rows_take_the_tasks_they_are_given(subjects: list[Emoji]) -> None:
-    numbers = range(500, 507)
-    found = [one.number for part in passes.batches(subjects, 2, numbers, 3) for one in part]
-    assert found == list(numbers)
-    assert passes.half_of(numbers) == range(500, 503)
-
-
 def test_routing_by_words_is_measured(
     stack: Stack, model: AnyStoryModel, subjects: list[Emoji]
 ) -> None:
-    result = rows.measure_text_routing(model, stack, subjects, range(4), 500)
+    by_words = partial(routing.text_routing, model, stack)
+    result = routing.means(answers_of_four(subjects, by_words, 500))
     assert 0 <= result["over layers"].value < 0.6 < result["perfect masks"].value
     assert [len(states) for states in stack.texts(["box", "a box"]).labels] == [1, 2]
 
@@ -145,7 +150,8 @@ def test_segmentation_is_the_mean_over_noises(
 def test_segmentation_is_measured(
     stack: Stack, model: AnyStoryModel, subjects: list[Emoji]
 ) -> None:
-    result = segmentation.measure_segmentation(model, stack, subjects, range(4), 1)
+    measure = partial(segmentation.segmentation, model, stack)
+    result = routing.means(answers_of_four(subjects, measure, 1))
     assert set(result) == {"masks", "perfect masks"} and result["masks"].count == 4
     assert 0 <= result["masks"].value < 0.5 < 0.6 < result["perfect masks"].value
 

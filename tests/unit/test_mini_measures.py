@@ -94,7 +94,12 @@ def test_report_is_a_table_per_group() -> None:
     assert "| base alone |  | 41.2 % (36.9–45.6) | 500 |" in text
     assert "routing, layer by layer | layer 1" in text
     assert report.slug("2 subjects: full, subjects' names") == "2_subjects_full_subjects_names"
-    assert report.asked("1 subject: full", ()) and not report.asked("1 subject: full", ["2 sub"])
+    names = ["1 subject: full", "1 subject: full, routed everywhere", "2 subjects: full"]
+    assert report.asked(names, ()) == names
+    assert report.asked(names, ["1 subject"]) == names[:2]
+    assert report.asked(names, ["2 sub", "1 subject: full"]) == [names[0], names[2]]
+    with pytest.raises(ValueError, match="no row is called '4 subjects'; there are: 1 subject"):
+        report.asked(names, ["1 subject", "4 subjects"])
 
 
 def test_boxes_come_back_from_their_own_targets() -> None:

@@ -14,7 +14,7 @@ pytest.importorskip("open_clip")
 
 from anystory_core.mini.config import PICTURE_SIZE
 from lab import pictures
-from lab.evaluation.report import SHOWN, Sheet, slug
+from lab.evaluation.report import SHOWN, slug, write_sheet
 from lab.evaluation.rows import DRAWN
 
 ROWS = [row for group in pictures.ABLATIONS for row in group]
@@ -32,10 +32,12 @@ class FakeTask:
 def table(tmp_path: Path) -> Path:
     """Sheets of one grey each, darker from row to row."""
     for number, row in enumerate(ROWS):
-        kept = Sheet(tmp_path / f"{slug(row)}.jpg")
         subjects = int(row[0])
         grey = torch.full((SHOWN, 3, PICTURE_SIZE, PICTURE_SIZE), 0.6 - 0.3 * number)
-        kept.keep([FakeTask(subjects)] * SHOWN, grey)
+        file = tmp_path / f"{slug(row)}.jpg"
+        write_sheet(file, [FakeTask(subjects)] * (SHOWN - 1), grey)
+        assert not file.exists()
+        write_sheet(file, [FakeTask(subjects)] * SHOWN, grey)
     return tmp_path
 
 

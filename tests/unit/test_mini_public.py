@@ -16,9 +16,10 @@ from anystory_core.errors import CheckpointError
 from anystory_core.mini.config import CONFIG
 from anystory_core.mini.weights import row_of_token
 from anystory_core.weights.model import AnyStoryModel, build_model
-from lab import evaluate
 from lab.evaluation import draw, rows
+from lab.evaluation.bench import Bench
 from lab.evaluation.draw import Encoder, Variant
+from lab.evaluation.judge import Judge
 from lab.evaluation.stack import Stack, make_stack
 from lab.evaluation.tasks import Task, task
 from lab.files.public import adapter_state, converted
@@ -48,9 +49,14 @@ def branch() -> AnyStoryModel:
     return build_model(CONFIG, PARTS)
 
 
+def bench(stack: Stack, models: dict[str, AnyStoryModel]) -> Bench:
+    judge = Judge.load(())
+    return Bench(stack, models, judge, judge)
+
+
 @pytest.fixture(scope="module")
 def models(stack: Stack, branch: AnyStoryModel) -> dict[str, AnyStoryModel]:
-    return evaluate.convert_models(stack, {"no reference": branch})
+    return bench(stack, {"no reference": branch}).converted
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +142,9 @@ def test_words_route_one_task_at_a_time(
 def test_rows_name_models_that_can_be_there(
     stack: Stack, branch: AnyStoryModel, models: dict[str, AnyStoryModel]
 ) -> None:
-    assert evaluate.convert_models(stack, {}) == {}
+    assert bench(stack, {}).converted == {}
     full = build_model(CONFIG)
-    from_full = evaluate.convert_models(stack, {"full": full})["converted none"].state_dict()
+    from_full = bench(stack, {"full": full}).converted["converted none"].state_dict()
     assert torch.equal(
         from_full["encoder.subject.latents"], full.state_dict()["encoder.subject.latents"]
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from anystory_core.bases.sdxl.names import ldm_to_diffusers
@@ -21,7 +20,7 @@ from ..networks.base import load_unet
 from ..networks.clip import load_clip, load_vocabulary
 from ..networks.vae import load_vae
 from ..stages import WHOLE_FILE
-from .half import write_half
+from .half import holds, write_half
 
 LARGEST_FILE = 40 * 2**20
 LARGEST_PACK = 64 * 2**20
@@ -55,7 +54,9 @@ def export(work: Path) -> dict[str, int]:
             raise ValueError(f"{path(part).name}: {sizes[part]} bytes, at most {LARGEST_FILE}")
     if (work / WHOLE_FILE).exists():
         model = load_model(work / WHOLE_FILE)
-        save_model(path("anystory"), model, CONFIG, dtype=torch.float16)
+        half = {name: tensor.half() for name, tensor in model.state_dict().items()}
+        if not holds(path("anystory"), half):
+            save_model(path("anystory"), half, CONFIG)
         sizes["anystory"] = path("anystory").stat().st_size
     total = sum(path(part).stat().st_size for part in PARTS if path(part).exists())
     if total > LARGEST_PACK:

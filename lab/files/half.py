@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,16 +18,21 @@ def write_half(state: dict[str, Tensor], file: Path) -> int:
         name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in state.items()
     }
-    if not (file.exists() and _same(read_tensors(file), half)):
+    if not holds(file, half):
         file.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(file, half, {})
     return file.stat().st_size
 
 
-def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        tensor.dtype == other[name].dtype and torch.equal(tensor, other[name])
-        for name, tensor in one.items()
+def holds(file: Path, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file is there and holds these very tensors. Its bytes do not tell: safetensors
+    writes what it says of itself in an order that changes from one writing to the next."""
+    if not file.exists():
+        return False
+    there = read_tensors(file)
+    return there.keys() == tensors.keys() and all(
+        tensor.dtype == tensors[name].dtype and torch.equal(tensor, tensors[name])
+        for name, tensor in there.items()
     )
 
 

@@ -191,6 +191,27 @@ def test_a_restored_phase_trains_on(work: Path) -> None:
     assert seen[0] == 0.5 and len(seen) == 2 and float(module.bias.detach()) < 0.5
 
 
+def test_weights_that_are_there_are_not_written_again(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each new version of the file costs the history its size."""
+    monkeypatch.setattr(weights, "FOLDER", tmp_path / "files")
+    monkeypatch.setattr(export, "WHOLE_FILE", tmp_path / "trained.safetensors")
+    torch.manual_seed(5)
+    model = build_model(CONFIG)
+    save_model(tmp_path / "trained.safetensors", model, CONFIG)
+    export.export(work)
+    file = weights.path("anystory")
+    written = file.stat().st_mtime_ns
+    assert export.export(work)["anystory"] == file.stat().st_size
+    assert file.stat().st_mtime_ns == written
+    next(iter(model.state_dict().values())).add_(1)
+    save_model(tmp_path / "trained.safetensors", model, CONFIG)
+    export.export(work)
+    found = load_model(file, dtype=torch.float32).state_dict()
+    assert all(torch.equal(found[n], t.half().float()) for n, t in model.state_dict().items())
+
+
 def test_export_keeps_the_measuring_networks(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they were trained, in half precision, once both of them are; they count for themselves."""
     monkeypatch.setattr(weights, "FOLDER", work / "files")

@@ -68,9 +68,10 @@ class SubjectRouter(io.ComfyNode):
                     "agreement",
                     default=True,
                     optional=True,
-                    tooltip="In the mode 'learned', for two subjects or more: the blocks of the "
-                    "U-Net decide together whose a place is, so that a subject which is only a "
-                    "little ahead does not take every place. Off is the paper: each block for "
+                    tooltip="In the mode 'learned': the blocks of the U-Net decide together whose "
+                    "a place is, so that a subject which is only a little ahead does not take "
+                    "every place, and one subject alone has every place while there is little but "
+                    "noise, so that it is not drawn twice. Off is the paper: each block for "
                     "itself.",
                 ),
                 io.Int.Input(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..bases.base import Site
-from ..routing.agreement import Agreement
+from ..routing.agreement import Agreement, alone
 from ..routing.grids import Crops, Grid, SoftMaps
 from ..routing.words import TextRoutes
 from . import equations
@@ -65,13 +65,15 @@ class Shown:
 
     ``crops`` (B, or empty): the part of the picture that each row shows. Rows in ``apart`` are
     prompts for a part of the picture, which may mean one subject alone, so they take no part in an
-    agreement. Calls of one ``kind`` show the same prompts and the same part of the picture, so that
-    routing by text goes on from what the last one has found; None: nobody knows what is shown.
-    ``again``: this call takes the place of the last one of its kind.
+    agreement. ``blank``: there is little but noise (:data:`..routing.agreement.BLANK`). Calls of
+    one ``kind`` show the same prompts and the same part of the picture, so that routing by text
+    goes on from what the last one has found; None: nobody knows what is shown. ``again``: this call
+    takes the place of the last one of its kind.
     """
 
     crops: Crops = ()
     apart: tuple[int, ...] = ()
+    blank: bool = False
     kind: Hashable | None = ()
     again: bool = False
 
@@ -151,12 +153,14 @@ class Call:
             g + math.log(f) if f > 0 else -math.inf
             for g, f in zip(self.prepared.biases, factors, strict=True)
         )
-        subjects = zip(self._eta[:-1], self._gamma[:-1], strict=True)
-        acting = sum(e > 0 or g > -math.inf for e, g in subjects)
+        subjects = enumerate(zip(self._eta[:-1], self._gamma[:-1], strict=True))
+        acting = [i for i, (e, g) in subjects if e > 0 or g > -math.inf]
         places = enumerate(self._routed)
         self._agreeing = tuple(place for place, row in places if row not in self.shown.apart)
-        agree = self.prepared.agree and acting > 1 and self._agreeing
-        self._agreement = Agreement() if agree else None
+        agree = self.prepared.agree and bool(self._agreeing)
+        self._agreement = Agreement() if agree and len(acting) > 1 else None
+        everywhere = agree and len(acting) == 1 and self.shown.blank
+        self._everywhere = acting[0] if everywhere else None
         if isinstance(self.prepared.source, TextRoutes):
             rows, shown = (len(self.rows.cond), len(self._routed)), self.shown
             kind = None if shown.kind is None else (shown.kind, self._crops, *rows)
@@ -176,13 +180,20 @@ class Call:
             return
         site = self.sites[index - 1]
         soft = self.prepared.source.maps(site, take(z, self._routed), grid, self._crops)
-        if self._agreement is not None:
-            maps = self._agreement.settle(index, take(soft.maps, self._agreeing), grid)
+        if self._agreement is not None or self._everywhere is not None:
+            maps = self._settled(index, take(soft.maps, self._agreeing), grid)
             if len(self._agreeing) < len(self._routed):
                 settled, maps = maps, soft.maps.clone()
                 maps[list(self._agreeing)] = settled
             soft = replace(soft, maps=maps)
         self._set_route(index, soft)
+
+    def _settled(self, index: int, maps: Tensor, grid: Grid) -> Tensor:
+        """Maps (b,C,Q) of the rows that take part in an agreement, by it."""
+        if self._agreement is None:
+            assert self._everywhere is not None
+            return alone(maps, self._everywhere)
+        return self._agreement.settle(index, maps, grid)
 
     def _begin_by_query(self, index: int, q: Tensor) -> None:
         """The route of a source that reads the attn2 query, which comes after ``norm2``."""

@@ -17,8 +17,12 @@ everywhere: that one keeps the places where it is furthest ahead. A router that 
 :data:`MOST`, a factor of 7, is not overruled: a tile of a finished picture that shows one subject
 is not shared out. A token that is left to one candidate (the others have 0 there) is no evidence.
 
-One subject changes nothing, and nothing is kept from one pass to the next. Not in the paper;
-docs/mini.md has what it does.
+One subject alone has nobody to agree with. But where it will be is not decided either while a
+picture is little but noise, and a router that must answer gives it all places that it might take:
+side by side, and it is drawn in each. So in the first :data:`BLANK` of the schedule a subject that
+acts alone has every place, as in stage 1 of the training; then the router is asked.
+
+Nothing is kept from one pass to the next. Not in the paper; docs/mini.md has what it does.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ SIDE = 16
 REACH = 2.0  # tokens of that grid, an eighth of the picture
 SHARPNESS = 8.0
 MOST = 2.0
+BLANK = 0.15
 _LEAST_MAP = 1e-4  # before the logarithm
 _LEAST = 1e-6  # of what is divided by
 _FORBIDDEN = -1e4  # finite: where all are forbidden, shares of nothing are asked for
@@ -82,6 +87,13 @@ class Agreement:
         whole = parts.sum(dim=(2, 3), keepdim=True)
         near, ahead = (x[:, :-1] / x[:, -1:].clamp_min(_LEAST) for x in (near, whole))
         return near + (ahead.amax(dim=1, keepdim=True) - ahead).clamp_max(MOST)
+
+
+def alone(maps: Tensor, subject: int) -> Tensor:
+    """Maps of the shape of ``maps`` (B,C,Q) by which ``subject`` has every place."""
+    whole = torch.zeros_like(maps)
+    whole[:, subject] = 1
+    return whole
 
 
 def _gaussian(size: int, like: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from anystory_core.config import References
+from anystory_core.injection.call import Shown
 from anystory_core.injection.matched import ReferenceInputs, ReferencePass
 from anystory_core.injection.prepare import (
     PreparedSubjects,
@@ -25,6 +26,7 @@ from anystory_core.injection.prepare import (
 )
 from anystory_core.injection.rows import Rows
 from anystory_core.mini.config import CONFIG, PICTURE_SIZE
+from anystory_core.routing.agreement import BLANK
 from anystory_core.routing.sources import LearnedRoutes, RouteSource, SingleRoute
 from anystory_core.routing.words import TextRoutes
 from anystory_core.subject.encoder import PictureStates, encode_subject
@@ -182,18 +184,30 @@ def _source(
 
 
 def make_call(
-    prepared: PreparedSubjects, model: AnyStoryModel, cond: int, uncond: int = 0
+    prepared: PreparedSubjects,
+    model: AnyStoryModel,
+    cond: int,
+    uncond: int = 0,
+    *,
+    blank: bool = False,
 ) -> TrainingCall:
-    """A forward pass over ``cond`` conditional rows, then ``uncond`` unconditional ones."""
+    """A forward pass over ``cond`` conditional rows, then ``uncond`` unconditional ones. ``blank``
+    as in :class:`~anystory_core.injection.call.Shown`."""
     rows = Rows(tuple(range(cond)), tuple(range(cond, cond + uncond)))
     active = (True,) * prepared.subjects
-    return TrainingCall(prepared, rows, active, model.sites, diffusers_unet.dense_attention)
+    attention = diffusers_unet.dense_attention
+    return TrainingCall(prepared, rows, active, model.sites, attention, Shown(blank=blank))
+
+
+def done(stack: Stack, t: int) -> float:
+    """How much of the schedule lies before timestep ``t``, 0 to 1."""
+    return 1 - t / (len(stack.schedule) - 1)
 
 
 def read_references(stack: Stack, prepared: PreparedSubjects, t: int) -> PreparedSubjects:
     """``prepared`` with its references of timestep ``t``, where they are read at each."""
     matched, schedule = prepared.matched, stack.schedule
-    if matched is None or not matched.start <= 1 - t / (len(schedule) - 1) <= matched.end:
+    if matched is None or not matched.start <= done(stack, t) <= matched.end:
         return prepared
 
     def forward(given: ReferenceInputs, reading: ReferencePass) -> None:
@@ -232,7 +246,8 @@ def draw(
         call = None
         if prepared is not None:
             now = read_references(stack, prepared, int(t))
-            call = make_call(now, cast(Any, variant.model), count, count)
+            blank = done(stack, int(t)) <= BLANK
+            call = make_call(now, cast(Any, variant.model), count, count, blank=blank)
         with autocast():
             inputs = diffusers_unet.UNetInputs(
                 torch.cat((z, z)), t.expand(2 * count), states, labels, size_ids(2 * count)

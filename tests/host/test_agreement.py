@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from others import tiles
 from scene import Scene, halves, module
 from torch import Tensor
 
@@ -37,9 +38,31 @@ def test_other_rules_have_nothing_to_agree_on(scene: Scene, mode: str) -> None:
     assert torch.equal(on, off)
 
 
-def test_one_subject_is_alone(scene: Scene) -> None:
+def test_one_subject_begins_everywhere(scene: Scene) -> None:
+    """While there is little but noise, 15 % of the schedule; then where the router says."""
+    sampling = scene.mini.model.get_model_object("model_sampling")
+    from_level = float(sampling.percent_to_sigma(0.15))
+    one = scene.subjects[0]
+    records = [
+        run(scene, scene.route(one, agreement=on), steps=10)[1].levels for on in (True, False)
+    ]
+    begun = [level.sigma >= from_level for level in records[0]]
+    assert begun == [True] * 2 + [False] * 8
+    for levels, everywhere in zip(records, (begun, [False] * 10), strict=True):
+        found = [{int(i) for ids in level.ids.values() for i in ids.unique()} for level in levels]
+        assert found == [{0} if blank else {0, 1} for blank in everywhere]
+
+
+def test_one_subject_in_a_picture_that_exists_is_routed(scene: Scene) -> None:
     routes = (scene.route(scene.subjects[0], agreement=on) for on in (True, False))
-    on, off = (run(scene, routing)[0] for routing in routes)
+    on, off = (run(scene, routing, denoise=0.5)[0] for routing in routes)
+    assert torch.equal(on, off)
+
+
+def test_one_subject_in_tiles_is_routed(scene: Scene) -> None:
+    """Which need not all show it."""
+    routes = (scene.route(scene.subjects[0], agreement=on) for on in (True, False))
+    on, off = (scene.sample(tiles(scene, scene.apply(routing=routing))) for routing in routes)
     assert torch.equal(on, off)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import naive
 import pytest
 import torch
-from calls import World, maps_of
+from calls import SITES, World, maps_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -226,3 +227,40 @@ def test_a_subject_that_acts_alone_decides_alone(active: tuple[bool, ...]) -> No
     for index in first:
         for a, b in zip(first[index], second[index], strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("active", [(True, False), (False, True), (True,)])
+def test_one_that_acts_alone_has_every_place_in_nothing_but_noise(active: tuple[bool, ...]) -> None:
+    """In rows that mean the whole picture; with agreement off the router is asked."""
+    world, subject = World(subjects=len(active)), active.index(True)
+    shown = Shown(blank=True, apart=(1,))
+    begun, off = (
+        world.call(world.run(agree=agree), Rows((0, 1, 2)), factors=active, shown=shown)
+        for agree in (True, False)
+    )
+    later = world.call(world.run(agree=True), Rows((0, 1, 2)), factors=active)
+    drawn = [world.forward(call) for call in (begun, off, later)]
+    for index in drawn[0]:
+        whole = maps_of(begun)[index].maps[[0, 2]]
+        assert torch.equal(whole.argmax(dim=1), torch.full_like(whole[:, 0], subject).long())
+        assert bool((whole.sum(dim=1) == 1).all()) and bool((whole.amax(dim=1) == 1).all())
+        routed = maps_of(off)[index].maps
+        assert torch.equal(maps_of(begun)[index].maps[1], routed[1])
+        assert torch.equal(maps_of(later)[index].maps, routed)
+        assert not torch.equal(maps_of(begun)[index].maps, routed)
+        for a, b in zip(drawn[1][index], drawn[2][index], strict=True):
+            assert torch.equal(a, b)
+    # The outputs are those of a subject that is routed everywhere: Eq. 5 and 6 without a router.
+    site, alone = SITES[-1], drawn[0][SITES[-1].index]
+    q1, k1, v1, _, q2, text = world.hidden[site.index]
+    conditions = world.conditions[site.index - 1]
+    clip, reference = conditions.clip[subject], conditions.reference[subject]
+    assert clip is not None and reference is not None
+    own = naive.dense_attention(q2[:1], clip.k, clip.v, site.heads)
+    assert torch.allclose(alone[1][:1], text[:1] + world.eta[subject] * own, atol=1e-9)
+    bias = torch.zeros(1, 1, k1.shape[1] + reference.k.shape[1], dtype=torch.float64)
+    bias[..., k1.shape[1] :] = world.gamma[subject]
+    keys = torch.cat((k1[:1], reference.k), dim=1)
+    values = torch.cat((v1[:1], reference.v), dim=1)
+    wanted = naive.dense_attention(q1[:1], keys, values, site.heads, bias)
+    assert torch.allclose(alone[0][:1], wanted, atol=1e-9)

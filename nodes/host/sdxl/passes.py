@@ -14,6 +14,7 @@ from torch import Tensor
 from ....anystory_core.injection.call import Call, Recording, Shown
 from ....anystory_core.injection.prepare import PreparedSubjects, prepare_subjects
 from ....anystory_core.injection.rows import Rows
+from ....anystory_core.routing.agreement import BLANK
 from ....anystory_core.routing.grids import Crop
 from ....anystory_core.routing.modes import build_source, source_of_run
 from ....anystory_core.subject.grounding import ground_subjects
@@ -46,6 +47,7 @@ class UNetPasses(RunPasses):
     precision: Any  # of attention, where the user forces one
     table: BlockTable
     replaced: Replacements  # what stood in the blocks' slots when the run began
+    blank_from: float  # the noise level above which little but noise is to be seen
     matched: MatchedPass | None = None  # where references are read at each noise level
 
     # The wrappers, outermost first.
@@ -144,6 +146,8 @@ class UNetPasses(RunPasses):
             Shown(
                 crops=tuple(crops) if any(crops) else (),
                 apart=tuple(apart),
+                # A tile of a picture need not show the subject.
+                blank=sigma >= self.blank_from and not evaluation.is_tile(None, x),
                 kind=entry.kind,
                 again=entry.passes > 1,
             ),
@@ -194,6 +198,9 @@ def prepare_passes(request: RunRequest, windows: tuple[Window, ...]) -> UNetPass
         precision=_attention_precision(model.model.diffusion_model),
         table=table,
         replaced=replacements(guider.model_options["transformer_options"]),
+        blank_from=float(
+            guider.model_patcher.get_model_object("model_sampling").percent_to_sigma(BLANK)
+        ),
         matched=None
         if prepared.matched is None
         else MatchedPass.of(guider, prepared.matched, table),

@@ -27,6 +27,9 @@ LOADERS = {
 }
 LARGE = ("_sdxl", "_flux")  # ends of the names of graphs for real weights
 MINI_SIDE = 320
+# By timesteps. By noise levels (karras) most steps of its schedule, which ends in noise alone, show
+# nothing else.
+MINI_SCHEDULER = "normal"
 _SIDE, _INPUT, _MARGIN, _QUALITY = 512, 150, 8, 88  # of a template's picture, in pixels
 _SHOWN = ("saveimage", "previewimage", "routingmappreview")  # what a graph is for, in this order
 _BESIDE = 4  # drawn pictures that are shown; more of them would be too small to see
@@ -140,6 +143,8 @@ def draw_template(client: Client, name: str) -> tuple[list[Path], list[Path]]:
         prompt = with_loader(prompt)
         for inputs in inputs_of(prompt, "EmptyLatentImage"):
             inputs["width"] = inputs["height"] = MINI_SIDE
+        for inputs in inputs_of(prompt, "KSampler"):
+            inputs["scheduler"] = MINI_SCHEDULER
     files, _ = run_graph(client, prompt, STATE / "pictures" / name)
     return [INPUTS / inputs["image"] for inputs in inputs_of(prompt, "LoadImage")], shown_of(files)
 

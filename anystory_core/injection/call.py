@@ -160,11 +160,17 @@ class Call:
         agree = self.prepared.agree and bool(self._agreeing)
         self._agreement = Agreement() if agree and len(acting) > 1 else None
         everywhere = agree and len(acting) == 1 and self.shown.blank
-        self._everywhere = acting[0] if everywhere else None
+        self._alone = acting[0] if everywhere else None
         if isinstance(self.prepared.source, TextRoutes):
             rows, shown = (len(self.rows.cond), len(self._routed)), self.shown
             kind = None if shown.kind is None else (shown.kind, self._crops, *rows)
             self._memory = self.prepared.source.memory(kind, again=shown.again)
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether the subject that acts alone has every place, whatever the router says
+        (:mod:`..routing.agreement`)."""
+        return self._alone is not None
 
     @property
     def plain_rows(self) -> int:
@@ -180,7 +186,7 @@ class Call:
             return
         site = self.sites[index - 1]
         soft = self.prepared.source.maps(site, take(z, self._routed), grid, self._crops)
-        if self._agreement is not None or self._everywhere is not None:
+        if self._agreement is not None or self._alone is not None:
             maps = self._settled(index, take(soft.maps, self._agreeing), grid)
             if len(self._agreeing) < len(self._routed):
                 settled, maps = maps, soft.maps.clone()
@@ -190,10 +196,10 @@ class Call:
 
     def _settled(self, index: int, maps: Tensor, grid: Grid) -> Tensor:
         """Maps (b,C,Q) of the rows that take part in an agreement, by it."""
-        if self._agreement is None:
-            assert self._everywhere is not None
-            return alone(maps, self._everywhere)
-        return self._agreement.settle(index, maps, grid)
+        if self._agreement is not None:
+            return self._agreement.settle(index, maps, grid)
+        assert self._alone is not None
+        return alone(maps, self._alone)
 
     def _begin_by_query(self, index: int, q: Tensor) -> None:
         """The route of a source that reads the attn2 query, which comes after ``norm2``."""

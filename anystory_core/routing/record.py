@@ -43,6 +43,7 @@ class LevelRecord:
     ids: dict[int, Tensor] = field(default_factory=dict[int, Tensor])  # l -> (rows,Q) uint8
     grids: dict[int, Grid] = field(default_factory=dict[int, Grid])
     soft: dict[int, Tensor] = field(default_factory=dict[int, Tensor])  # l -> (rows,C,Q) fp16
+    everywhere: bool = False  # one subject had every place, because none was known yet
 
     def shows(self, row: int) -> bool:
         """Whether any block was recorded for this row of the batch."""
@@ -170,10 +171,12 @@ class RoutingRecord:
 
     def votes(self, row: int) -> Tensor:
         """Share of blocks and levels that gave each token to each candidate: (N+1,h,w) float in
-        [0,1] on the finest recorded grid. Coarser blocks vote for all tokens they cover."""
+        [0,1] on the finest recorded grid. Coarser blocks vote for all tokens they cover. Levels at
+        which one subject had every place have no vote, unless there are no others."""
         # Summed on each grid first: a run of SDXL has thousands of maps on two or three grids.
         ids: dict[Grid, list[Tensor]] = {}
-        for level in self.levels_of(row):
+        levels = self.levels_of(row)
+        for level in [each for each in levels if not each.everywhere] or levels:
             for index, grid in level.grids.items():
                 drawn = level.map(index, row)
                 if drawn is not None:

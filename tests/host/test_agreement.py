@@ -51,6 +51,7 @@ def test_one_subject_begins_everywhere(scene: Scene) -> None:
     for levels, everywhere in zip(records, (begun, [False] * 10), strict=True):
         found = [{int(i) for ids in level.ids.values() for i in ids.unique()} for level in levels]
         assert found == [{0} if blank else {0, 1} for blank in everywhere]
+        assert [level.everywhere for level in levels] == everywhere
 
 
 def test_one_subject_in_a_picture_that_exists_is_routed(scene: Scene) -> None:

@@ -112,6 +112,19 @@ def test_rows_come_together_from_several_calls() -> None:
     assert votes.shape == (3, *GRID) and torch.equal(votes[0], torch.ones(GRID))
 
 
+def test_levels_at_which_no_place_was_known_have_no_vote() -> None:
+    """Unless there are no others: then the subject was everywhere."""
+    record = new(8.0, 4.0, 2.0, 0.0)
+    for sigma in (8.0, 4.0):
+        call(record, sigma, id_=0)
+    for level in record.levels:
+        level.everywhere = True
+    assert torch.equal(record.votes(0)[0], torch.ones(GRID))
+    call(record, 2.0, id_=2)
+    assert torch.equal(record.votes(0)[2], torch.ones(GRID)) and record.shares(0) == (0, 0, 1)
+    assert regions(record, 0) == [0, 0, 2]
+
+
 def test_soft_maps_come_together_and_are_nobody_elses() -> None:
     record = new(8.0, 0.0, rows=2, keep_soft=True)
     ids = torch.zeros(2, 6, dtype=torch.uint8)

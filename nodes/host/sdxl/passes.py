@@ -137,7 +137,7 @@ class UNetPasses(RunPasses):
         routed_rows = cond + (uncond if prepared.keep_references_in_uncond else [])
         if self.matched is not None and routed_rows and self.matched.window.holds(sigma):
             prepared = self.matched.prepared_at(prepared, level, sigma, routed_rows[0], options)
-        return Call(
+        call = Call(
             prepared,
             Rows(tuple(cond), tuple(uncond)),
             factors,
@@ -154,6 +154,9 @@ class UNetPasses(RunPasses):
             None if recording is None else Recording(*recording),
             plain=HostAttention(options, self.precision),
         )
+        if recording is not None:
+            recording[0].level.everywhere = call.everywhere
+        return call
 
 
 def windows_of(request: RunRequest) -> tuple[Window, ...] | None:

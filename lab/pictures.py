@@ -17,10 +17,14 @@ from anystory_core.mini.config import PICTURE_SIZE
 from .evaluation.report import ACROSS, slug
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-ONE, TWO = "1 subject: full, routed everywhere", "2 subjects: full"
+ONE, TWO = "1 subject: full", "2 subjects: full"
 # Rows below one another; of each but the first with its number of subjects the pictures alone.
 ABLATIONS = (
-    (ONE, "1 subject: ReferenceNet removed", "1 subject: CLIP removed"),
+    (
+        "1 subject: full, routed everywhere",
+        "1 subject: ReferenceNet removed",
+        "1 subject: CLIP removed",
+    ),
     (TWO, "2 subjects: without router"),
 )
 _REFERENCES = PICTURE_SIZE // 2  # height of the references above one or two subjects

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..bases.base import Site
-from ..routing.agreement import Agreement, alone
+from ..routing.agreement import Agreement, Alone
 from ..routing.grids import Crops, Grid, SoftMaps
 from ..routing.words import TextRoutes
 from . import equations
@@ -157,10 +157,12 @@ class Call:
         acting = [i for i, (e, g) in subjects if e > 0 or g > -math.inf]
         places = enumerate(self._routed)
         self._agreeing = tuple(place for place, row in places if row not in self.shown.apart)
-        agree = self.prepared.agree and bool(self._agreeing)
-        self._agreement = Agreement() if agree and len(acting) > 1 else None
-        everywhere = agree and len(acting) == 1 and self.shown.blank
-        self._alone = acting[0] if everywhere else None
+        self._agreement: Agreement | Alone | None = None
+        if self.prepared.agree and self._agreeing:
+            if len(acting) > 1:
+                self._agreement = Agreement()
+            elif acting and self.shown.blank:
+                self._agreement = Alone(acting[0])
         if isinstance(self.prepared.source, TextRoutes):
             rows, shown = (len(self.rows.cond), len(self._routed)), self.shown
             kind = None if shown.kind is None else (shown.kind, self._crops, *rows)
@@ -170,7 +172,7 @@ class Call:
     def everywhere(self) -> bool:
         """Whether the subject that acts alone has every place, whatever the router says
         (:mod:`..routing.agreement`)."""
-        return self._alone is not None
+        return isinstance(self._agreement, Alone)
 
     @property
     def plain_rows(self) -> int:
@@ -186,20 +188,13 @@ class Call:
             return
         site = self.sites[index - 1]
         soft = self.prepared.source.maps(site, take(z, self._routed), grid, self._crops)
-        if self._agreement is not None or self._alone is not None:
-            maps = self._settled(index, take(soft.maps, self._agreeing), grid)
+        if self._agreement is not None:
+            maps = self._agreement.settle(index, take(soft.maps, self._agreeing), grid)
             if len(self._agreeing) < len(self._routed):
                 settled, maps = maps, soft.maps.clone()
                 maps[list(self._agreeing)] = settled
             soft = replace(soft, maps=maps)
         self._set_route(index, soft)
-
-    def _settled(self, index: int, maps: Tensor, grid: Grid) -> Tensor:
-        """Maps (b,C,Q) of the rows that take part in an agreement, by it."""
-        if self._agreement is not None:
-            return self._agreement.settle(index, maps, grid)
-        assert self._alone is not None
-        return alone(maps, self._alone)
 
     def _begin_by_query(self, index: int, q: Tensor) -> None:
         """The route of a source that reads the attn2 query, which comes after ``norm2``."""

@@ -89,11 +89,17 @@ class Agreement:
         return near + (ahead.amax(dim=1, keepdim=True) - ahead).clamp_max(MOST)
 
 
-def alone(maps: Tensor, subject: int) -> Tensor:
-    """Maps of the shape of ``maps`` (B,C,Q) by which ``subject`` has every place."""
-    whole = torch.zeros_like(maps)
-    whole[:, subject] = 1
-    return whole
+@dataclass(frozen=True)
+class Alone:
+    """Of one pass that shows little but noise, in which only ``subject`` acts."""
+
+    subject: int
+
+    def settle(self, index: int, maps: Tensor, grid: Grid) -> Tensor:
+        """Maps of the shape of ``maps`` (B,C,Q) by which the subject has every place."""
+        whole = torch.zeros_like(maps)
+        whole[:, self.subject] = 1
+        return whole
 
 
 def _gaussian(size: int, like: Tensor) -> Tensor:

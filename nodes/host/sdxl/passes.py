@@ -201,9 +201,7 @@ def prepare_passes(request: RunRequest, windows: tuple[Window, ...]) -> UNetPass
         precision=_attention_precision(model.model.diffusion_model),
         table=table,
         replaced=replacements(guider.model_options["transformer_options"]),
-        blank_from=float(
-            guider.model_patcher.get_model_object("model_sampling").percent_to_sigma(BLANK)
-        ),
+        blank_from=float(model.get_model_object("model_sampling").percent_to_sigma(BLANK)),
         matched=None
         if prepared.matched is None
         else MatchedPass.of(guider, prepared.matched, table),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .bench import Answer, Bench, Row
-from .passes import BATCH
+from .passes import parts
 from .report import slug
 from .tasks import task
 
@@ -37,11 +37,7 @@ class Unit:
 def units(row: Row, numbers: range) -> list[Unit]:
     """The tasks of a row with these numbers, which its counts of subjects share."""
     own = numbers[: len(numbers) // len(row.counts)]
-    return [
-        Unit(row, count, own[start : start + BATCH])
-        for count in row.counts
-        for start in range(0, len(own), BATCH)
-    ]
+    return [Unit(row, count, part) for count in row.counts for part in parts(own)]
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,15 @@ from .tasks import Task, task
 BATCH = 20
 
 
-def batches(
-    subjects: Sequence[Emoji], count: int, numbers: range, size: int = BATCH
-) -> Iterator[list[Task]]:
-    """The tasks of these ``numbers`` with ``count`` subjects, ``size`` at a time."""
-    for start in range(0, len(numbers), size):
-        yield [task(subjects, count, n) for n in numbers[start : start + size]]
+def parts(numbers: range) -> list[range]:
+    """``numbers``, :data:`BATCH` at a time."""
+    return [numbers[start : start + BATCH] for start in range(0, len(numbers), BATCH)]
+
+
+def batches(subjects: Sequence[Emoji], count: int, numbers: range) -> Iterator[list[Task]]:
+    """The tasks of these ``numbers`` with ``count`` subjects, :data:`BATCH` at a time."""
+    for part in parts(numbers):
+        yield [task(subjects, count, n) for n in part]
 
 
 def scenes_of(tasks: Sequence[Task]) -> Tensor:

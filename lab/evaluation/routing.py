@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -91,43 +92,36 @@ def means(answers: Sequence[Answer]) -> Result:
 
 
 @dataclass(frozen=True)
-class Routing:
-    """A row of scenes of two and of three subjects. ``words``: routed by them, not by the
-    router."""
+class Scenes:
+    """A row of real scenes of two and of three held-out subjects, which ``measure`` (model, stack,
+    tasks) answers of."""
 
-    title: str
-    level: int
+    name: str
+    measure: Callable[[AnyStoryModel, Stack, Sequence[Task]], list[Answer]]
     model: str = "full"
-    words: bool = False
     counts: tuple[int, ...] = (2, 3)
-
-    @property
-    def name(self) -> str:
-        """What the table calls it: routing at 500: full."""
-        return f"routing at {self.level}: {self.title}"
 
     def judge(self, bench: Bench) -> Judge:
         """Of held-out subjects."""
         return bench.judge
 
     def answers(self, bench: Bench, tasks: Sequence[Task]) -> list[Answer]:
-        """Of each scene. ValueError when the model holds no router and ``words`` is false."""
+        """Of each scene. ValueError when the model holds no router and is asked for it."""
         model = bench.model(self.model)
         assert model is not None
-        measure = text_routing if self.words else routing
-        return measure(model, bench.stack, tasks, self.level)
+        return self.measure(model, bench.stack, tasks)
 
     def figures(self, answers: Sequence[Answer]) -> Result:
-        """Their means."""
+        """The mean of each number that the answers hold."""
         return means(answers)
 
 
 ROUTED = tuple(
-    Routing(title, level, model, words)
-    for title, model, words in (
-        ("full", "full", False),
-        ("trained without refinement", "no refinement", False),
-        ("by the labels' words", "full", True),
+    Scenes(f"routing at {level}: {title}", partial(measure, level=level), model)
+    for title, measure, model in (
+        ("full", routing, "full"),
+        ("trained without refinement", routing, "no refinement"),
+        ("by the labels' words", text_routing, "full"),
     )
     for level in LEVELS
 )

@@ -7,7 +7,7 @@ noise or of several. The masks are compared with the true ones at picture resolu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,11 +18,10 @@ from anystory_core.weights.model import AnyStoryModel
 
 from ..networks.text import LENGTH
 from . import measures
-from .bench import Answer, Bench, Result
+from .bench import Answer
 from .draw import SIDE, Encoder, Variant, prepare_tasks
-from .judge import Judge
 from .passes import clean_latents, level_record, noised_pass
-from .routing import means
+from .routing import Scenes
 from .stack import Stack
 from .tasks import Task
 
@@ -62,32 +61,7 @@ def maps_of(encoder: Encoder, tasks: Sequence[Task], noise: Tensor) -> list[Tens
     return total
 
 
-@dataclass(frozen=True)
-class Segmentation:
-    """A row of scenes of two and of three subjects, with so many noises each."""
-
-    noises: int
-    model: str = "full"
-    counts: tuple[int, ...] = (2, 3)
-
-    @property
-    def name(self) -> str:
-        """What the table calls it: segmentation: empty prompt, 4 noises."""
-        return f"segmentation: empty prompt, {self.noises} noise{'s' * (self.noises > 1)}"
-
-    def judge(self, bench: Bench) -> Judge:
-        """Of held-out subjects."""
-        return bench.judge
-
-    def answers(self, bench: Bench, tasks: Sequence[Task]) -> list[Answer]:
-        """Of each scene. ValueError when the model holds no router."""
-        model = bench.model(self.model)
-        assert model is not None
-        return segmentation(model, bench.stack, tasks, self.noises)
-
-    def figures(self, answers: Sequence[Answer]) -> Result:
-        """Their means."""
-        return means(answers)
-
-
-SEGMENTED = (Segmentation(4), Segmentation(1))  # the first is the node's default
+SEGMENTED = (
+    Scenes("segmentation: empty prompt, 4 noises", partial(segmentation, count=4)),  # the default
+    Scenes("segmentation: empty prompt, 1 noise", partial(segmentation, count=1)),
+)

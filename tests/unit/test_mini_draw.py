@@ -17,7 +17,8 @@ pytest.importorskip("open_clip")
 from anystory_core.mini.config import CONFIG, PICTURE_SIZE
 from anystory_core.mini.weights import row_of_token
 from anystory_core.weights.model import AnyStoryModel, build_model
-from lab.evaluation import draw, routing, segmentation
+from lab.evaluation import draw, passes, routing, segmentation
+from lab.evaluation.answers import units
 from lab.evaluation.bench import Answer
 from lab.evaluation.draw import Variant
 from lab.evaluation.judge import cut, pose_of
@@ -120,6 +121,14 @@ def test_routing_is_measured_on_every_layer(
     assert result["perfect masks"].value > 0.6  # 16x16 tokens know a scene's outlines well
     assert result["over layers"].value < 0.5  # of a router that learned nothing
     assert result["over layers"].count == 4
+
+
+def test_rows_take_the_tasks_they_are_given(subjects: list[Emoji]) -> None:
+    numbers = range(500, 500 + passes.BATCH + 3)
+    found = [one.number for part in passes.batches(subjects, 2, numbers) for one in part]
+    assert found == list(numbers)
+    halves = [unit.numbers for unit in units(routing.ROUTED[0], range(500, 507))]
+    assert halves == [range(500, 503)] * 2
 
 
 def test_routing_by_words_is_measured(

@@ -6,9 +6,9 @@ scenes), ``base`` (the U-Net), ``folder`` (all that as the trainer reads it), ``
 (:mod:`anystory_core.training`), ``identity``, ``finder`` and ``outline`` (the networks that
 :mod:`.evaluate` measures with), ``export`` (files that ship). Only when asked for by name:
 ``no_clip``, ``no_reference`` and ``no_refinement``, the stages of its ablations; ``restore``, which
-begins a folder from the shipped weights, so that ``base`` (after ``world`` and ``cache``), then
-``folder``, ``start`` and the stages go on from them; and ``carry``, which writes the base as it is
-to ``DIR/base.safetensors``, for ``restore --base-file`` on another machine.
+begins a folder from the shipped weights, so that ``decoder``, ``base`` (after ``world`` and
+``cache``), then ``folder``, ``start`` and the stages go on from them; and ``carry``, which writes
+the base as it is to ``DIR/base.safetensors``, for ``restore --base-file`` on another machine.
 
 Each resumes where it stopped when the same command is given again and has its own seed. Those that
 train write their curve to ``DIR/NAME.csv``, the stages to ``DIR/NAME/losses.jsonl``. More
@@ -80,6 +80,7 @@ class Options:
     work: Path
     shards: int
     picture_size: int
+    decoder_steps: int
     base_steps: int
     base_batch: int
     sample_shards: int
@@ -115,7 +116,8 @@ def run_phase(name: str, options: Options) -> None:
     elif name == "clip":
         run_shared(partial(train_clip, options.training_emoji(), work), options.processes)
     elif name == "decoder":
-        run_shared(partial(train_decoder, options.training_emoji(), work), options.processes)
+        task = partial(train_decoder, options.training_emoji(), work, options.decoder_steps)
+        run_shared(task, options.processes)
     elif name == "cache":
         run_shared(partial(cache_scenes, work, options.picture_size), options.processes)
     elif name == "base":
@@ -205,6 +207,7 @@ def main() -> None:
         default=PICTURE_SIZE,
         help="of world, cache and base; default %(default)s",
     )
+    parser.add_argument("--decoder-steps", type=int, default=6000, help="length of that phase")
     parser.add_argument("--base-steps", type=int, default=60_000, help="length of the base phase")
     parser.add_argument("--base-batch", type=int, default=BATCH, help="scenes of a step of it")
     parser.add_argument("--processes", type=int, default=2, help="training processes of one thread")

@@ -72,10 +72,10 @@ def read_modules(folder: Path = FOLDER) -> Shipped:
 
 def restore(work: Path, folder: Path = FOLDER, base_file: Path | None = None) -> None:
     """Write the phases' files from the shipped ones, so that training goes on from them: VAE and
-    CLIP count as done, the base begins a new schedule and predicts what it did, and stage 2 finds
-    stage 1's file. With ``base_file`` (:func:`~.carried.write_base`) the base goes on from that,
-    with the shipped CLIP branch when it was carried without one. ValueError when ``work`` holds a
-    base, RuntimeError when the file lacks other tensors."""
+    CLIP count as done, the decoder and the base begin new schedules, the base predicts what it did,
+    and stage 2 finds stage 1's file. With ``base_file`` (:func:`~.carried.write_base`) the base
+    goes on from that, with the shipped CLIP branch when it was carried without one. ValueError when
+    ``work`` holds a base, RuntimeError when the file lacks other tensors."""
     if (work / "base.state.pt").exists():
         raise ValueError(f"{work} holds a trained base already; choose an empty folder")
     shipped = read_modules(folder)
@@ -85,7 +85,7 @@ def restore(work: Path, folder: Path = FOLDER, base_file: Path | None = None) ->
     whole = clip.Clip(shipped.ids)
     whole.vision, whole.text = shipped.vision, shipped.text
     _begin(vae.phase(work), shipped.vae, vae.phase(work).steps)
-    _begin(vae.decoder_phase(work), shipped.vae.decoder, vae.decoder_phase(work).steps)
+    _begin(vae.decoder_phase(work), shipped.vae.decoder, 0)
     _begin(clip.phase(work), whole, clip.phase(work).steps)
     anystory = load_model(folder / "anystory.safetensors", dtype=torch.float32)
     taught, prediction = TaughtBase(shipped.unet, CONFIG), shipped.prediction

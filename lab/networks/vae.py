@@ -5,6 +5,8 @@ without that the green-magenta axis stays at zero in encoder and decoder alike, 
 other. Then latents are whitened (zero mean, unit covariance; folded into the encoder's last
 convolution), so the latent format has scale 1. Then the decoder alone, which learns the whitened
 latents behind TAESD's soft clamp at +-3, and may be trained on at any time: latents stay the same.
+It sees larger crops, for within 6x6 latents every answer leans on the border, and a little noise in
+the latents, for those that are drawn are not as clean as those that are encoded.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ from ..world.emoji import Emoji
 from ..world.render import SIZE, UInt8, pool_of, render_reference, render_scene
 from ..world.scenes import read_shard
 
-CROP = 48
-SCENES, CROPS_EACH = 4, 3  # one batch
+SCENES = 4  # of one batch
+CROP, CROPS_EACH = 48, 3
+DECODED_CROP = 96  # and one of each scene
+DECODED_NOISE = 0.2  # the most that is added to its latents, in their own deviation of 1
 _ON_SUBJECT = 0.75  # share of crops that are centred on a subject's pixel
 _SPREAD_WEIGHT = 0.05
 _HUE_WEIGHT = 2.0
@@ -70,8 +74,8 @@ def to_signed(pictures: Tensor) -> Tensor:
     return pictures.movedim(-1, 1).float() / 127.5 - 1
 
 
-def _crops(pool: list[list[Emoji]], step: int) -> Tensor:
-    """(B,3,CROP,CROP): crops of scenes and of references, most of them on a subject."""
+def _crops(pool: list[list[Emoji]], step: int, side: int, each: int) -> Tensor:
+    """(B,3,side,side): ``each`` of every scene or reference, most of them on a subject."""
     rng = random.Random(step)
     out: list[UInt8] = []
     for i in range(SCENES):
@@ -82,16 +86,16 @@ def _crops(pool: list[list[Emoji]], step: int) -> Tensor:
         else:
             picture, mask = render_reference(rng.choice(rng.choice(pool)), seed)
             masks = [mask]
-        for _ in range(CROPS_EACH):
+        for _ in range(each):
             y, x = rng.randrange(SIZE), rng.randrange(SIZE)
             if masks and rng.random() < _ON_SUBJECT:
                 ys, xs = np.nonzero(rng.choice(masks))
                 if len(ys):
                     at = rng.randrange(len(ys))
                     y, x = int(ys[at]), int(xs[at])
-            y = min(max(y - CROP // 2, 0), SIZE - CROP)
-            x = min(max(x - CROP // 2, 0), SIZE - CROP)
-            out.append(picture[y : y + CROP, x : x + CROP])
+            y = min(max(y - side // 2, 0), SIZE - side)
+            x = min(max(x - side // 2, 0), SIZE - side)
+            out.append(picture[y : y + side, x : x + side])
     return to_signed(torch.from_numpy(np.stack(out)))
 
 
@@ -111,9 +115,9 @@ def phase(folder: Path) -> Phase:
     return Phase(name="vae", folder=folder, steps=3600, learning_rate=1e-3, seed=1, ema=0.995)
 
 
-def decoder_phase(folder: Path) -> Phase:
+def decoder_phase(folder: Path, steps: int = 6000) -> Phase:
     """The decoder on, once the latents are fixed."""
-    return Phase(name="decoder", folder=folder, steps=6000, learning_rate=5e-4, seed=4, ema=0.998)
+    return Phase(name="decoder", folder=folder, steps=steps, learning_rate=5e-4, seed=4, ema=0.998)
 
 
 @torch.no_grad()
@@ -169,7 +173,7 @@ def rgb_factors(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return solution[:4], solution[4]
 
 
-def train_decoder(emoji: list[Emoji], folder: Path) -> None:
+def train_decoder(emoji: list[Emoji], folder: Path, steps: int) -> None:
     """Train the decoder on, or resume."""
     pool = pool_of(emoji)
     vae = load_vae(folder)
@@ -178,14 +182,18 @@ def train_decoder(emoji: list[Emoji], folder: Path) -> None:
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
         at = 10_000_000 + step * parts + part
-        pixels = _crops(pool, at).to(memory_format=torch.channels_last)
+        pixels = _crops(pool, at, DECODED_CROP, 1)
+        pixels = pixels.to(memory_format=torch.channels_last)
         with autocast():
             with torch.no_grad():
                 latents = vae.encode(pixels).latents
+            noise = torch.randn(latents.shape, generator=generator)
+            amount = torch.rand(len(latents), 1, 1, 1, generator=generator)
+            latents = latents + DECODED_NOISE * amount * noise
             restored = vae.decode(latents).sample
         return reconstruction_loss(restored.float(), pixels)
 
-    decoder_phase(folder).run(decoder, loss_of)
+    decoder_phase(folder, steps).run(decoder, loss_of)
 
 
 def train_vae(emoji: list[Emoji], folder: Path) -> None:
@@ -196,7 +204,8 @@ def train_vae(emoji: list[Emoji], folder: Path) -> None:
     colours = torch.tensor(_HINT)
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
-        pixels = _crops(pool, step * parts + part).to(memory_format=torch.channels_last)
+        pixels = _crops(pool, step * parts + part, CROP, CROPS_EACH)
+        pixels = pixels.to(memory_format=torch.channels_last)
         with autocast():
             latents = vae.encode(pixels).latents
             restored = vae.decode(latents).sample

@@ -19,6 +19,9 @@ from lab.networks.base import build_unet, reading_place, spread_timesteps
 from lab.networks.clip import Clip
 from lab.networks.text import END, LENGTH, START, tokenize
 from lab.phase import Phase
+from lab.world.emoji import Emoji
+
+INPUTS = Path(__file__).resolve().parents[2] / "workflows" / "inputs"
 
 
 def test_whitening_changes_the_latents_scale_and_nothing_else() -> None:
@@ -39,6 +42,21 @@ def test_whitening_changes_the_latents_scale_and_nothing_else() -> None:
     assert (torch.cov(flat.t()) - torch.eye(4)).abs().max() < 0.02
     # the zero padding at the border stands for another latent than before: inner pixels only
     assert torch.allclose(before[..., 1:-1, 1:-1], after[..., 1:-1, 1:-1], atol=1e-5)
+
+
+def test_the_decoder_goes_on_and_latents_stay(tmp_path: Path) -> None:
+    names = ("t_rex", "mushroom", "parrot")
+    subjects = [Emoji(n, n, n, INPUTS / f"anystory_{n}.png") for n in names]
+    begun = vae_module.build_vae()
+    torch.save(begun.state_dict(), tmp_path / "vae.whitened.pt")
+    vae_module.train_decoder(subjects, tmp_path, steps=2)
+    trained = vae_module.load_vae(tmp_path)
+    before, after = begun.state_dict(), trained.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("decoder.") for name in changed)
+    vae_module.train_decoder(subjects, tmp_path, steps=2)  # done already
+    again = vae_module.load_vae(tmp_path).state_dict()
+    assert all(torch.equal(after[name], again[name]) for name in after)
 
 
 def test_timesteps_cover_the_schedule() -> None:

@@ -5,8 +5,8 @@ without that the green-magenta axis stays at zero in encoder and decoder alike, 
 other. Then latents are whitened (zero mean, unit covariance; folded into the encoder's last
 convolution), so the latent format has scale 1. Then the decoder alone, which learns the whitened
 latents behind TAESD's soft clamp at +-3, and may be trained on at any time: latents stay the same.
-It sees larger crops, for within 6x6 latents every answer leans on the border, and a little noise in
-the latents, for those that are drawn are not as clean as those that are encoded.
+It sees larger crops, of which less is border, and a little noise in the latents, for those that are
+drawn are not as clean as those that are encoded.
 """
 
 from __future__ import annotations

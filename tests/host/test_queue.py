@@ -29,10 +29,11 @@ def graph(client: Client, name: str) -> Prompt:
 
 
 def quick(prompt: Prompt, *, seed: int | None = None, size: int = 128) -> Prompt:
-    """The same graph with few steps of a small picture."""
+    """The same graph with few steps of a small picture, and less guidance: at 5 two steps overshoot
+    until a night is nothing but black."""
     prompt = copy.deepcopy(prompt)
     for inputs in inputs_of(prompt, "KSampler"):
-        inputs["steps"] = 2
+        inputs["steps"], inputs["cfg"] = 2, 2.0
         if seed is not None:
             inputs["seed"] = seed
     for inputs in inputs_of(prompt, "EmptyLatentImage"):

@@ -43,7 +43,7 @@ from .networks.base import BATCH, train_base
 from .networks.cache import missing
 from .networks.cache import write_shard as cache_shard
 from .networks.clip import load_clip, train_clip
-from .networks.vae import load_vae, train_decoder, train_vae
+from .networks.vae import DECODER_STEPS, load_vae, train_decoder, train_vae
 from .phase import accelerator, run_shared, shares
 from .stages import LEARNING_RATE, SUBJECT_FILE, stage1, stage2, write_data
 from .world import emoji
@@ -207,7 +207,9 @@ def main() -> None:
         default=PICTURE_SIZE,
         help="of world, cache and base; default %(default)s",
     )
-    parser.add_argument("--decoder-steps", type=int, default=6000, help="length of that phase")
+    parser.add_argument(
+        "--decoder-steps", type=int, default=DECODER_STEPS, help="length of the decoder phase"
+    )
     parser.add_argument("--base-steps", type=int, default=60_000, help="length of the base phase")
     parser.add_argument("--base-batch", type=int, default=BATCH, help="scenes of a step of it")
     parser.add_argument("--processes", type=int, default=2, help="training processes of one thread")

@@ -31,6 +31,7 @@ from ..world.scenes import read_shard
 SCENES = 4  # of one batch
 CROP, CROPS_EACH = 48, 3
 DECODED_CROP = 96  # and one of each scene
+DECODER_STEPS = 6000
 DECODED_NOISE = 0.2  # the most that is added to its latents, in their own deviation of 1
 _ON_SUBJECT = 0.75  # share of crops that are centred on a subject's pixel
 _SPREAD_WEIGHT = 0.05
@@ -75,7 +76,8 @@ def to_signed(pictures: Tensor) -> Tensor:
 
 
 def _crops(pool: list[list[Emoji]], step: int, side: int, each: int) -> Tensor:
-    """(B,3,side,side): ``each`` of every scene or reference, most of them on a subject."""
+    """(B,3,side,side), channels last: ``each`` of every scene or reference, most of them on a
+    subject."""
     rng = random.Random(step)
     out: list[UInt8] = []
     for i in range(SCENES):
@@ -96,7 +98,7 @@ def _crops(pool: list[list[Emoji]], step: int, side: int, each: int) -> Tensor:
             y = min(max(y - side // 2, 0), SIZE - side)
             x = min(max(x - side // 2, 0), SIZE - side)
             out.append(picture[y : y + side, x : x + side])
-    return to_signed(torch.from_numpy(np.stack(out)))
+    return to_signed(torch.from_numpy(np.stack(out))).to(memory_format=torch.channels_last)
 
 
 def reconstruction_loss(a: Tensor, b: Tensor) -> Tensor:
@@ -115,7 +117,7 @@ def phase(folder: Path) -> Phase:
     return Phase(name="vae", folder=folder, steps=3600, learning_rate=1e-3, seed=1, ema=0.995)
 
 
-def decoder_phase(folder: Path, steps: int = 6000) -> Phase:
+def decoder_phase(folder: Path, steps: int = DECODER_STEPS) -> Phase:
     """The decoder on, once the latents are fixed."""
     return Phase(name="decoder", folder=folder, steps=steps, learning_rate=5e-4, seed=4, ema=0.998)
 
@@ -183,7 +185,6 @@ def train_decoder(emoji: list[Emoji], folder: Path, steps: int) -> None:
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
         at = 10_000_000 + step * parts + part
         pixels = _crops(pool, at, DECODED_CROP, 1)
-        pixels = pixels.to(memory_format=torch.channels_last)
         with autocast():
             with torch.no_grad():
                 latents = vae.encode(pixels).latents
@@ -205,7 +206,6 @@ def train_vae(emoji: list[Emoji], folder: Path) -> None:
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
         pixels = _crops(pool, step * parts + part, CROP, CROPS_EACH)
-        pixels = pixels.to(memory_format=torch.channels_last)
         with autocast():
             latents = vae.encode(pixels).latents
             restored = vae.decode(latents).sample

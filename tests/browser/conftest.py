@@ -11,9 +11,8 @@ from devkit import environment
 from devkit.browser import chromium, prepare_front_end, programs
 from devkit.client import Client
 from devkit.environment import SetupError
+from devkit.graphs import INPUTS
 from devkit.host import running
-
-INPUTS = environment.ROOT / "workflows" / "inputs"
 
 
 @pytest.fixture(scope="session", params=[FIRST_VERSION, NEWEST_VERSION])

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +18,8 @@ from scene import module
 
 from anystory_core.routing.agreement import BLANK
 from devkit.client import Client
-from devkit.graphs import names
+from devkit.graphs import INPUTS, names, read_graph
 
-ROOT = Path(__file__).resolve().parents[2]
-INPUTS = ROOT / "workflows" / "inputs"
 NAMES = ("t_rex", "mushroom", "parrot")  # of held-out families
 SEEDS = (1, 2)
 
@@ -61,10 +58,6 @@ def overlap(judge: Any, picture: np.ndarray, name: str) -> float:
     return best_overlap(drawn, torch.from_numpy(reference[..., 3] > 127))
 
 
-def graph(name: str) -> dict[str, Any]:
-    return json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text())
-
-
 def run(client: Client, prompt: dict[str, Any]) -> dict[str, list[np.ndarray]]:
     """Pictures of every node that shows some, by node type."""
     prompt = copy.deepcopy(prompt)
@@ -93,7 +86,7 @@ def test_pictures_show_their_subjects(client: Client, judge: Any) -> None:
     alone draws some, outlines overlap with the reference's by 0.6, of one by 0.8."""
     said, overlaps = {}, []
     for name in NAMES:
-        prompt = graph("single_subject")
+        prompt = read_graph("single_subject")
         for node in prompt.values():
             if node["class_type"] == "LoadImage":
                 node["inputs"]["image"] = f"anystory_{name}.png"
@@ -123,7 +116,7 @@ def test_steps_are_not_spent_on_noise_alone(name: str, mini: SimpleNamespace) ->
         levels = samplers.calculate_sigmas(sampling, scheduler, steps)[:-1]
         return float((levels > nothing).float().mean())
 
-    for node in graph(name).values():
+    for node in read_graph(name).values():
         if node["class_type"] == "KSampler":
             steps = node["inputs"]["steps"]
             assert spent(node["inputs"]["scheduler"], steps) < 0.2 < 0.6 < spent("karras", steps)
@@ -133,7 +126,7 @@ def test_segmentation_finds_each_subject(client: Client) -> None:
     """A held-out scene through the whole graph: every mask lies on its own subject. Measured when
     the weights were made: IoU 0.7 and 0.8."""
     regions = np.asarray(Image.open(Path(__file__).parent / "data" / "scene_masks.png"))
-    masks = run(client, graph("segmentation"))["PreviewImage"]
+    masks = run(client, read_graph("segmentation"))["PreviewImage"]
     overlaps = []
     for number, mask in enumerate(masks, start=1):
         found, true = mask[..., 0] > 127, regions == number

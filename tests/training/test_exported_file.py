@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,8 @@ from anystory_core.training.config import load_config
 from anystory_core.training.loop import Trainer
 from devkit import environment
 from devkit.client import Client
+from devkit.graphs import INPUTS, read_graph
 from devkit.host import running
-
-ROOT = Path(__file__).resolve().parents[2]
-INPUTS = ROOT / "workflows" / "inputs"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +46,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_bundled_graph_runs_on_it(trained: Path, tmp_path: Path) -> None:
     """A file of the mini model's sizes draws a picture; one of toy sizes is read and described."""
-    prompt = json.loads((ROOT / "workflows" / "api" / "two_subjects.json").read_text())
+    prompt = read_graph("two_subjects")
     for node in prompt.values():
         for name, value in node["inputs"].items():
             if value == ["1", 4]:  # the mini loader's ANYSTORY

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("open_clip")
 
+from devkit.graphs import INPUTS
 from lab.measuring.finder import changed
 from lab.measuring.networks import LARGEST_OUTLINE, OUTLINE_FILE, read_segmenter
 from lab.measuring.outline import (
@@ -24,8 +23,6 @@ from lab.measuring.outline import (
 from lab.networks.vae import to_signed
 from lab.world.emoji import Emoji
 from lab.world.render import render_scene
-
-INPUTS = Path(__file__).resolve().parents[2] / "workflows" / "inputs"
 
 
 def places(side: int, turn: float, flip: float, size: float, x: float, y: float) -> Tensor:

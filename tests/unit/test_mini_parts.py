@@ -14,14 +14,13 @@ pytest.importorskip("diffusers")
 pytest.importorskip("open_clip")
 
 from anystory_core.bases.sdxl.config import AnyStoryConfig
+from devkit.graphs import INPUTS
 from lab.networks import vae as vae_module
 from lab.networks.base import build_unet, reading_place, spread_timesteps
 from lab.networks.clip import Clip
 from lab.networks.text import END, LENGTH, START, tokenize
 from lab.phase import Phase
 from lab.world.emoji import Emoji
-
-INPUTS = Path(__file__).resolve().parents[2] / "workflows" / "inputs"
 
 
 def test_whitening_changes_the_latents_scale_and_nothing_else() -> None:

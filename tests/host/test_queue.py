@@ -85,7 +85,7 @@ def test_sdxl_graphs_lack_nothing_but_files(client: Client, name: str) -> None:
 @pytest.mark.parametrize("name", SDXL)
 def test_sdxl_graphs_are_the_mini_graphs_with_other_loaders(name: str) -> None:
     public = {
-        "public_weights_sdxl": "two_subjects",
+        "public_weights_sdxl": "two_subjects_masks",
         "public_mip_sdxl": "two_subjects_masks",
         "public_ms_diffusion_sdxl": "two_subjects_masks",
     }

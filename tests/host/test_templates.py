@@ -142,13 +142,13 @@ def test_the_graphs_of_other_public_adapters(name: str, host: Host) -> None:
 
 
 def test_the_graph_of_public_weights_names_what_the_builder_writes(host: Host) -> None:
-    """The file under its default name, its words wired as the mode needs them, and each public
-    file in the note as the page on public weights has it."""
+    """The file under its default name, the prompt's words wired for the modes with text, and each
+    public file in the note as the page on public weights has it."""
     builder = Client(host.url).get("/object_info")["BuildAnyStory"]["input"]["required"]
     api = json.loads((FOLDER / "api" / "public_weights_sdxl.json").read_text())
     of = {node["class_type"]: node["inputs"] for node in api.values()}
     assert of["LoadAnyStory"]["anystory_name"] == f"{builder['name'][1]['default']}.safetensors"
-    assert of["SubjectRouter"]["mode"] == "text"
+    assert of["SubjectRouter"]["mode"] == "masks"
     assert of["SubjectRouter"]["clip"] == of["CLIPTextEncode"]["clip"]
     nodes = json.loads((FOLDER / "public_weights_sdxl.json").read_text())["nodes"]
     (note,) = [node["widgets_values"][0] for node in nodes if node["type"] in NOTES]

@@ -22,7 +22,7 @@ from devkit.environment import ROOT, STATE, SetupError, say
 from devkit.graphs import INPUTS, draw_template, names, read_graph, run_graph
 from devkit.host import running, signal_group
 
-# Placed by masks: the mini model draws both more often by them than by its router (docs/mini.md).
+# Placed by masks: whoever looks knows where each subject should be.
 DEMO = "two_subjects_masks"
 # Of pyproject.toml, which tests and benchmarks need.
 EXTRAS = ("train", "data", "lab", "ray", "test")

@@ -12,10 +12,9 @@ import pytest
 from PIL import Image
 
 from devkit.client import Client
-from devkit.graphs import LARGE
+from devkit.graphs import FOLDER, LARGE, read_graph
 from devkit.host import Host
 
-FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 BOTH = sorted({p.stem for p in FOLDER.glob("*.json")} & {p.stem for p in FOLDER.glob("api/*.json")})
 TEMPLATES = sorted(FOLDER.glob("*.json"))
 FLUX = {f"{name}_flux" for name in ("single_subject", "two_subjects", "story")}
@@ -42,6 +41,18 @@ def inputs(host: Host) -> Any:
     return of
 
 
+def read_note(graph: dict[str, Any]) -> str:
+    """The text of an editor's graph's only note."""
+    (note,) = [node["widgets_values"][0] for node in graph["nodes"] if node["type"] in NOTES]
+    return note
+
+
+def read_template(name: str) -> tuple[dict[str, Any], str]:
+    """(inputs of the queue's graph by node type, the note of the editor's graph)."""
+    of = {node["class_type"]: node["inputs"] for node in read_graph(name).values()}
+    return of, read_note(json.loads((FOLDER / f"{name}.json").read_text()))
+
+
 def to_prompt(graph: dict[str, Any], inputs: Any) -> dict[int, dict[str, Any]]:
     """What the editor queues: node id -> class and inputs."""
     links = {link[0]: [link[1], link[2]] for link in graph["links"]}
@@ -66,7 +77,7 @@ def to_prompt(graph: dict[str, Any], inputs: Any) -> dict[int, dict[str, Any]]:
 @pytest.mark.parametrize("name", BOTH)
 def test_editor_graph_equals_queue_graph(name: str, inputs: Any) -> None:
     prompt = to_prompt(json.loads((FOLDER / f"{name}.json").read_text()), inputs)
-    api = json.loads((FOLDER / "api" / f"{name}.json").read_text())
+    api = read_graph(name)
     number = dict(zip(api, prompt, strict=True))  # both list their nodes in one order
     for key, node in api.items():
         mine = prompt[number[key]]
@@ -100,14 +111,14 @@ def test_pictures_are_there_and_small() -> None:
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda p: p.stem)
 def test_notes_say_what_to_change_first(path: Path) -> None:
     """And the nodes and inputs that they name are in the graph."""
-    nodes = json.loads(path.read_text())["nodes"]
-    (note,) = [node["widgets_values"][0] for node in nodes if node["type"] in NOTES]
+    graph = json.loads(path.read_text())
+    note = read_note(graph)
     _, found, advice = note.partition("Change first: ")
     advice, *_ = advice.split("\n\n")
     assert found and advice
     named = {name.replace(" ", "") for name in re.findall(r"\*\*([^*]+)\*\*", advice)}
-    assert named <= {node["type"] for node in nodes}
-    known = json.loads((FOLDER / "api" / path.name).read_text()).values()
+    assert named <= {node["type"] for node in graph["nodes"]}
+    known = read_graph(path.stem).values()
     inputs = set(re.findall(r"(?<!\*)\*([^*]+)\*(?!\*)", advice))
     assert named | inputs and inputs <= {name for node in known for name in node["inputs"]}
     assert ("drawn with the small model" in note) == path.stem.endswith(LARGE)
@@ -126,13 +137,10 @@ def test_the_graphs_are_there() -> None:
 def test_the_graphs_of_other_public_adapters(name: str, host: Host) -> None:
     """The note says how the file is made that the graph loads, the page on public weights has its
     files, and the labels are read where the adapter needs them."""
-    api = json.loads((FOLDER / "api" / f"{name}.json").read_text())
-    of = {node["class_type"]: node["inputs"] for node in api.values()}
+    of, note = read_template(name)
     assert of["LoadAnyStory"]["anystory_name"] == f"{name}.safetensors"
     assert of["SubjectRouter"]["mode"] == "masks"
     assert ("clip" in of["EncodeSubject"]) == (name == "public_ms_diffusion_sdxl")
-    nodes = json.loads((FOLDER / f"{name}.json").read_text())["nodes"]
-    (note,) = [node["widgets_values"][0] for node in nodes if node["type"] in NOTES]
     assert f"*name* = `{name}`" in note and of["CLIPVisionLoader"]["clip_name"] in note
     page = (FOLDER.parent / "docs" / "public_weights.md").read_text()
     (adapter,) = set(re.findall(r"`(\w+\.bin)`", note))
@@ -145,13 +153,10 @@ def test_the_graph_of_public_weights_names_what_the_builder_writes(host: Host) -
     """The file under its default name, the prompt's words wired for the modes with text, and each
     public file in the note as the page on public weights has it."""
     builder = Client(host.url).get("/object_info")["BuildAnyStory"]["input"]["required"]
-    api = json.loads((FOLDER / "api" / "public_weights_sdxl.json").read_text())
-    of = {node["class_type"]: node["inputs"] for node in api.values()}
+    of, note = read_template("public_weights_sdxl")
     assert of["LoadAnyStory"]["anystory_name"] == f"{builder['name'][1]['default']}.safetensors"
     assert of["SubjectRouter"]["mode"] == "masks"
     assert of["SubjectRouter"]["clip"] == of["CLIPTextEncode"]["clip"]
-    nodes = json.loads((FOLDER / "public_weights_sdxl.json").read_text())["nodes"]
-    (note,) = [node["widgets_values"][0] for node in nodes if node["type"] in NOTES]
     page = (FOLDER.parent / "docs" / "public_weights.md").read_text()
     files = set(re.findall(r"`([^`]+\.safetensors)`", note))
     assert of["CLIPVisionLoader"]["clip_name"] in files and len(files) == 4
@@ -165,12 +170,9 @@ def test_the_graphs_of_flux_name_their_files(host: Host, name: str) -> None:
     the page on FLUX has them all."""
     known = Client(host.url).get("/object_info")
     builder = known["BuildAnyStoryFlux"]["input"]["required"]
-    api = json.loads((FOLDER / "api" / f"{name}.json").read_text())
-    of = {node["class_type"]: node["inputs"] for node in api.values()}
+    of, note = read_template(name)
     assert of["LoadAnyStory"]["anystory_name"] == f"{builder['name'][1]['default']}.safetensors"
     assert of["KSampler"]["negative"] == of["KSampler"]["positive"]  # cfg 1 does not read it
-    nodes = json.loads((FOLDER / f"{name}.json").read_text())["nodes"]
-    (note,) = [node["widgets_values"][0] for node in nodes if node["type"] in NOTES]
     page = (FOLDER.parent / "docs" / "flux.md").read_text()
     loaders = ("UNETLoader", "DualCLIPLoader", "VAELoader", "CLIPVisionLoader", "LoadAnyStory")
     files = {

@@ -15,9 +15,10 @@ pytest.importorskip("open_clip")
 from anystory_core.mini import weights
 from anystory_core.mini.weights import full_table, pack_text, row_of_token
 from anystory_core.story import parse_story
+from devkit.graphs import FOLDER
 from lab.networks.text import tokenize
 
-GRAPHS = sorted((Path(__file__).resolve().parents[2] / "workflows" / "api").glob("*.json"))
+GRAPHS = sorted((FOLDER / "api").glob("*.json"))
 
 
 def test_rows_of_known_and_unknown_tokens() -> None:
